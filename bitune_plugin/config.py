@@ -1,0 +1,212 @@
+"""What a user chooses."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, TaskType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from .plugins import mixings
+
+PEFT_TYPE = "BITUNE"
+NO_MIXING = "none"
+GRANULARITIES = ("layer", "head", "model")
+SECOND_PASSES = ("bidirectional", "causal")
+
+SHARED_FIELDS = ("task_type", "base_model_name_or_path", "revision", "inference_mode")
+"""Fields that the inner config takes from the outer one, so that it is a whole PEFT config by itself."""
+
+
+class _PeftType(str):
+    """PEFT's `PeftType` is an enum and cannot grow; some of PEFT's messages ask its members for `value`."""
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+
+@dataclass
+class BituneConfig(PeftConfig):
+    """Bidirectional instruction-tuning (arXiv 2405.14862) over any PEFT method.
+
+    `BituneConfig()` is the paper's set-up: LoRA of rank 8 on every linear layer of attention and MLP.
+
+    Settings that are not Bitune's own (`target_modules`, `modules_to_save`, `bias`, `r`, ...) are read from and
+    written to `adapter`. Modules that are trained whole (`modules_to_save`, `trainable_token_indices`, `bias`) exist
+    once and serve both streams.
+
+    Args:
+        adapter: the PEFT config of both streams, as an object or a dict with its `peft_type`.
+        theta_init: where the mixing coefficients start; alpha starts at one half whatever it is, but the smaller it
+            is, the faster alpha moves.
+        mixing: how theta becomes alpha. `"abs"`, `"relu"`, `"none"` (answers see bidirectional features only), or a
+            plugin's.
+        mixing_granularity: one theta for keys and one for values per `"layer"`, per key/value `"head"` of each
+            layer, or for the whole `"model"`.
+        second_pass_attention: `"bidirectional"`, or `"causal"` for the ablation.
+        share_adapter: both streams use the causal adapter.
+
+    Raises:
+        ValueError: a setting is unknown or does not fit; the message names it.
+        TypeError: `adapter` is neither a PEFT config nor a dict.
+    """
+
+    adapter: PeftConfig | dict[str, Any] | None = field(
+        default=None, metadata={"help": "PEFT config of both streams; LoRA r=8 on all linear layers by default."}
+    )
+    theta_init: float = field(default=0.01, metadata={"help": "Start of theta; a positive number."})
+    mixing: str = field(default="abs", metadata={"help": "From theta to alpha: 'abs', 'relu' or 'none'."})
+    mixing_granularity: str = field(default="layer", metadata={"help": "One theta per 'layer', 'head' or 'model'."})
+    second_pass_attention: str = field(
+        default="bidirectional", metadata={"help": "Attention of the second reading: 'bidirectional' or 'causal'."}
+    )
+    share_adapter: bool = field(default=False, metadata={"help": "Both streams use the causal adapter."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = _PeftType(PEFT_TYPE)
+        self.task_type = TaskType.CAUSAL_LM if self.task_type is None else self.task_type
+        if self.task_type != TaskType.CAUSAL_LM:
+            raise ValueError(
+                f"`task_type={str(self.task_type)!r}`: Bitune is for causal language models. Use "
+                "`task_type='CAUSAL_LM'`, or leave it out."
+            )
+        _check_choice("mixing", self.mixing, [*mixings(), NO_MIXING])
+        _check_choice("mixing_granularity", self.mixing_granularity, GRANULARITIES)
+        _check_choice("second_pass_attention", self.second_pass_attention, SECOND_PASSES)
+        if not _is_number(self.theta_init) or not math.isfinite(self.theta_init) or self.theta_init <= 0:
+            raise ValueError(f"`theta_init={self.theta_init!r}` must be a positive, finite number, for instance 0.01.")
+        if not isinstance(self.share_adapter, bool):
+            raise ValueError(f"`share_adapter={self.share_adapter!r}` must be True or False.")
+        self.adapter = _inner_config(self.adapter)
+
+    # Whatever is not Bitune's own belongs to the inner config: PEFT and TRL read `target_modules`,
+    # `modules_to_save`, `bias` and others on the config of an adapter, and TRL writes some.
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or not isinstance(adapter := self.__dict__.get("adapter"), PeftConfig):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(adapter, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        adapter = self.__dict__.get("adapter")
+        if name not in _OWN_FIELDS and isinstance(adapter, PeftConfig) and hasattr(adapter, name):
+            setattr(adapter, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def causal_config(self) -> PeftConfig:
+        """The inner config as a whole PEFT config, for the causal stream. The same object each time."""
+        for name in SHARED_FIELDS:
+            setattr(self.adapter, name, getattr(self, name))
+        return self.adapter
+
+    def bidirectional_config(self) -> PeftConfig:
+        """The inner config for the bidirectional stream: the adapter alone, without modules trained whole."""
+        config = copy.deepcopy(self.causal_config())
+        for name, nothing in {"modules_to_save": None, "trainable_token_indices": None, "bias": "none"}.items():
+            if hasattr(config, name):
+                setattr(config, name, nothing)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, the inner config as a dict under `adapter` with its own `peft_type`; sets become lists."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "adapter"}
+        adapter = {**self.causal_config().to_dict(), "peft_type": str(self.adapter.peft_type.value)}
+        return {**own, "peft_type": str(self.peft_type), "adapter": _without_sets(adapter)}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> BituneConfig:
+        """As `PeftConfig.from_pretrained`; refuses a local folder whose weights are cut off, before any model is
+        touched.
+
+        Raises:
+            ValueError: no config there, one that does not describe a Bitune adapter, or broken weights beside it.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if not isinstance(config, BituneConfig):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a {config.peft_type} adapter, not a Bitune adapter. Load it "
+                f"with `{type(config).__name__}`, or `PeftConfig`."
+            )
+        _check_weights_readable(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        config.from_folder = True
+        return config
+
+
+_OWN_FIELDS = {f.name for f in dataclasses.fields(BituneConfig)} | {"from_folder"}
+
+
+def _check_choice(name: str, value: Any, choices: list[str] | tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}={value!r}` is unknown. Choose one of {', '.join(map(repr, choices))}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _inner_config(adapter: PeftConfig | dict[str, Any] | None) -> PeftConfig:
+    if adapter is None:
+        return LoraConfig(r=8, target_modules="all-linear")
+    if isinstance(adapter, dict):
+        adapter = _config_from_dict(adapter)
+    if not isinstance(adapter, PeftConfig):
+        raise TypeError(
+            f"`adapter` must be a PEFT config such as `LoraConfig(r=8)`, or a dict with its `peft_type`; got "
+            f"{type(adapter).__name__}."
+        )
+    if isinstance(adapter, BituneConfig):
+        raise ValueError("`adapter` is itself a BituneConfig. Pass the PEFT config of a single stream, as LoraConfig.")
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(adapter.peft_type)
+    if adapter.is_prompt_learning or adapter.is_adaption_prompt or not _injects_layers(tuner):
+        raise ValueError(
+            f"`adapter={type(adapter).__name__}(...)` adds no adapter to the model's own layers, so there is nothing "
+            "to have twice. Use a method that does, for instance LoraConfig or IA3Config."
+        )
+    if adapter.task_type not in (None, TaskType.CAUSAL_LM):
+        raise ValueError(
+            f"`adapter` has `task_type={str(adapter.task_type)!r}`: Bitune is for causal language models. Leave its "
+            "`task_type` out."
+        )
+    return adapter
+
+
+def _config_from_dict(settings: dict[str, Any]) -> PeftConfig:
+    peft_type = settings.get("peft_type")
+    if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        known = ", ".join(sorted(str(getattr(name, "value", name)) for name in PEFT_TYPE_TO_CONFIG_MAPPING))
+        raise ValueError(
+            f"`adapter` has `peft_type={peft_type!r}`, which the installed PEFT does not know. It knows: {known}."
+        )
+    return PeftConfig.from_peft_type(**settings)
+
+
+def _injects_layers(tuner: type | None) -> bool:
+    return isinstance(tuner, type) and issubclass(tuner, BaseTuner)
+
+
+def _without_sets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_sets(item) for key, item in value.items()}
+    return sorted(value) if isinstance(value, set) else value
+
+
+def _check_weights_readable(folder: Path) -> None:
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
+    if not weights.is_file():
+        return
+    try:
+        with safe_open(weights, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is damaged ({error}). Copy or download the adapter again.") from error

@@ -1,0 +1,342 @@
+"""The forward pass of a model that carries Bitune, from `input_ids` to hidden states, and `generate`.
+
+Three places of the model are touched, from the outside in:
+
+1. the causal language model: a forward pre-hook turns `labels` into `prompt_mask`, which travels on as a keyword;
+2. the backbone: its inputs are lengthened by the copy of the encoded prompts, its outputs cut to length again;
+3. every decoder layer: tells its PEFT layers, for the length of its `forward`, which reading they are part of.
+
+The backbone, not the causal language model, because callers such as TRL's fused LM head go around the latter.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .architectures import Architecture
+from .attention import MIXING, PREFIX, implementation_for
+from .layout import LayoutError, PromptLayout, plan, prompt_from_labels
+from .routing import KEYWORD, Reading, follow_reading, reading_in_progress, unwrap_forward, wrap_forward
+
+UNREADABLE = {
+    "cu_seq_lens_q": "rows that hold several documents (packing, padding-free batches)",
+    "seq_idx": "rows that hold several documents (packing, padding-free batches)",
+    "cache": "paged attention (continuous batching)",
+}
+"""Keywords of the backbone under which one row is not one prompt and its completion, and what they stand for."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One call of `generate`.
+
+    Attributes:
+        backbone: the backbone it belongs to; another model may run meanwhile, as in assisted decoding.
+        prompt_mask: bool `[rows given, tokens given]`; what is appended later is completion.
+    """
+
+    backbone: nn.Module
+    prompt_mask: Tensor
+
+    def prompt_mask_for(self, rows: int, tokens: int) -> Tensor:
+        """bool `[rows, tokens]`: the prompt in a forward pass that starts from an empty cache.
+
+        Raises:
+            LayoutError: the forward pass holds only a part of the prompt.
+        """
+        given_rows, given_tokens = self.prompt_mask.shape
+        if tokens < given_tokens or rows % given_rows:
+            raise LayoutError(
+                f"`generate` was given {given_rows} prompt(s) of {given_tokens} tokens, but the model is to read "
+                f"{rows} row(s) of {tokens}. Bitune reads a prompt in one piece: leave `prefill_chunk_size` and "
+                "`guidance_scale` unset."
+            )
+        # Beams and returned sequences repeat every row.
+        mask = self.prompt_mask.repeat_interleave(rows // given_rows, dim=0)
+        return nn.functional.pad(mask, (0, tokens - given_tokens), value=False)
+
+
+_generation: ContextVar[Generation | None] = ContextVar("bitune_generation", default=None)
+
+
+def attach(model: PreTrainedModel, architecture: Architecture) -> None:
+    """Puts the forward pass of Bitune on a model. Does nothing where it already is."""
+    if model.config._attn_implementation.startswith(PREFIX):
+        return
+    model.set_attn_implementation(implementation_for(model.config._attn_implementation))
+    model.register_forward_pre_hook(partial(prompt_mask_from_labels, architecture), with_kwargs=True)
+    model.generate = partial(generate, architecture.backbone, model.generate)
+    wrap_forward(architecture.backbone, read_prompts, architecture)
+    for layer in architecture.layers:
+        wrap_forward(layer, follow_reading)
+
+
+def detach(model: PreTrainedModel, architecture: Architecture) -> None:
+    """Takes it off again: hooks, `generate` and attention implementation are as before `attach`."""
+    model.set_attn_implementation(model.config._attn_implementation.removeprefix(PREFIX))
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if getattr(hook, "func", None) is prompt_mask_from_labels:
+            del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+    vars(model).pop("generate", None)
+    unwrap_forward(architecture.backbone, read_prompts)
+    for layer in architecture.layers:
+        unwrap_forward(layer, follow_reading)
+
+
+def prompt_mask_from_labels(
+    architecture: Architecture, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook of the causal language model: the leading ignored labels of a row are its prompt."""
+    kwargs = _by_name(model, args, kwargs)
+    labels = kwargs.get("labels")
+    if labels is not None and kwargs.get("prompt_mask") is None and active_adapter(architecture) is not None:
+        kwargs["prompt_mask"] = prompt_from_labels(labels, _padding_mask(kwargs))
+    return (), kwargs
+
+
+def read_prompts(architecture: Architecture, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`forward` of the backbone: reads the prompts of the batch both ways, in one pass over lengthened rows.
+
+    Takes the backbone's own arguments, and
+
+    Args:
+        prompt_mask: bool `[B, T]`, True on every prompt token, the last one included. Without it, inside `generate`
+            the prompt is what `generate` was given; otherwise all of the input is prompt.
+
+    Returns:
+        What the backbone returns, for the `T` tokens given; the cache holds mixed keys and values of the prompt.
+
+    Raises:
+        LayoutError: it cannot be told where a prompt ends.
+        RuntimeError: an attention layer took no part, so that it would have been plainly causal.
+    """
+    kwargs = _by_name(architecture.backbone, args, kwargs)
+    prompt_mask = kwargs.pop("prompt_mask", None)
+    reading = _start_reading(architecture, prompt_mask, kwargs)
+    if reading is None:
+        return forward(**kwargs)
+
+    as_tuple = kwargs.get("return_dict") is False
+    with reading_in_progress(reading):
+        outputs = forward(**_lengthen(reading, kwargs))
+    _check_all_took_part(architecture, reading)
+    outputs = _cut(reading.layout, outputs)
+    if reading.cache is not None:
+        outputs["past_key_values"] = reading.cache
+    return outputs.to_tuple() if as_tuple else outputs
+
+
+def generate(backbone: nn.Module, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`generate` of the causal language model, with one argument more.
+
+    Args:
+        prompt_mask: bool `[B, T]`, to go on with text that is partly written: True on the prompt, False on what has
+            been answered so far. By default all of the input is prompt.
+    """
+    prompt_mask = kwargs.pop("prompt_mask", None)
+    given = [args[0] if args else None, *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
+    tokens = next((x for x in given if x is not None), None)
+    if prompt_mask is None:
+        shape = (1, 1) if tokens is None else tokens.shape[:2]
+        prompt_mask = torch.ones(shape, dtype=torch.bool, device=getattr(tokens, "device", None))
+    elif tokens is not None:
+        _check_prompt_mask(prompt_mask, tokens)
+    token = _generation.set(Generation(backbone, prompt_mask.bool()))
+    try:
+        return generate(*args, **kwargs)
+    finally:
+        _generation.reset(token)
+
+
+def active_adapter(architecture: Architecture) -> str | None:
+    """The Bitune adapter that is switched on, if any."""
+    mixing = getattr(architecture.attentions[0], MIXING)
+    return None if mixing.disable_adapters or not mixing.active_adapters else mixing.active_adapters[0]
+
+
+def _start_reading(architecture: Architecture, prompt_mask: Tensor | None, kwargs: dict[str, Any]) -> Reading | None:
+    """The reading that these arguments of the backbone ask for; `None` for a plain forward pass."""
+    adapter = active_adapter(architecture)
+    if adapter is None:
+        return None
+    for name, meaning in UNREADABLE.items():
+        if kwargs.get(name) is not None:
+            raise LayoutError(
+                f"The model was called with `{name}`, which stands for {meaning}. Bitune needs one prompt and its "
+                "completion per row: set `packing=False` and `padding_free=False` in TRL, call `generate` instead of "
+                "`generate_batch`, and leave `cache_implementation='paged'` unset."
+            )
+    past = kwargs.get("past_key_values")
+    if past is not None and past.get_seq_length() > 0:
+        if prompt_mask is not None:
+            raise LayoutError(
+                "`prompt_mask` came with a `past_key_values` that already holds tokens. Bitune reads a prompt in one "
+                "piece, before anything is in the cache: pass an empty cache, or leave `prompt_mask` out."
+            )
+        return None
+    layout = _plan(architecture, prompt_mask, kwargs)
+    if layout is None:
+        return None
+    if kwargs.get("output_attentions") or getattr(architecture.backbone.config, "output_attentions", False):
+        raise ValueError(
+            "`output_attentions=True`: a prompt that is read twice has no single attention matrix. Leave it unset, "
+            "or look at the base model's inside `with model.disable_adapter():`."
+        )
+    if not architecture.backbone.config._attn_implementation.startswith(PREFIX):
+        # `set_attn_implementation` was called after the adapter was put on.
+        architecture.backbone.set_attn_implementation(
+            implementation_for(architecture.backbone.config._attn_implementation)
+        )
+    settings = getattr(architecture.attentions[0], MIXING).settings[adapter]
+    return Reading(
+        layout,
+        adapter,
+        second_pass_causal=settings.second_pass_attention == "causal",
+        share_adapter=settings.share_adapter,
+        cache=_cache_to_fill(architecture.backbone, kwargs),
+    )
+
+
+def _plan(architecture: Architecture, prompt_mask: Tensor | None, kwargs: dict[str, Any]) -> PromptLayout | None:
+    tokens = _tokens(kwargs)
+    attention_mask = _padding_mask(kwargs)
+    generation = _generation.get()
+    if prompt_mask is not None:
+        _check_prompt_mask(prompt_mask, tokens)
+    elif generation is not None and generation.backbone is architecture.backbone:
+        prompt_mask = generation.prompt_mask_for(*tokens.shape[:2])
+    else:
+        if tokens.shape[1] > 1:
+            _warn_all_prompt()
+        prompt_mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    _check_one_document_per_row(kwargs.get("position_ids"), attention_mask)
+    return plan(prompt_mask.to(device=tokens.device, dtype=torch.bool), attention_mask)
+
+
+def _lengthen(reading: Reading, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the backbone for `T + E` tokens; the cache is taken out, the attention function fills it."""
+    layout = reading.layout
+    lengthened = {name: layout.lengthen(kwargs[name]) for name in ("input_ids", "inputs_embeds") if _has(kwargs, name)}
+    positions = kwargs["position_ids"] if _has(kwargs, "position_ids") else layout.positions
+    tokens = _tokens(kwargs)
+    return {
+        **kwargs,
+        **lengthened,
+        "position_ids": layout.lengthen_positions(positions),
+        # transformers hands 4-D masks on as they are; the attention function makes its own during a reading.
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device),
+        "past_key_values": None,
+        "use_cache": False,
+        "return_dict": True,
+        KEYWORD: reading,
+    }
+
+
+def _cut(layout: PromptLayout, outputs: ModelOutput) -> ModelOutput:
+    """Removes the copy from the hidden states that the backbone returns."""
+    outputs["last_hidden_state"] = outputs["last_hidden_state"][:, : layout.tokens]
+    if outputs.get("hidden_states") is not None:
+        outputs["hidden_states"] = tuple(
+            states if states is None else states[:, : layout.tokens] for states in outputs["hidden_states"]
+        )
+    return outputs
+
+
+def _cache_to_fill(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> Any:
+    """The cache the caller gave, or a new one where the backbone would have made one."""
+    use_cache = kwargs.get("use_cache")
+    if use_cache is None:
+        use_cache = getattr(backbone.config, "use_cache", False)
+    if not use_cache or (backbone.is_gradient_checkpointing and backbone.training):
+        return None
+    past = kwargs.get("past_key_values")
+    return DynamicCache(config=backbone.config) if past is None else past
+
+
+def _check_all_took_part(architecture: Architecture, reading: Reading) -> None:
+    missing = sorted({attention.layer_idx for attention in architecture.attentions} - reading.seen)
+    if missing:
+        raise RuntimeError(
+            f"The attention of layer(s) {missing} of {type(architecture.backbone).__name__} never saw where the prompt "
+            "ends, and would have been plainly causal: the model does not hand keywords down to its attention "
+            "function. Bitune does not support this architecture; a plugin can (hook `bitune_architecture`)."
+        )
+
+
+def _check_prompt_mask(prompt_mask: Tensor, tokens: Tensor) -> None:
+    if prompt_mask.shape != tokens.shape[:2]:
+        raise LayoutError(
+            f"`prompt_mask` has shape {list(prompt_mask.shape)}, but the input has {tokens.shape[0]} row(s) of "
+            f"{tokens.shape[1]} tokens. Pass one bool per token."
+        )
+    if prompt_mask.dtype.is_floating_point:
+        raise LayoutError(f"`prompt_mask` has dtype {prompt_mask.dtype}. Pass bools, or integers 0 and 1.")
+
+
+def _check_one_document_per_row(position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+    if position_ids is None:
+        return
+    if position_ids.dim() != 2:
+        raise LayoutError(
+            f"`position_ids` has shape {list(position_ids.shape)}; Bitune supports one position per token, [rows, "
+            "tokens]."
+        )
+    attended = torch.ones_like(position_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    positions = position_ids.expand(attended.shape).masked_fill(~attended, -1)
+    so_far = nn.functional.pad(positions.cummax(dim=1).values[:, :-1], (1, 0), value=-1)
+    if (attended & (positions <= so_far)).any():
+        raise LayoutError(
+            "`position_ids` start again within a row, so it holds several documents (packing, padding-free batches). "
+            "Bitune needs one prompt and its completion per row: set `packing=False` and `padding_free=False`."
+        )
+
+
+def _padding_mask(kwargs: dict[str, Any]) -> Tensor | None:
+    """The 2-D attention mask of a call, bool `[B, T]`."""
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        shape = f"shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
+        raise LayoutError(
+            f"`attention_mask` has {shape}. Bitune makes its own masks between prompt and completion, and takes a mask "
+            "of [rows, tokens] that is 0 on padding."
+        )
+    return mask.to(device=_tokens(kwargs).device, dtype=torch.bool)
+
+
+@cache
+def _warn_all_prompt() -> None:
+    warnings.warn(
+        "A model with a Bitune adapter was called without `prompt_mask` or `labels`, so all of the input is taken as "
+        "prompt: only the logits of its last token see the mixture of both readings, those before it are the causal "
+        "stream's. Pass `prompt_mask` to tell prompt and completion apart. This warning is shown once.",
+        stacklevel=2,
+    )
+
+
+def _tokens(kwargs: dict[str, Any]) -> Tensor:
+    return kwargs["input_ids"] if _has(kwargs, "input_ids") else kwargs["inputs_embeds"]
+
+
+def _has(kwargs: dict[str, Any], name: str) -> bool:
+    return kwargs.get(name) is not None
+
+
+def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of `module.forward` by their names."""
+    if not args:
+        return kwargs
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -1,0 +1,282 @@
+"""Where each token of a batch goes: index maps and attention masks. Tensors only, no model.
+
+A row holds a prompt `x[0..P-1]`, then a completion `x[P..T-1]`, and padding on either side. Bitune splits it in two:
+
+* the *encoded prompt* `x[0..P-2]`, which is read twice, causally and with full attention;
+* the *answer* `x[P-1..T-1]`: the last prompt token opens it, because its hidden state predicts the first token of
+  the completion.
+
+One forward pass carries both readings (paper, section 3). The lengthened row is
+
+    tokens      [ x[0] ... x[T-1] | copy of the encoded prompt ]      T + E tokens
+    positions   [   0 ... T-1     |          0 ... P-2         ]
+    stream      [ causal          |        bidirectional       ]
+
+where `E` is the longest encoded prompt of the batch.
+
+Shapes: `B` rows, `T` tokens in a row, `E` slots for encoded prompts, `A` slots for answers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+class LayoutError(ValueError):
+    """A batch in which the prompt of a row cannot be told from its completion."""
+
+
+@dataclass(frozen=True)
+class TokenGroup:
+    """Some tokens of every row, moved to the front of `size` slots.
+
+    Attributes:
+        index: int64 `[B, size]`, the token in each slot; free slots repeat some valid token.
+        filled: bool `[B, size]`, True where a slot holds a token of the group.
+        span: the tokens as one slice, when it is the same for every row; then no copy is needed to take them.
+    """
+
+    index: Tensor
+    filled: Tensor
+    span: slice | None
+
+    @property
+    def size(self) -> int:
+        return self.index.shape[1]
+
+    def take(self, tokens: Tensor, dim: int = 1) -> Tensor:
+        """Takes the group out of `tokens`.
+
+        Args:
+            tokens: `[B, T, ...]` for `dim=1`, `[B, H, T, ...]` for `dim=2`.
+            dim: the dimension that counts tokens.
+
+        Returns:
+            The same shape with `size` in place of `T`.
+        """
+        if self.span is not None:
+            return tokens.narrow(dim, self.span.start, self.size)
+        return take_along(tokens, self.index, dim)
+
+
+@dataclass(frozen=True)
+class PromptLayout:
+    """The parts of a batch and the masks between them.
+
+    Attributes:
+        tokens: `T`, the length of a row as the caller gave it.
+        encoded: the encoded prompts, `E` slots.
+        answer: the answers, `A` slots.
+        order: int64 `[B, T]`, for each token its slot in `[encoded | answer]`; padding points at slot 0.
+            `None` when the slots already are in the order of the tokens.
+        positions: int64 `[B, T]` (`[1, T]` when all rows agree), each token's place in its row, padding not counted.
+    """
+
+    tokens: int
+    encoded: TokenGroup
+    answer: TokenGroup
+    order: Tensor | None
+    positions: Tensor
+    _masks: dict[tuple, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def length(self) -> int:
+        """`T + E`, the length of a lengthened row."""
+        return self.tokens + self.encoded.size
+
+    def lengthen(self, tokens: Tensor) -> Tensor:
+        """Appends the copy of the encoded prompt: `[B, T, ...]` to `[B, T + E, ...]`."""
+        return torch.cat([tokens, self.encoded.take(tokens)], dim=1)
+
+    def lengthen_positions(self, positions: Tensor) -> Tensor:
+        """As `lengthen`, for positions that all rows may share: `[1 or B, T]` to `[1 or B, T + E]`."""
+        if positions.shape[0] == 1 and self.encoded.span is None:
+            positions = positions.expand(self.encoded.index.shape[0], -1)
+        return self.lengthen(positions)
+
+    def in_token_order(self, encoded: Tensor, answer: Tensor, dim: int) -> Tensor:
+        """Undoes `take`: `E` and `A` slots back to `T` tokens. What lands on padding has no meaning."""
+        slots = torch.cat([encoded, answer], dim=dim)
+        return slots if self.order is None else take_along(slots, self.order, dim)
+
+    def encoded_mask(self, window: int | None = None) -> Tensor | None:
+        """Causal stream: encoded prompt to encoded prompt, causally.
+
+        Returns:
+            bool `[1, 1, E, E]`, or `None` when it is the plain causal mask.
+        """
+        if window is None or window >= self.encoded.size:
+            return None
+        return self._cached(("encoded", window), lambda: self._causal(window)[None, None])
+
+    def copy_mask(self, window: int | None = None, causal: bool = False) -> Tensor | None:
+        """Bidirectional stream: copy to copy, fully; within a sliding window, as far back as ahead.
+
+        Args:
+            window: tokens at this distance or further are out of sight.
+            causal: the ablation whose second reading is causal too.
+
+        Returns:
+            bool `[B or 1, 1, E or 1, E]`, or `None` when every token sees all the others.
+        """
+        if causal:
+            return self.encoded_mask(window)
+        if window is not None and window >= self.encoded.size:
+            window = None
+        if window is None and self.encoded.span is not None:
+            return None
+        return self._cached(("copy", window), lambda: self._copy_mask(window))
+
+    def answer_mask(self, window: int | None = None) -> Tensor:
+        """Answer to `[mixed encoded prompt | answer]`: all of its prompt, and causally itself.
+
+        Returns:
+            bool `[B or 1, 1, A, E + A]`.
+        """
+        if window is not None and window >= self.tokens:
+            window = None
+        return self._cached(("answer", window), lambda: self._answer_mask(window))
+
+    def _cached(self, key: tuple, build) -> Tensor:
+        if key not in self._masks:
+            self._masks[key] = build()
+        return self._masks[key]
+
+    def _slots(self, group: TokenGroup) -> Tensor:
+        return torch.arange(group.size, device=group.index.device)
+
+    def _causal(self, window: int | None) -> Tensor:
+        slots = self._slots(self.encoded)
+        distance = slots[:, None] - slots[None, :]
+        return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+    def _copy_mask(self, window: int | None) -> Tensor:
+        filled = self.encoded.filled if self.encoded.span is None else self.encoded.filled[:1]
+        mask = _at_least_one(filled)[:, None, None, :]
+        if window is None:
+            return mask
+        slots = self._slots(self.encoded)
+        distance = (slots[:, None] - slots[None, :]).abs()
+        # A free slot keeps sight of itself: no query may be left without any key.
+        return (mask & (distance < window)) | (distance == 0)
+
+    def _answer_mask(self, window: int | None) -> Tensor:
+        slots = self._slots(self.answer)
+        distance = slots[:, None] - slots[None, :]
+        # Free slots come last, so the causal mask hides them from the answer and leaves each one itself.
+        own = (distance >= 0)[None]
+        filled = self.encoded.filled if self.encoded.span is None else self.encoded.filled[:1]
+        prompt = filled[:, None, :].expand(-1, self.answer.size, -1)
+        if window is not None:
+            own = own & (distance < window)[None]
+            # How far token e of the prompt lies behind token a of the answer, counted along the row.
+            lengths = filled.sum(dim=1)[:, None, None]
+            behind = lengths + slots[None, :, None] - self._slots(self.encoded)[None, None, :]
+            prompt = prompt & (behind < window)
+        own = own.expand(prompt.shape[0], -1, -1)
+        return torch.cat([prompt, own], dim=2)[:, None]
+
+
+def plan(prompt_mask: Tensor, attention_mask: Tensor | None = None) -> PromptLayout | None:
+    """Lays out a batch.
+
+    Args:
+        prompt_mask: bool `[B, T]`, True on every prompt token, the last one included.
+        attention_mask: `[B, T]`, zero or False on padding; `None` for a batch without padding.
+
+    Returns:
+        The layout, or `None` when no row has anything to encode (every prompt has at most one token).
+
+    Raises:
+        LayoutError: a row in which a prompt token follows a completion token.
+    """
+    attended = torch.ones_like(prompt_mask) if attention_mask is None else attention_mask.to(torch.bool)
+    prompt = prompt_mask & attended
+    place = attended.cumsum(dim=1) - 1
+    prompt_place = prompt.cumsum(dim=1) - 1
+    prompt_length = prompt.sum(dim=1, keepdim=True)
+    encoded = prompt & (prompt_place < prompt_length - 1)
+    answer = attended & ~encoded
+
+    steps = torch.arange(prompt.shape[1], device=prompt.device)
+    # One transfer to the host for all that Python must know.
+    scattered, aligned, encoded_size, answer_size = torch.stack(
+        [
+            (prompt & (place != prompt_place)).any(),
+            attended.all() & (encoded == encoded[:1]).all(),
+            encoded.sum(dim=1).max(),
+            answer.sum(dim=1).max(),
+        ]
+    ).tolist()
+    if scattered:
+        rows = (prompt & (place != prompt_place)).any(dim=1).nonzero().flatten().tolist()
+        raise LayoutError(
+            f"`prompt_mask` marks a prompt token after a completion token in row(s) {rows}. Bitune reads one prompt "
+            "and one completion per row: mark the tokens before the completion, all of them. For several turns, pass "
+            "everything before the last assistant turn as the prompt."
+        )
+    if encoded_size == 0:
+        return None
+    if aligned:
+        split = slice(0, encoded_size), slice(encoded_size, prompt.shape[1])
+        groups = [_aligned_group(steps, span, prompt.shape[0]) for span in split]
+        return PromptLayout(prompt.shape[1], *groups, order=None, positions=steps[None])
+    groups = [_ragged_group(encoded, encoded_size), _ragged_group(answer, answer_size)]
+    order = torch.where(encoded, prompt_place, encoded_size + answer.cumsum(dim=1) - 1)
+    order = torch.where(attended, order, 0)
+    return PromptLayout(prompt.shape[1], *groups, order=order, positions=place.clamp(min=0))
+
+
+def prompt_from_labels(labels: Tensor, attention_mask: Tensor | None = None, ignore_index: int = -100) -> Tensor:
+    """The prompt of each row: its leading ignored labels.
+
+    Args:
+        labels: `[B, T]`; padding carries `ignore_index` too.
+        attention_mask: `[B, T]`, zero on padding, or `None`.
+
+    Returns:
+        bool `[B, T]`, True on prompt tokens; a row whose labels are all ignored is all prompt.
+
+    Raises:
+        LayoutError: a row whose first token carries a label, and so has no prompt.
+    """
+    attended = torch.ones_like(labels, dtype=torch.bool) if attention_mask is None else attention_mask.to(torch.bool)
+    completion_began = ((labels != ignore_index) & attended).cumsum(dim=1) > 0
+    prompt = attended & ~completion_began
+    without = (attended.any(dim=1) & ~prompt.any(dim=1)).nonzero().flatten().tolist()
+    if without:
+        raise LayoutError(
+            f"`labels` leave no prompt in row(s) {without}: their first token already counts for the loss. Bitune "
+            "needs to know where the prompt ends. Set the labels of prompt tokens to -100 (with TRL: a dataset with "
+            "'prompt' and 'completion' columns, and `completion_only_loss` left on), or pass `prompt_mask`."
+        )
+    return prompt
+
+
+def take_along(tokens: Tensor, index: Tensor, dim: int) -> Tensor:
+    """`tokens[b, ..., index[b, i], ...]`: index `[B, n]` along dimension `dim` of `[B, ..., T, ...]`."""
+    shape = [1] * tokens.dim()
+    shape[0], shape[dim] = index.shape
+    size = list(tokens.shape)
+    size[dim] = index.shape[1]
+    return tokens.gather(dim, index.view(shape).expand(size))
+
+
+def _aligned_group(steps: Tensor, span: slice, rows: int) -> TokenGroup:
+    index = steps[span].expand(rows, -1)
+    return TokenGroup(index, torch.ones_like(index, dtype=torch.bool), span)
+
+
+def _ragged_group(members: Tensor, size: int) -> TokenGroup:
+    """Moves the True entries of `members` (bool `[B, T]`) to the front, in order, and keeps `size` of them."""
+    index = (~members).long().argsort(dim=1, stable=True)[:, :size]
+    return TokenGroup(index, members.gather(1, index), None)
+
+
+def _at_least_one(filled: Tensor) -> Tensor:
+    """Fills the first slot of rows that have none filled."""
+    empty = ~filled.any(dim=1)
+    return torch.cat([filled[:, :1] | empty[:, None], filled[:, 1:]], dim=1)

@@ -1,0 +1,411 @@
+"""BituneModel: puts Bitune on a transformers model, and takes it off again.
+
+It is a PEFT tuner built on another: the inner tuner (LoRA, IA3, ...) injects its layers twice, for the causal stream
+under the adapter's own name, for the bidirectional stream under `bidirectional(name)`. Every attention module gets a
+`MixingLayer` with the coefficients. The forward pass is in `forward.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _filter_state_dict_by_key_prefixes,
+    _get_tuner_state_dict_key_prefixes,
+)
+from peft.tuners.tuners_utils import set_requires_grad as peft_set_requires_grad
+from peft.utils.integrations import init_empty_weights
+from torch import Tensor, nn
+
+from .architectures import describe
+from .attention import MIXING
+from .config import NO_MIXING, BituneConfig
+from .forward import attach, detach
+from .mixing import mix
+from .plugins import mixings
+from .routing import bidirectional, two_adapters, wrap_forward
+
+BIDIRECTIONAL = "bidirectional"
+"""What stands in the keys of a saved adapter where the inner adapter's name stands in the model."""
+
+
+class MixingLayer(nn.Module, BaseTunerLayer):
+    """Theta of one attention module, for every Bitune adapter, and the mixing itself.
+
+    Args:
+        heads: number of key/value heads of the attention module.
+        owner: the mixing layer whose theta serves the whole model (`mixing_granularity="model"`).
+    """
+
+    adapter_layer_names = ("theta_key", "theta_value")
+    other_param_names = ("settings",)
+
+    def __init__(self, heads: int, owner: MixingLayer | None) -> None:
+        super().__init__()
+        self.theta_key = nn.ParameterDict()
+        self.theta_value = nn.ParameterDict()
+        self.settings: dict[str, BituneConfig] = {}
+        self.heads = heads
+        # In a tuple, so that torch does not take it for a submodule and save it here too.
+        self._owner = (self if owner is None else owner,)
+
+    def add_adapter(self, adapter_name: str, config: BituneConfig, device: torch.device) -> None:
+        """Creates theta where `config` says that this layer has one, float32, `[1]` or `[heads]`."""
+        self.settings[adapter_name] = config
+        if config.mixing == NO_MIXING or (config.mixing_granularity == "model" and self._owner[0] is not self):
+            return
+        size = self.heads if config.mixing_granularity == "head" else 1
+        for theta in (self.theta_key, self.theta_value):
+            value = torch.full((size,), float(config.theta_init), dtype=torch.float32, device=device)
+            theta[adapter_name] = nn.Parameter(value)
+
+    def alphas(self, adapter_name: str) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Alpha of keys and of values, float32, `[1]` or `[heads]`; `None` twice without mixing."""
+        config = self.settings[adapter_name]
+        if config.mixing == NO_MIXING:
+            return None, None
+        layer = self._owner[0] if config.mixing_granularity == "model" else self
+        to_alpha = mixings()[config.mixing]
+        return tuple(
+            to_alpha(theta[adapter_name].float(), config.theta_init) for theta in (layer.theta_key, layer.theta_value)
+        )
+
+    def forward(
+        self, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], adapter_name: str
+    ) -> tuple[Tensor, Tensor]:
+        """Mixes causal and bidirectional keys, and values, all `[B, heads, E, head size]`."""
+        alpha_key, alpha_value = self.alphas(adapter_name)
+        return mix(*keys, alpha_key), mix(*values, alpha_value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MixingLayer:
+        # `model.to(bfloat16)` must not round theta: a step of 1e-3 on 0.01 needs more than its 8 bits.
+        def keep_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved.to(tensor.dtype) if moved.is_floating_point() else moved
+
+        return super()._apply(keep_float32, recurse)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """PEFT calls this on every tuner layer; theta was created where it belongs."""
+
+
+class AdapterConfigs(dict[str, BituneConfig]):
+    """The configs of a model's Bitune adapters. Other tuners add themselves here, and are told not to."""
+
+    def __setitem__(self, name: str, config: PeftConfig) -> None:
+        if not isinstance(config, BituneConfig):
+            raise ValueError(
+                f"This model carries Bitune adapters ({', '.join(self)}), so a {type(config).__name__} cannot be put "
+                "on it. Call `unload()` first, or wrap the config: `BituneConfig(adapter=...)`."
+            )
+        super().__setitem__(name, config)
+
+    def update(self, configs: dict[str, PeftConfig]) -> None:
+        for name, config in configs.items():
+            self[name] = config
+
+
+class BituneModel(BaseTuner):
+    """A transformers model that reads its prompts both ways. Usually made by `get_peft_model`.
+
+    Args:
+        model: a causal language model of transformers.
+        peft_config: a `BituneConfig`, or a dict of them by adapter name.
+        adapter_name: name of the first adapter.
+        low_cpu_mem_usage: create the adapter on the meta device, to be filled by loading.
+
+    Raises:
+        UnsupportedModelError: Bitune cannot be applied to `model`.
+        ValueError: `model` already carries another PEFT method, or the inner configs of two adapters do not go
+            together.
+    """
+
+    prefix = "theta_"
+    tuner_layer_cls = BaseTunerLayer
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: BituneConfig | dict[str, BituneConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        _check_bare(model)
+        # Not submodules: the inner tuner wraps the same model again, and must not be saved a second time.
+        self.__dict__["inner"] = None
+        self.__dict__["architecture"] = describe(model)
+        configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
+        super().__init__(model, AdapterConfigs(configs), adapter_name, low_cpu_mem_usage, state_dict)
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Puts one more Bitune adapter on the model: both streams and the mixing. See `BaseTuner.inject_adapter`."""
+        config = self.peft_config[adapter_name]
+        self._check_new_adapter(adapter_name, config)
+        # Remembered for `unload`: the inner tuner freezes the model.
+        if self.inner is None:
+            self.__dict__["trained_before"] = [p for p in model.parameters() if p.requires_grad]
+        streams = {adapter_name: config.causal_config()}
+        if not config.share_adapter:
+            streams[bidirectional(adapter_name)] = config.bidirectional_config()
+        for name, inner_config in streams.items():
+            self._inject_stream(name, inner_config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            self._add_mixing(adapter_name, config)
+        self._route_adapters(adapter_name)
+        attach(model, self.architecture)
+        if adapter_name in self.active_adapters:
+            self.set_adapter(adapter_name, inference_mode=config.inference_mode)
+        else:
+            self.set_requires_grad(adapter_name, False)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Switches to one Bitune adapter, both its streams. See `BaseTuner.set_adapter`.
+
+        Raises:
+            ValueError: several adapters at once; Bitune has no meaning for their sum.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if len(names) > 1:
+            raise ValueError(f"One Bitune adapter can be active at a time, got {names}. Call `set_adapter` with one.")
+        super().set_adapter(names, inference_mode=inference_mode)
+        self.inner.active_adapter = names
+        peft_set_requires_grad(self.model, [bidirectional(name) for name in names], not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Freezes or unfreezes adapters, both their streams. See `BaseTuner.set_requires_grad`."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        super().set_requires_grad([*names, *map(bidirectional, names)], requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter, both its streams. See `BaseTuner.delete_adapter`."""
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist. There are: {', '.join(self.peft_config)}.")
+        was_active = adapter_name in self.active_adapters
+        for layer in self._tuner_layers():
+            layer.delete_adapter(bidirectional(adapter_name))
+        super().delete_adapter(adapter_name)
+        for name in (adapter_name, bidirectional(adapter_name)):
+            self.inner.peft_config.pop(name, None)
+        if was_active and self.active_adapters:
+            self.set_adapter(self.active_adapters)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Refuses: see `merge_and_unload`."""
+        self._check_merge_allowed()
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(
+            "A Bitune adapter cannot be merged into the model: the prompt is read with two different sets of weights, "
+            "and one set of weights cannot be both. Keep the adapter and load it with `PeftModel.from_pretrained`, or "
+            "get the base model back with `unload()`."
+        )
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
+        detach(self.model, self.architecture)
+        for attention in self.architecture.attentions:
+            delattr(attention, MIXING)
+        model = self.inner._unload_and_optionally_merge(False, *args, **kwargs)
+        for parameter in self.trained_before:
+            parameter.requires_grad_(True)
+        return model
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        if enabled:
+            peft_set_requires_grad(self.model, [bidirectional(name) for name in self.active_adapters], True)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        for name in (adapter_name, bidirectional(adapter_name)):
+            self.inner._cast_adapter_dtype(name, autocast_adapter_dtype)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "`adapter_names`: a batch in which rows use different Bitune adapters is not supported. Call the "
+                "model once per adapter, with `set_adapter` before."
+            )
+        yield
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        self.inner._create_and_replace(*args, **kwargs)
+
+    def _check_new_adapter(self, adapter_name: str, config: BituneConfig) -> None:
+        if adapter_name == BIDIRECTIONAL or adapter_name.endswith(bidirectional("")):
+            raise ValueError(f"`adapter_name={adapter_name!r}` is used by Bitune itself. Choose another name.")
+        types = {type(other.adapter).__name__ for other in self.peft_config.values()}
+        if len(types) > 1:
+            raise ValueError(
+                f"`adapter={type(config.adapter).__name__}(...)`: all Bitune adapters on a model must have inner "
+                f"configs of one type, got {', '.join(sorted(types))}. Load the adapter on another copy of the model."
+            )
+
+    def _inject_stream(
+        self,
+        name: str,
+        config: PeftConfig,
+        autocast_adapter_dtype: bool,
+        low_cpu_mem_usage: bool,
+        state_dict: dict[str, Tensor] | None,
+    ) -> None:
+        if self.inner is None:
+            tuner_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+            self.__dict__["inner"] = tuner_cls(self.model, {name: config}, name, low_cpu_mem_usage, state_dict)
+            return
+        self.inner.peft_config[name] = config
+        self.inner.inject_adapter(self.model, name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+
+    def _add_mixing(self, adapter_name: str, config: BituneConfig) -> None:
+        owner = None
+        for attention in self.architecture.attentions:
+            layer = getattr(attention, MIXING, None)
+            if layer is None:
+                layer = MixingLayer(self.architecture.key_value_heads(attention), owner)
+                layer._active_adapter = self.active_adapters
+                attention.add_module(MIXING, layer)
+            owner = owner or layer
+            layer.add_adapter(adapter_name, config, next(attention.parameters()).device)
+
+    def _route_adapters(self, adapter_name: str) -> None:
+        """Lets the layers of the inner tuner tell the streams apart. The second stream ends with the backbone."""
+        name = bidirectional(adapter_name)
+        inside = set(self.architecture.backbone.modules())
+        for layer in self._tuner_layers():
+            if name not in layer._get_available_adapters():
+                continue
+            if layer in inside:
+                wrap_forward(layer, two_adapters)
+            else:
+                layer.delete_adapter(name)
+
+    def _tuner_layers(self) -> list[BaseTunerLayer]:
+        return [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+
+    # How an adapter is saved. The causal stream is a plain PEFT adapter; keys of the bidirectional stream carry
+    # `bidirectional` where PEFT has no adapter name:
+    #
+    #     base_model.model.<module>.lora_A.weight
+    #     base_model.model.<module>.lora_A.bidirectional.weight
+    #     base_model.model.<attention module>.bitune_mixing.theta_key
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: BituneConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        inner_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.adapter.peft_type]
+        second = bidirectional(adapter_name)
+        of_causal = {key: value for key, value in state_dict.items() if bidirectional("") not in key}
+        of_second = {key: value for key, value in state_dict.items() if second in key.split(".")}
+        saved = {}
+        for name, entries in ((adapter_name, of_causal), (second, of_second)):
+            entries = inner_cls._get_adapter_state_dict(model, config.adapter, name, entries, unwanted_adapter_names)
+            for key, value in entries.items():
+                parts = [BIDIRECTIONAL if part == second else part for part in key.split(".")]
+                saved[inner_cls._remove_adapter_name_from_key(".".join(parts), name)] = value
+        return saved
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: BituneConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """As in PEFT, and refuses an adapter that does not fit the model entirely.
+
+        Raises:
+            ValueError: keys are missing or unknown, shapes differ, or theta is not finite. A model to which the
+                adapter was just added is left as it was before.
+        """
+        inner_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.adapter.peft_type]
+        is_second = re.compile(rf"\.{BIDIRECTIONAL}(?=\.|$)")
+        of_causal = {key: value for key, value in state_dict.items() if not is_second.search(key)}
+        of_second = {is_second.sub("", key): value for key, value in state_dict.items() if is_second.search(key)}
+        remapped = {
+            **inner_cls._remap_adapter_state_dict_for_load(model, config.adapter, adapter_name, of_causal),
+            **inner_cls._remap_adapter_state_dict_for_load(
+                model, config.adapter, bidirectional(adapter_name), of_second
+            ),
+        }
+        problems = _problems(model, config, adapter_name, remapped)
+        if problems:
+            if getattr(config, "from_folder", False):
+                _take_off(model, adapter_name)
+            raise ValueError(
+                f"The saved Bitune adapter {adapter_name!r} does not fit this model, or is damaged:\n  "
+                + "\n  ".join(problems)
+                + "\nCheck that the base model is the one it was trained on, or copy the adapter again."
+            )
+        config.from_folder = False
+        return remapped
+
+
+def _check_bare(model: nn.Module) -> None:
+    """Raises ValueError if another PEFT method is already on `model`."""
+    configs = getattr(model, "peft_config", None)
+    if isinstance(configs, AdapterConfigs):
+        raise ValueError(
+            f"This model already carries Bitune adapters ({', '.join(configs)}). Add another with `add_adapter` or "
+            "`load_adapter` on its PeftModel, or call `unload()` first."
+        )
+    if configs is not None or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "This model already carries another PEFT adapter, and Bitune cannot be put on top of it. Call "
+            "`unload()` or `merge_and_unload()` first, and pass its config as `BituneConfig(adapter=...)`."
+        )
+
+
+def _problems(model: nn.Module, config: BituneConfig, adapter_name: str, remapped: dict[str, Tensor]) -> list[str]:
+    """What is wrong with a saved adapter, by keys of the model."""
+    prefix = "base_model.model."
+    in_model = model.state_dict()
+    given = {key if key in in_model else key.removeprefix(prefix): value for key, value in remapped.items()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    expected = {
+        key
+        for name in (adapter_name, bidirectional(adapter_name))
+        for key in _filter_state_dict_by_key_prefixes(parameters, _get_tuner_state_dict_key_prefixes(model, name))
+        if name in key.split(".")
+    }
+    problems = [f"missing: {key}" for key in sorted(expected - given.keys())]
+    for key, value in given.items():
+        if key not in in_model:
+            problems.append(f"unknown: {key}")
+        elif value.shape != in_model[key].shape:
+            problems.append(f"shape {list(value.shape)} where the model has {list(in_model[key].shape)}: {key}")
+        elif f".{MIXING}." in key and not torch.isfinite(value).all():
+            problems.append(f"theta is not finite: {key}")
+    if len(problems) > 8:
+        problems = [*problems[:8], f"and {len(problems) - 8} more"]
+    return problems
+
+
+def _take_off(model: nn.Module, adapter_name: str) -> None:
+    """Undoes `inject_adapter` for an adapter whose weights could not be loaded."""
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, BituneModel):
+        return
+    if len(tuner.peft_config) == 1:
+        tuner.unload()
+    else:
+        tuner.delete_adapter(adapter_name)

@@ -1,0 +1,1 @@
+"""One module per host library. Installed as `bitune_plugin.integrations`."""

@@ -1,0 +1,62 @@
+"""Tiny random models, for unit tests only."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedModel
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi", "phi3", "gpt_neox")
+
+SIZE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+
+SPECIAL = {
+    "mistral": {"sliding_window": 5},
+    "gemma3_text": {
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "query_pre_attn_scalar": 8,
+    },
+    "gpt_neox": {"num_key_value_heads": 4},
+    "phi": {"num_key_value_heads": 4},
+}
+
+
+def tiny(architecture: str = "llama", attention: str = "sdpa", seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A random model of three layers whose outputs are far from uniform, in eval mode, float32."""
+    torch.manual_seed(seed)
+    settings = {**SIZE, **SPECIAL.get(architecture, {}), **changes}
+    if architecture in ("gpt_neox",):
+        settings.pop("head_dim")
+    config = CONFIG_MAPPING[architecture](**settings)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.25)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def randomise_adapters(model: torch.nn.Module, seed: int = 1) -> None:
+    """Gives every adapter weight and theta a value that shows: LoRA's B starts at zero, which hides mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "theta_" in name:
+            values = torch.rand(parameter.shape, generator=generator) * 0.04 - 0.01
+            parameter.data.copy_(values)
+        elif "lora_" in name or "ia3_" in name:
+            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
