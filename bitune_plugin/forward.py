@@ -1,8 +1,9 @@
 """The forward pass of a model that carries Bitune, from `input_ids` to hidden states, and `generate`.
 
-Three places of the model are touched, from the outside in:
+Three kinds of modules are touched, from the outside in:
 
-1. the causal language model: a forward pre-hook turns `labels` into `prompt_mask`, which travels on as a keyword;
+1. the causal language model: `generate` remembers what was prompt, and a forward pre-hook turns `labels` into
+   `prompt_mask`, which travels on as a keyword;
 2. the backbone: its inputs are lengthened by the copy of the encoded prompts, its outputs cut to length again;
 3. every decoder layer: tells its PEFT layers, for the length of its `forward`, which reading they are part of.
 
@@ -16,7 +17,7 @@ import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from transformers.utils import ModelOutput
 from .architectures import Architecture
 from .attention import MIXING, PREFIX, implementation_for
 from .layout import LayoutError, PromptLayout, plan, prompt_from_labels
-from .routing import KEYWORD, Reading, follow_reading, reading_in_progress, unwrap_forward, wrap_forward
+from .routing import KEYWORD, Extension, FollowingLayer, Reading, extend, reading_in_progress, restore
 
 UNREADABLE = {
     "cu_seq_lens_q": "rows that hold several documents (packing, padding-free batches)",
@@ -70,93 +71,101 @@ class Generation:
 _generation: ContextVar[Generation | None] = ContextVar("bitune_generation", default=None)
 
 
+class GeneratingModel(Extension):
+    """A causal language model whose `generate` knows the prompt from the text that follows it."""
+
+    def generate(self, *args: Any, prompt_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """`generate` of transformers, with one argument more.
+
+        Args:
+            prompt_mask: bool `[B, T]`, to go on with text that is partly written: True on the prompt, False on what
+                has been answered so far. By default all of the input is prompt.
+        """
+        given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
+        tokens = next((x for x in given if x is not None), None)
+        if prompt_mask is None:
+            shape = (1, 1) if tokens is None else tokens.shape[:2]
+            prompt_mask = torch.ones(shape, dtype=torch.bool, device=self.device)
+        elif tokens is not None:
+            _check_prompt_mask(prompt_mask, tokens)
+        token = _generation.set(Generation(self.base_model, prompt_mask.bool()))
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            _generation.reset(token)
+
+
+class TwoWayBackbone(Extension):
+    """A backbone that reads the prompts of a batch both ways, in one pass over lengthened rows.
+
+    Attributes:
+        bitune_architecture: the parts of the model, this backbone among them.
+    """
+
+    bitune_architecture: Architecture
+
+    def forward(self, *args: Any, prompt_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """Takes the backbone's own arguments, and
+
+        Args:
+            prompt_mask: bool `[B, T]`, True on every prompt token, the last one included. Without it, inside
+                `generate` the prompt is what `generate` was given; otherwise all of the input is prompt.
+
+        Returns:
+            What the backbone returns, for the `T` tokens given; the cache holds mixed keys and values of the prompt.
+
+        Raises:
+            LayoutError: it cannot be told where a prompt ends.
+            RuntimeError: an attention layer took no part, so that it would have been plainly causal.
+        """
+        kwargs = _by_name(super().forward, args, kwargs)
+        reading = _start_reading(self.bitune_architecture, prompt_mask, kwargs)
+        if reading is None:
+            return super().forward(**kwargs)
+        with reading_in_progress(reading):
+            outputs = super().forward(**_lengthen(reading, kwargs))
+        _check_all_took_part(self.bitune_architecture, reading)
+        outputs = _cut(reading, outputs)
+        return outputs.to_tuple() if kwargs.get("return_dict") is False else outputs
+
+
 def attach(model: PreTrainedModel, architecture: Architecture) -> None:
     """Puts the forward pass of Bitune on a model. Does nothing where it already is."""
-    if model.config._attn_implementation.startswith(PREFIX):
+    if isinstance(architecture.backbone, TwoWayBackbone):
         return
     model.set_attn_implementation(implementation_for(model.config._attn_implementation))
-    model.register_forward_pre_hook(partial(prompt_mask_from_labels, architecture), with_kwargs=True)
-    model.generate = partial(generate, architecture.backbone, model.generate)
-    wrap_forward(architecture.backbone, read_prompts, architecture)
+    model.register_forward_pre_hook(prompt_mask_from_labels, with_kwargs=True)
+    extend(model, GeneratingModel)
+    extend(architecture.backbone, TwoWayBackbone)
+    architecture.backbone.bitune_architecture = architecture
     for layer in architecture.layers:
-        wrap_forward(layer, follow_reading)
+        extend(layer, FollowingLayer)
 
 
 def detach(model: PreTrainedModel, architecture: Architecture) -> None:
-    """Takes it off again: hooks, `generate` and attention implementation are as before `attach`."""
+    """Takes it off again: classes, hooks and attention implementation are as before `attach`."""
     model.set_attn_implementation(model.config._attn_implementation.removeprefix(PREFIX))
     for key, hook in list(model._forward_pre_hooks.items()):
-        if getattr(hook, "func", None) is prompt_mask_from_labels:
+        if hook is prompt_mask_from_labels:
             del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
-    vars(model).pop("generate", None)
-    unwrap_forward(architecture.backbone, read_prompts)
     for layer in architecture.layers:
-        unwrap_forward(layer, follow_reading)
+        restore(layer, FollowingLayer)
+    del architecture.backbone.bitune_architecture
+    restore(architecture.backbone, TwoWayBackbone)
+    restore(model, GeneratingModel)
 
 
 def prompt_mask_from_labels(
-    architecture: Architecture, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook of the causal language model: the leading ignored labels of a row are its prompt."""
-    kwargs = _by_name(model, args, kwargs)
+    kwargs = _by_name(type(model).forward, (model, *args), kwargs) if args else kwargs
+    kwargs.pop("self", None)
     labels = kwargs.get("labels")
-    if labels is not None and kwargs.get("prompt_mask") is None and active_adapter(architecture) is not None:
+    adapter = active_adapter(model.base_model.bitune_architecture)
+    if labels is not None and kwargs.get("prompt_mask") is None and adapter is not None:
         kwargs["prompt_mask"] = prompt_from_labels(labels, _padding_mask(kwargs))
     return (), kwargs
-
-
-def read_prompts(architecture: Architecture, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`forward` of the backbone: reads the prompts of the batch both ways, in one pass over lengthened rows.
-
-    Takes the backbone's own arguments, and
-
-    Args:
-        prompt_mask: bool `[B, T]`, True on every prompt token, the last one included. Without it, inside `generate`
-            the prompt is what `generate` was given; otherwise all of the input is prompt.
-
-    Returns:
-        What the backbone returns, for the `T` tokens given; the cache holds mixed keys and values of the prompt.
-
-    Raises:
-        LayoutError: it cannot be told where a prompt ends.
-        RuntimeError: an attention layer took no part, so that it would have been plainly causal.
-    """
-    kwargs = _by_name(architecture.backbone, args, kwargs)
-    prompt_mask = kwargs.pop("prompt_mask", None)
-    reading = _start_reading(architecture, prompt_mask, kwargs)
-    if reading is None:
-        return forward(**kwargs)
-
-    as_tuple = kwargs.get("return_dict") is False
-    with reading_in_progress(reading):
-        outputs = forward(**_lengthen(reading, kwargs))
-    _check_all_took_part(architecture, reading)
-    outputs = _cut(reading.layout, outputs)
-    if reading.cache is not None:
-        outputs["past_key_values"] = reading.cache
-    return outputs.to_tuple() if as_tuple else outputs
-
-
-def generate(backbone: nn.Module, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`generate` of the causal language model, with one argument more.
-
-    Args:
-        prompt_mask: bool `[B, T]`, to go on with text that is partly written: True on the prompt, False on what has
-            been answered so far. By default all of the input is prompt.
-    """
-    prompt_mask = kwargs.pop("prompt_mask", None)
-    given = [args[0] if args else None, *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
-    tokens = next((x for x in given if x is not None), None)
-    if prompt_mask is None:
-        shape = (1, 1) if tokens is None else tokens.shape[:2]
-        prompt_mask = torch.ones(shape, dtype=torch.bool, device=getattr(tokens, "device", None))
-    elif tokens is not None:
-        _check_prompt_mask(prompt_mask, tokens)
-    token = _generation.set(Generation(backbone, prompt_mask.bool()))
-    try:
-        return generate(*args, **kwargs)
-    finally:
-        _generation.reset(token)
 
 
 def active_adapter(architecture: Architecture) -> str | None:
@@ -243,13 +252,14 @@ def _lengthen(reading: Reading, kwargs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _cut(layout: PromptLayout, outputs: ModelOutput) -> ModelOutput:
-    """Removes the copy from the hidden states that the backbone returns."""
-    outputs["last_hidden_state"] = outputs["last_hidden_state"][:, : layout.tokens]
+def _cut(reading: Reading, outputs: ModelOutput) -> ModelOutput:
+    """Removes the copy from the hidden states that the backbone returns, and gives the caller's cache back."""
+    tokens = reading.layout.tokens
+    outputs["last_hidden_state"] = outputs["last_hidden_state"][:, :tokens]
     if outputs.get("hidden_states") is not None:
-        outputs["hidden_states"] = tuple(
-            states if states is None else states[:, : layout.tokens] for states in outputs["hidden_states"]
-        )
+        outputs["hidden_states"] = tuple(x if x is None else x[:, :tokens] for x in outputs["hidden_states"])
+    if reading.cache is not None:
+        outputs["past_key_values"] = reading.cache
     return outputs
 
 
@@ -258,7 +268,7 @@ def _cache_to_fill(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> Any:
     use_cache = kwargs.get("use_cache")
     if use_cache is None:
         use_cache = getattr(backbone.config, "use_cache", False)
-    if not use_cache or (backbone.is_gradient_checkpointing and backbone.training):
+    if not use_cache or (getattr(backbone, "gradient_checkpointing", False) and backbone.training):
         return None
     past = kwargs.get("past_key_values")
     return DynamicCache(config=backbone.config) if past is None else past
@@ -334,9 +344,6 @@ def _has(kwargs: dict[str, Any], name: str) -> bool:
     return kwargs.get(name) is not None
 
 
-def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of `module.forward` by their names."""
-    if not args:
-        return kwargs
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+def _by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by their names."""
+    return {**inspect.signature(function).bind_partial(*args).arguments, **kwargs} if args else kwargs

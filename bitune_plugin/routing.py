@@ -1,23 +1,18 @@
 """Which adapter a token sees.
 
 In a lengthened row the first `T` tokens belong to the causal stream, the copy behind them to the bidirectional one.
-Every PEFT layer below runs its own `forward` on the first part with the causal adapter and on the second with the
+Every PEFT layer runs its own `forward` on the first part with the causal adapter and on the second with the
 bidirectional adapter, so any PEFT method that works token by token works here, unchanged.
-
-Monkeypatch, in one place: `wrap_forward` replaces `module.forward` on the instance, as accelerate's hooks do. Module
-hooks are not enough (seen on torch 2.13, transformers 5.23, PEFT 0.21.2):
-
-* a PEFT layer must run its `forward` twice with different adapters, and a hook cannot call it in place of itself;
-* transformers checkpoints the `forward` of a decoder layer, so hooks on the layer do not run on recomputation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,7 +36,7 @@ class Reading:
         second_pass_causal: the copy attends causally (ablation "only causal").
         share_adapter: the copy uses the causal adapter too (ablation "shared weights").
         cache: filled with the mixed keys and values, layer by layer; `None` to keep none.
-        seen: the attention modules that took part so far.
+        seen: `layer_idx` of the attention modules that took part so far.
     """
 
     layout: PromptLayout
@@ -70,39 +65,52 @@ def bidirectional(adapter_name: str) -> str:
     return f"{adapter_name}__bidirectional"
 
 
-def follow_reading(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`forward` of a decoder layer: its PEFT layers follow the reading in its keywords, on recomputation too."""
-    with reading_in_progress(kwargs.get(KEYWORD)):
-        return forward(*args, **kwargs)
+class Extension:
+    """What Bitune adds to the `forward` of a module that is already built; see `extend`."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class of an extended module is made on the fly, so pickle and deepcopy must be told how.
+        extension, base = type(self).__bases__
+        return _blank, (base, extension), self.__dict__
 
 
-def two_adapters(layer: BaseTunerLayer, forward: Callable[..., Any], tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """`forward` of a PEFT layer: the causal adapter on the first `T` tokens, the bidirectional one on the copy.
+class FollowingLayer(Extension):
+    """A decoder layer whose PEFT layers follow the reading among its keywords."""
 
-    Args:
-        tokens: `[B, T + E, ...]` during a reading; anything otherwise.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # Here and not in a hook: activation checkpointing runs `forward` again, without hooks, perhaps in another
+        # thread and after other forward passes.
+        with reading_in_progress(kwargs.get(KEYWORD)):
+            return super().forward(*args, **kwargs)
 
-    Raises:
-        RuntimeError: the layer gets its tokens in another shape, so that they cannot be told apart.
-    """
-    reading = _current.get()
-    if reading is None or reading.share_adapter:
-        return forward(tokens, *args, **kwargs)
-    layout = reading.layout
-    if tokens.dim() < 2 or tokens.shape[1] != layout.length:
-        raise RuntimeError(
-            f"A {type(layer).__name__} adapter received tokens of shape {tuple(tokens.shape)}, where Bitune expects "
-            f"[rows, {layout.length}, ...]: it cannot tell which token belongs to which stream. Leave this module out "
-            "of the adapter's `target_modules` (`exclude_modules=...`)."
+
+class TwoAdapterLayer(Extension):
+    """A PEFT layer: the causal adapter on the first `T` tokens of a reading, the bidirectional one on the copy."""
+
+    def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Any `tokens` outside a reading, `[B, T + E, ...]` in one.
+
+        Raises:
+            RuntimeError: tokens of another shape, so that they cannot be told apart.
+        """
+        reading = _current.get()
+        if reading is None or reading.share_adapter:
+            return super().forward(tokens, *args, **kwargs)
+        layout = reading.layout
+        if tokens.dim() < 2 or tokens.shape[1] != layout.length:
+            raise RuntimeError(
+                f"A {type(self).__name__} adapter received tokens of shape {list(tokens.shape)}, where Bitune expects "
+                f"[rows, {layout.length}, ...]: it cannot tell which token belongs to which stream. Leave this module "
+                "out of the adapter's `target_modules` (`exclude_modules=...`)."
+            )
+        copy = with_active_adapter(self, bidirectional(reading.adapter))
+        return torch.cat(
+            [
+                super().forward(tokens[:, : layout.tokens], *args, **kwargs),
+                super(TwoAdapterLayer, copy).forward(tokens[:, layout.tokens :], *args, **kwargs),
+            ],
+            dim=1,
         )
-    copy = with_active_adapter(layer, bidirectional(reading.adapter))
-    return torch.cat(
-        [
-            forward(tokens[:, : layout.tokens], *args, **kwargs),
-            type(layer).forward(copy, tokens[:, layout.tokens :], *args, **kwargs),
-        ],
-        dim=1,
-    )
 
 
 def with_active_adapter(layer: BaseTunerLayer, adapter_name: str) -> BaseTunerLayer:
@@ -113,27 +121,37 @@ def with_active_adapter(layer: BaseTunerLayer, adapter_name: str) -> BaseTunerLa
     return view
 
 
-def wrap_forward(module: nn.Module, around: Callable[..., Any], subject: Any = None) -> None:
-    """Lets `around(subject, forward, *args, **kwargs)` run in place of `module.forward`; once per module.
-
-    Args:
-        subject: what `around` needs to know besides the call; the module itself by default.
-    """
-    if not _is_wrapper(module.forward, around):
-        module.forward = partial(around, module if subject is None else subject, module.forward)
+# Monkeypatch, in one place: `extend` gives a built module a subclass of its class, as FSDP2 does. Module hooks are not
+# enough (torch 2.13, transformers 5.23, PEFT 0.21.2): a PEFT layer must run its `forward` twice, and what is to hold
+# during the recomputation of a decoder layer must be part of its `forward`.
 
 
-def unwrap_forward(module: nn.Module, around: Callable[..., Any]) -> None:
-    """Takes `wrap_forward` back, also from under an accelerate hook that came later."""
-    for name in ("forward", "_old_forward"):
-        wrapper = getattr(module, name, None)
-        if _is_wrapper(wrapper, around):
-            inner = wrapper.args[1]
-            if name == "forward" and getattr(inner, "__func__", None) is type(module).forward:
-                del module.forward
-            else:
-                setattr(module, name, inner)
+def extend(module: nn.Module, extension: type[Extension]) -> None:
+    """Puts `extension` in front of the class of `module`, under the same name. Once."""
+    if not isinstance(module, extension):
+        _set_class(module, _extended(type(module), extension))
 
 
-def _is_wrapper(forward: Any, around: Callable[..., Any]) -> bool:
-    return isinstance(forward, partial) and forward.func is around
+def restore(module: nn.Module, extension: type[Extension]) -> None:
+    """Takes `extend` back."""
+    if isinstance(module, extension):
+        _set_class(module, type(module).__bases__[1])
+
+
+@cache
+def _extended(base: type, extension: type[Extension]) -> type:
+    # Name and module stay: FSDP's wrapping policies, `device_map` and saving go by them.
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (extension, base), names)
+
+
+def _set_class(module: nn.Module, cls: type) -> None:
+    module.__class__ = cls
+    if isinstance(vars(module).get("_old_forward"), types.MethodType):
+        # accelerate's hooks hold on to the `forward` they found.
+        module._old_forward = types.MethodType(cls.forward, module)
+
+
+def _blank(base: type, extension: type[Extension]) -> nn.Module:
+    cls = _extended(base, extension)
+    return cls.__new__(cls)

@@ -31,7 +31,7 @@ from .config import NO_MIXING, BituneConfig
 from .forward import attach, detach
 from .mixing import mix
 from .plugins import mixings
-from .routing import bidirectional, two_adapters, wrap_forward
+from .routing import TwoAdapterLayer, bidirectional, extend
 
 BIDIRECTIONAL = "bidirectional"
 """What stands in the keys of a saved adapter where the inner adapter's name stands in the model."""
@@ -205,6 +205,23 @@ class BituneModel(BaseTuner):
         if was_active and self.active_adapters:
             self.set_adapter(self.active_adapters)
 
+    def alphas(self, adapter_name: str | None = None) -> dict[str, list[Tensor]]:
+        """How much of the bidirectional reading each layer takes (paper, figure 4).
+
+        Args:
+            adapter_name: the active adapter by default.
+
+        Returns:
+            Under `"key"` and `"value"`, one alpha per layer, in order: float32, `[1]` or `[key/value heads]`. The same
+            for every layer with `mixing_granularity="model"`; empty lists with `mixing="none"`.
+        """
+        name = self.active_adapters[0] if adapter_name is None else adapter_name
+        layers = [getattr(attention, MIXING).alphas(name) for attention in self.architecture.attentions]
+        return {
+            kind: [pair[index] for pair in layers if pair[index] is not None]
+            for index, kind in enumerate(("key", "value"))
+        }
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Refuses: see `merge_and_unload`."""
         self._check_merge_allowed()
@@ -292,7 +309,7 @@ class BituneModel(BaseTuner):
             if name not in layer._get_available_adapters():
                 continue
             if layer in inside:
-                wrap_forward(layer, two_adapters)
+                extend(layer, TwoAdapterLayer)
             else:
                 layer.delete_adapter(name)
 

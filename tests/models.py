@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi", "phi3", "gpt_neox")
 
@@ -45,7 +45,7 @@ def tiny(architecture: str = "llama", attention: str = "sdpa", seed: int = 0, **
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                parameter.normal_(0, 0.25)
+                parameter.normal_(0, 0.15)
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
@@ -55,8 +55,10 @@ def randomise_adapters(model: torch.nn.Module, seed: int = 1) -> None:
     """Gives every adapter weight and theta a value that shows: LoRA's B starts at zero, which hides mistakes."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
         if "theta_" in name:
-            values = torch.rand(parameter.shape, generator=generator) * 0.04 - 0.01
-            parameter.data.copy_(values)
-        elif "lora_" in name or "ia3_" in name:
-            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+            parameter.data.copy_(0.01 + 0.01 * noise)
+        elif "ia3_" in name or "magnitude" in name:
+            parameter.data.mul_(1 + 0.2 * noise)
+        elif "lora_" in name:
+            parameter.data.copy_(0.15 * noise)

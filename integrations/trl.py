@@ -1,0 +1,312 @@
+"""TRL's `SFTTrainer` for Bitune: `from bitune_plugin import BituneSFTTrainer as SFTTrainer`.
+
+The stock trainer with `peft_config=BituneConfig()` trains the same numbers from a prompt/completion dataset. This one
+knows the prompt also where labels do not tell it (`completion_only_loss=False`, label smoothing, `compute_metrics`),
+checks the dataset before training starts, treats theta apart, and logs alpha.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedType
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from trl import SFTConfig, SFTTrainer
+
+from bitune_plugin.config import PEFT_TYPE, BituneConfig
+from bitune_plugin.layout import prompt_from_labels
+from bitune_plugin.tuner import BituneModel
+
+logger = get_logger(__name__)
+
+PROMPT_LENGTH = "prompt_length"
+"""Dataset column: how many tokens of a sample are its prompt."""
+
+IGNORED = -100
+"""Label of a token that does not count for the loss."""
+
+
+@dataclass
+class BituneSFTConfig(SFTConfig):
+    """`SFTConfig`, and what concerns theta alone. `BituneSFTTrainer` takes a plain `SFTConfig` as well.
+
+    Args:
+        theta_learning_rate: learning rate of theta; `learning_rate` by default. The schedule is the same.
+        theta_max_grad_norm: clip the gradient of theta by its own norm, and that of all other parameters by
+            `max_grad_norm`. By default everything is clipped together, as the authors do; theta's gradient is by
+            far the largest, and then sets the factor for all parameters.
+    """
+
+    theta_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of theta; `learning_rate` by default."}
+    )
+    theta_max_grad_norm: float | None = field(
+        default=None, metadata={"help": "Clip theta's gradient apart, by this norm; by default all together."}
+    )
+
+
+class BituneSFTTrainer(SFTTrainer):
+    """Supervised fine-tuning with Bitune. Takes the arguments of `trl.SFTTrainer`.
+
+    `peft_config` may be a `BituneConfig` or any other PEFT config, which then is the adapter of both streams; leave
+    it out for a model that already carries Bitune. Datasets need a prompt: columns `prompt` and `completion` (text or
+    messages), or token ids with `completion_mask` or `labels`.
+
+    Raises:
+        ValueError: no Bitune adapter to train, a dataset without prompts, or a setting that would put several
+            documents into one row; the message says what to change.
+    """
+
+    _tag_names = ["trl", "sft", "bitune"]  # noqa: RUF012
+    _name = "Bitune SFT"
+    _paper = {  # noqa: RUF012
+        "title": "Bitune: Leveraging Bidirectional Attention to Improve Decoder-Only LLMs",
+        "id": "2405.14862",
+        "citation": (
+            "@inproceedings{kopiczko2025bitune,\n"
+            "    title     = {{Bitune: Leveraging Bidirectional Attention to Improve Decoder-Only LLMs}},\n"
+            "    author    = {Dawid J. Kopiczko and Tijmen Blankevoort and Yuki M. Asano},\n"
+            "    booktitle = {Proceedings of EMNLP},\n"
+            "    year      = {2025},\n"
+            "    url       = {https://arxiv.org/abs/2405.14862},\n"
+            "}"
+        ),
+    }
+
+    @functools.wraps(SFTTrainer.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        arguments = inspect.signature(SFTTrainer.__init__).bind(self, *args, **kwargs).arguments
+        del arguments["self"]
+        arguments["peft_config"] = _bitune_config(arguments["model"], arguments.get("peft_config"))
+        _check_one_document_per_row(arguments.get("args"))
+        super().__init__(**arguments)
+        self.data_collator = PromptCollator(self.data_collator)
+
+    # The prompt, from the dataset to the model.
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        args: SFTConfig,
+        packing: bool,
+        formatting_func: Callable[[dict], str] | None,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
+        columns = next(iter(dataset)).keys()
+        if PROMPT_LENGTH in columns and "labels" in columns:
+            return dataset
+        _check_has_prompt(columns, formatting_func, dataset_name)
+        dataset = self._tokenize_uncut(dataset, processing_class, args, dataset_name)
+        workers = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
+        marking = {
+            "completion_only": self.completion_only_loss and "labels" not in columns,
+            "max_length": args.max_length,
+            "keep_end": args.truncation_mode == "keep_end",
+        }
+        marked = dataset.map(mark_prompt, fn_kwargs=marking, **workers)
+        kept = marked.filter(has_prompt_and_completion, **workers)
+        _report_dropped(marked, kept, dataset_name, args.max_length)
+        return kept.shuffle(seed=args.seed) if args.shuffle_dataset else kept
+
+    def _tokenize_uncut(
+        self, dataset: Any, processing_class: PreTrainedTokenizerBase | ProcessorMixin, args: SFTConfig, name: str
+    ) -> Any:
+        """TRL's preparation without truncation and prompt labels: both would lose where the prompt ends."""
+        uncut = copy.copy(args)
+        uncut.max_length, uncut.shuffle_dataset = None, False
+        completion_only, self.completion_only_loss = self.completion_only_loss, False
+        try:
+            return super()._prepare_dataset(dataset, processing_class, uncut, False, None, name)
+        finally:
+            self.completion_only_loss = completion_only
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if PROMPT_LENGTH not in self._signature_columns:
+            self._signature_columns.append(PROMPT_LENGTH)
+
+    def _reject_skip_prepare_without_labels(self, datasets: dict[str, Any], data_collator: Any) -> None:
+        super()._reject_skip_prepare_without_labels(datasets, getattr(data_collator, "collator", data_collator))
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        # TRL calls the model without labels in places; the prompt must not depend on them.
+        if inputs.get("prompt_mask") is None and inputs.get("labels") is not None:
+            inputs["prompt_mask"] = prompt_from_labels(inputs["labels"], inputs.get("attention_mask"))
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    # Theta.
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The stock optimizer, with theta in a group of its own: its own learning rate, no weight decay."""
+        if self.optimizer is not None:
+            return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        thetas = _thetas(self.model if model is None else model)
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if not any(p is theta for theta in thetas)]
+        settings = {"params": thetas, "weight_decay": 0.0}
+        if getattr(self.args, "theta_learning_rate", None) is not None:
+            settings["lr"] = self.args.theta_learning_rate
+        optimizer.add_param_group(settings)
+        return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | float:
+        theta_norm = getattr(self.args, "theta_max_grad_norm", None)
+        if theta_norm is None:
+            return super()._clip_grad_norm(model)
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"`theta_max_grad_norm={theta_norm}` is not supported with {self.accelerator.distributed_type.value}, "
+                "which clips sharded gradients by itself. Leave it unset."
+            )
+        thetas = _thetas(model)
+        others = [p for p in model.parameters() if not any(p is theta for theta in thetas)]
+        norms = [
+            self.accelerator.clip_grad_norm_(others, self.args.max_grad_norm),
+            nn.utils.clip_grad_norm_(thetas, theta_norm),
+        ]
+        return math.hypot(*(float(norm) for norm in norms))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the mean, least and greatest alpha of keys and of values beside the loss."""
+        if "loss" in logs:
+            logs.update(_alpha_summary(self.accelerator.unwrap_model(self.model).base_model))
+        super().log(logs, *args, **kwargs)
+
+
+@dataclass
+class PromptCollator:
+    """Adds `prompt_mask` to the batches of another collator, for samples that know their prompt's length.
+
+    Args:
+        collator: makes a batch of samples; may pad on either side.
+    """
+
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        lengths = [sample.get(PROMPT_LENGTH) for sample in samples]
+        batch = self.collator([{k: v for k, v in sample.items() if k != PROMPT_LENGTH} for sample in samples])
+        if None not in lengths:
+            attended = batch["attention_mask"].bool()
+            batch["prompt_mask"] = attended & (attended.cumsum(dim=1) <= torch.tensor(lengths)[:, None])
+        return batch
+
+
+def mark_prompt(sample: dict[str, Any], completion_only: bool, max_length: int | None, keep_end: bool) -> dict:
+    """Counts the prompt of a tokenised sample, and cuts the sample to `max_length` without losing the boundary.
+
+    Args:
+        sample: `input_ids` and `labels`, and `completion_mask` where TRL tokenised a prompt and a completion.
+        completion_only: prompt tokens do not count for the loss.
+        max_length: tokens to keep; `None` for all.
+        keep_end: cut from the left.
+    """
+    outside = sample.get("completion_mask") or [label != IGNORED for label in sample["labels"]]
+    length = outside.index(True) if True in outside else len(outside)
+    labels = sample["labels"]
+    if completion_only:
+        labels = [label if kept else IGNORED for label, kept in zip(labels, outside, strict=True)]
+    total = len(sample["input_ids"])
+    start = max(0, total - max_length) if keep_end and max_length is not None else 0
+    stop = total if max_length is None else min(total, start + max_length)
+    return {
+        "input_ids": sample["input_ids"][start:stop],
+        "labels": labels[start:stop],
+        PROMPT_LENGTH: min(max(length - start, 0), stop - start),
+    }
+
+
+def has_prompt_and_completion(sample: dict[str, Any]) -> bool:
+    """Whether something is left on both sides of the boundary."""
+    return sample[PROMPT_LENGTH] > 0 and any(label != IGNORED for label in sample["labels"][sample[PROMPT_LENGTH] :])
+
+
+def _bitune_config(model: Any, peft_config: PeftConfig | None) -> PeftConfig | None:
+    carried = getattr(getattr(model, "base_model", None), "peft_config", None)
+    if isinstance(getattr(model, "base_model", None), BituneModel):
+        return peft_config  # TRL refuses a config for a model that already carries an adapter
+    if carried is not None:
+        raise ValueError(
+            "`model` carries a PEFT adapter that is not Bitune. Pass the base model, and the adapter's config as "
+            "`peft_config`; `model.unload()` gives the base model."
+        )
+    if peft_config is None:
+        raise ValueError(
+            "`peft_config` is missing, and `model` carries no Bitune adapter. Pass `peft_config=BituneConfig()` for "
+            "the paper's set-up, or any PEFT config such as `LoraConfig(...)` (with TRL's scripts: `--use_peft`). "
+            "Full fine-tuning is not supported yet."
+        )
+    if peft_config.peft_type == PEFT_TYPE:
+        return peft_config
+    return BituneConfig(adapter=peft_config)
+
+
+def _check_one_document_per_row(args: Any) -> None:
+    for name in ("packing", "eval_packing", "padding_free"):
+        if getattr(args, name, None):
+            raise ValueError(
+                f"`{name}=True` puts several documents into one row, and Bitune reads one prompt and its completion "
+                f"per row. Set `{name}=False`."
+            )
+
+
+def _check_has_prompt(columns: Any, formatting_func: Callable | None, name: str) -> None:
+    if formatting_func is not None:
+        raise ValueError(
+            "`formatting_func` makes plain text, in which nothing tells the prompt from the completion. Map the "
+            "dataset to columns 'prompt' and 'completion' before, and leave `formatting_func` out."
+        )
+    prepared = "input_ids" in columns and ("labels" in columns or "completion_mask" in columns)
+    if prepared or ("prompt" in columns and "completion" in columns):
+        return
+    advice = (
+        "Make 'prompt' of all messages before the last assistant turn, and 'completion' of that turn."
+        if "messages" in columns
+        else "Map it to columns 'prompt' and 'completion', or add a 'completion_mask' beside 'input_ids'."
+    )
+    raise ValueError(
+        f"The {name} dataset has columns {sorted(columns)}, which do not tell the prompt from the completion, and "
+        f"Bitune reads the two differently. {advice}"
+    )
+
+
+def _report_dropped(marked: Any, kept: Any, name: str, max_length: int | None) -> None:
+    if isinstance(marked, IterableDataset) or len(kept) == len(marked):
+        return
+    message = (
+        f"{len(marked) - len(kept)} of {len(marked)} samples of the {name} dataset have no prompt or no completion "
+        f"left within `max_length={max_length}`."
+    )
+    if len(kept) == 0:
+        raise ValueError(f"{message} Raise `max_length`, or look at the dataset.")
+    logger.warning(f"{message} They are left out.")
+
+
+def _thetas(model: nn.Module) -> list[nn.Parameter]:
+    return [p for name, p in model.named_parameters() if ".bitune_mixing." in name and p.requires_grad]
+
+
+def _alpha_summary(model: BituneModel) -> dict[str, float]:
+    return dict(_summaries(model.alphas()))
+
+
+def _summaries(alphas: dict[str, list[Tensor]]) -> Iterator[tuple[str, float]]:
+    for kind, by_layer in alphas.items():
+        if by_layer:
+            values = torch.cat([alpha.detach().flatten() for alpha in by_layer])
+            yield f"alpha_{kind}_mean", values.mean().item()
+            yield f"alpha_{kind}_min", values.min().item()
+            yield f"alpha_{kind}_max", values.max().item()
