@@ -13,8 +13,12 @@ import os
 import sys
 from types import ModuleType
 
-HOSTS = ("peft",)
-"""Modules whose import calls the hook `bitune_register`."""
+HOSTS = {"peft.mapping_func": "peft"}
+"""The module whose import announces Bitune to a host library, and the host's name in the hook `bitune_register`.
+
+Not `peft` itself: PEFT imports torch, so that its own import has already begun when we are called, and wrapt takes a
+module whose import has begun for imported. `peft.mapping_func` comes after all tuners are there.
+"""
 
 
 def autoload() -> None:
@@ -24,18 +28,18 @@ def autoload() -> None:
     try:
         from wrapt import register_post_import_hook
 
-        for host in HOSTS:
-            register_post_import_hook(announce, host)
+        for module in HOSTS:
+            register_post_import_hook(announce, module)
     except Exception as error:  # whatever is wrong with this installation, `import torch` must go on
         _complain(error)
 
 
-def announce(host: ModuleType) -> None:
-    """Calls the hook `bitune_register` for a host library that has just been imported."""
+def announce(module: ModuleType) -> None:
+    """Calls the hook `bitune_register` for a host library whose `module` has just been imported."""
     try:
         from bitune_plugin.plugins import plugin_manager
 
-        plugin_manager().hook.bitune_register(host=host.__name__)
+        plugin_manager().hook.bitune_register(host=HOSTS[module.__name__])
     except Exception as error:  # and so must `import peft`
         _complain(error)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import peft as _peft  # first: on import of PEFT, `bitune_autoload` imports modules of this package
+import peft as _peft  # first: while it is imported, `bitune_autoload` imports modules of this package
 
 from .config import BituneConfig
 from .plugins import plugin_manager as _plugin_manager

@@ -61,24 +61,54 @@ def _describe_decoder(model: nn.Module) -> Architecture:
             f"Bitune works on decoder-only models, and {name} is an encoder-decoder: its encoder already reads the "
             "prompt in both directions. Use the inner adapter alone, for instance `LoraConfig`."
         )
-    backbone = model.base_model
-    if backbone is model:
+    if model.config.get_text_config() is not model.config:
         raise UnsupportedModelError(
-            f"{name} has no language-model head around its backbone. Load the model with `AutoModelForCausalLM`."
+            f"{name} reads more than text, and Bitune does not know how to read the rest twice. Load its language "
+            "model alone, with `AutoModelForCausalLM`."
         )
+    backbone = _backbone(model)
     if not backbone._can_set_attn_implementation():
         raise UnsupportedModelError(
             f"The attention of {name} does not go through transformers' AttentionInterface, where Bitune attaches."
         )
     layers = [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
     attentions = [module for module in backbone.modules() if _is_attention(module)]
-    if not attentions or len(layers) != len(attentions):
+    _check_attention_alone(name, layers, attentions)
+    if not all(attention.is_causal for attention in attentions):
         raise UnsupportedModelError(
-            f"{name} has {len(layers)} decoder layers and {len(attentions)} attention modules that Bitune recognises. "
-            "Every layer must mix tokens by attention alone: state-space, convolutional and linear-attention mixers "
-            "carry state from token to token, and the copy of the prompt would run through it."
+            f"{name} is set up to attend in both directions by itself. Bitune adds the second direction to a causal "
+            "model: load it with `is_decoder=True`, or without `use_bidirectional_attention`."
         )
     return Architecture(backbone, layers, attentions)
+
+
+def _backbone(model: PreTrainedModel) -> PreTrainedModel:
+    backbone = model.base_model
+    if backbone is model:  # a few models do not keep their backbone under the name they say
+        backbone = getattr(model, "model", model)
+    if backbone is model or not isinstance(backbone, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no language-model head around its backbone. Load the model with "
+            "`AutoModelForCausalLM`."
+        )
+    return backbone
+
+
+def _check_attention_alone(name: str, layers: list[nn.Module], attentions: list[nn.Module]) -> None:
+    """Raises UnsupportedModelError unless every layer mixes tokens by one attention, and by nothing else."""
+    found = f"{name} has {len(layers)} decoder layers and {len(attentions)} attention modules that Bitune recognises"
+    if len(attentions) > len(layers):
+        raise UnsupportedModelError(
+            f"{found}. It must be one for each layer: with cross-attention, say, it is not clear which keys to mix. A "
+            "plugin can say which (hook `bitune_architecture`)."
+        )
+    convolves = any(isinstance(module, nn.Conv1d) for layer in layers for module in layer.modules())
+    if len(attentions) < len(layers) or not layers or convolves:
+        raise UnsupportedModelError(
+            f"{found}{', and convolutions beside' if convolves else ''}. Every layer must mix tokens by attention "
+            "alone: state-space, convolutional and linear-attention mixers carry state from token to token, and the "
+            "copy of the prompt would run through it. Use the inner adapter alone, for instance `LoraConfig`."
+        )
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -7,12 +7,15 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, TaskType
+import torch
+from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners import LoraConfig
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, TaskType
 from safetensors import SafetensorError, safe_open
 
 from .plugins import mixings
@@ -22,16 +25,22 @@ NO_MIXING = "none"
 GRANULARITIES = ("layer", "head", "model")
 SECOND_PASSES = ("bidirectional", "causal")
 
+CHANGES_BASE_WEIGHTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""Values of `init_lora_weights` that take something out of the base weights."""
+
 SHARED_FIELDS = ("task_type", "base_model_name_or_path", "revision", "inference_mode")
 """Fields that the inner config takes from the outer one, so that it is a whole PEFT config by itself."""
 
 
 class _PeftType(str):
-    """PEFT's `PeftType` is an enum and cannot grow; some of PEFT's messages ask its members for `value`."""
+    """Stands in for a member of PEFT's enum `PeftType`, which cannot grow, where PEFT prints one."""
 
     @property
     def value(self) -> str:
-        return str(self)
+        return str.__str__(self)
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"
 
 
 @dataclass
@@ -70,6 +79,10 @@ class BituneConfig(PeftConfig):
         default="bidirectional", metadata={"help": "Attention of the second reading: 'bidirectional' or 'causal'."}
     )
     share_adapter: bool = field(default=False, metadata={"help": "Both streams use the causal adapter."})
+
+    unused = False
+    """Not a setting: read from a folder whose weights have not been loaded, nor the adapter been run, so that nothing
+    is lost when it is taken off again."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,28 +135,31 @@ class BituneConfig(PeftConfig):
         """All settings, the inner config as a dict under `adapter` with its own `peft_type`; sets become lists."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "adapter"}
         adapter = {**self.causal_config().to_dict(), "peft_type": str(self.adapter.peft_type.value)}
-        return {**own, "peft_type": str(self.peft_type), "adapter": _without_sets(adapter)}
+        return {**own, "peft_type": PEFT_TYPE, "adapter": _without_sets(adapter)}
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> BituneConfig:
-        """As `PeftConfig.from_pretrained`; refuses a local folder whose weights are cut off, before any model is
-        touched.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> BituneConfig:
+        """As `PeftConfig.from_pretrained`. Of a local folder it also looks at the weights, because PEFT reads them
+        only when it has already changed the model.
 
         Raises:
-            ValueError: no config there, one that does not describe a Bitune adapter, or broken weights beside it.
+            ValueError: no config there, one that does not describe a Bitune adapter, or weights beside it that cannot
+                be read or are not there.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         if not isinstance(config, BituneConfig):
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a {config.peft_type} adapter, not a Bitune adapter. Load it "
                 f"with `{type(config).__name__}`, or `PeftConfig`."
             )
-        _check_weights_readable(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
-        config.from_folder = True
+        _check_weights(Path(pretrained_model_name_or_path, subfolder or ""), config)
+        config.unused = True
         return config
 
 
-_OWN_FIELDS = {f.name for f in dataclasses.fields(BituneConfig)} | {"from_folder"}
+_OWN_FIELDS = {f.name for f in dataclasses.fields(BituneConfig)} | {"unused"}
 
 
 def _check_choice(name: str, value: Any, choices: list[str] | tuple[str, ...]) -> None:
@@ -178,7 +194,20 @@ def _inner_config(adapter: PeftConfig | dict[str, Any] | None) -> PeftConfig:
             f"`adapter` has `task_type={str(adapter.task_type)!r}`: Bitune is for causal language models. Leave its "
             "`task_type` out."
         )
+    _check_base_weights_untouched(adapter)
     return adapter
+
+
+def _check_base_weights_untouched(adapter: PeftConfig) -> None:
+    """Raises ValueError for settings that change the base model itself, which both streams stand on."""
+    init = str(getattr(adapter, "init_lora_weights", "")).lower()
+    if init.startswith(CHANGES_BASE_WEIGHTS):
+        raise ValueError(
+            f"`init_lora_weights={adapter.init_lora_weights!r}` takes its start out of the base weights, which two "
+            "adapters cannot both do. Use `init_lora_weights=True`, 'gaussian' or 'orthogonal'."
+        )
+    if getattr(adapter, "layer_replication", None):
+        raise ValueError("`layer_replication` is not supported: build the deeper model first, then put Bitune on it.")
 
 
 def _config_from_dict(settings: dict[str, Any]) -> PeftConfig:
@@ -201,12 +230,34 @@ def _without_sets(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else value
 
 
-def _check_weights_readable(folder: Path) -> None:
-    weights = folder / SAFETENSORS_WEIGHTS_NAME
-    if not weights.is_file():
+def _check_weights(folder: Path, config: BituneConfig) -> None:
+    if not folder.is_dir():
+        return  # a hub id, whose files the hub checks
+    keys = _saved_keys(folder)
+    if keys is None:
+        if config.inference_mode:  # so PEFT marks the config of an adapter that it saves whole
+            raise ValueError(
+                f"{folder} holds the config of a saved adapter, but neither {SAFETENSORS_WEIGHTS_NAME} nor "
+                f"{WEIGHTS_NAME}. Copy or download the adapter again."
+            )
         return
+    for module in getattr(config, "modules_to_save", None) or []:
+        if not any(module in key.split(".") for key in keys):
+            raise ValueError(
+                f"The weights in {folder} lack the module {module!r}, which `modules_to_save` of the config names. "
+                "Copy or download the adapter again."
+            )
+
+
+def _saved_keys(folder: Path) -> set[str] | None:
+    """Keys of the saved weights, or `None` if there are none."""
+    weights, pickled = folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME
     try:
-        with safe_open(weights, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{weights} is damaged ({error}). Copy or download the adapter again.") from error
+        if weights.is_file():
+            with safe_open(weights, framework="pt") as file:
+                return set(file.keys())
+        if pickled.is_file():
+            return set(torch.load(pickled, map_location="meta", weights_only=True))
+    except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError) as error:
+        raise ValueError(f"The weights in {folder} are damaged ({error}). Copy the adapter again.") from error
+    return None

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .architectures import Architecture
@@ -33,7 +33,6 @@ from .routing import KEYWORD, Extension, FollowingLayer, Reading, extend, readin
 UNREADABLE = {
     "cu_seq_lens_q": "rows that hold several documents (packing, padding-free batches)",
     "seq_idx": "rows that hold several documents (packing, padding-free batches)",
-    "cache": "paged attention (continuous batching)",
 }
 """Keywords of the backbone under which one row is not one prompt and its completion, and what they stand for."""
 
@@ -61,7 +60,7 @@ class Generation:
             raise LayoutError(
                 f"`generate` was given {given_rows} prompt(s) of {given_tokens} tokens, but the model is to read "
                 f"{rows} row(s) of {tokens}. Bitune reads a prompt in one piece: leave `prefill_chunk_size` and "
-                "`guidance_scale` unset."
+                "`guidance_scale` unset, and call `model.eval()` if gradient checkpointing is on."
             )
         # Beams and returned sequences repeat every row.
         mask = self.prompt_mask.repeat_interleave(rows // given_rows, dim=0)
@@ -72,7 +71,13 @@ _generation: ContextVar[Generation | None] = ContextVar("bitune_generation", def
 
 
 class GeneratingModel(Extension):
-    """A causal language model whose `generate` knows the prompt from the text that follows it."""
+    """A causal language model whose `generate` knows the prompt from the text that follows it.
+
+    Attributes:
+        bitune_architecture: the parts of the model.
+    """
+
+    bitune_architecture: Architecture
 
     def generate(self, *args: Any, prompt_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """`generate` of transformers, with one argument more.
@@ -81,18 +86,56 @@ class GeneratingModel(Extension):
             prompt_mask: bool `[B, T]`, to go on with text that is partly written: True on the prompt, False on what
                 has been answered so far. By default all of the input is prompt.
         """
+        if kwargs.get("cache_implementation") == "paged":
+            self._refuse_continuous_batching("cache_implementation='paged'")
         given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
         tokens = next((x for x in given if x is not None), None)
         if prompt_mask is None:
             shape = (1, 1) if tokens is None else tokens.shape[:2]
             prompt_mask = torch.ones(shape, dtype=torch.bool, device=self.device)
-        elif tokens is not None:
+        else:
             _check_prompt_mask(prompt_mask, tokens)
-        token = _generation.set(Generation(self.base_model, prompt_mask.bool()))
+            _check_unread(kwargs.get("past_key_values"))
+        token = _generation.set(Generation(self.bitune_architecture.backbone, prompt_mask.bool()))
         try:
             return super().generate(*args, **kwargs)
         finally:
             _generation.reset(token)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,  # transformers looks for this name in the signature
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As in transformers; but for static caches it makes 4-D masks of the 2-D one, which the prompt needs."""
+        kwargs |= {
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+        }
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        return inputs if _holds_tokens(past_key_values) else {**inputs, "attention_mask": attention_mask}
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused while a Bitune adapter is on."""
+        self._refuse_continuous_batching("generate_batch")
+        return super().generate_batch(*args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused while a Bitune adapter is on."""
+        self._refuse_continuous_batching("init_continuous_batching")
+        return super().init_continuous_batching(*args, **kwargs)
+
+    def _refuse_continuous_batching(self, name: str) -> None:
+        if active_adapter(self.bitune_architecture) is not None:
+            raise LayoutError(
+                f"`{name}`: continuous batching reads prompts in pieces, into a paged cache, and Bitune reads a prompt "
+                "in one piece. Call `generate` with a padded batch instead."
+            )
 
 
 class TwoWayBackbone(Extension):
@@ -136,6 +179,7 @@ def attach(model: PreTrainedModel, architecture: Architecture) -> None:
     model.set_attn_implementation(implementation_for(model.config._attn_implementation))
     model.register_forward_pre_hook(prompt_mask_from_labels, with_kwargs=True)
     extend(model, GeneratingModel)
+    model.bitune_architecture = architecture
     extend(architecture.backbone, TwoWayBackbone)
     architecture.backbone.bitune_architecture = architecture
     for layer in architecture.layers:
@@ -150,7 +194,7 @@ def detach(model: PreTrainedModel, architecture: Architecture) -> None:
             del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
     for layer in architecture.layers:
         restore(layer, FollowingLayer)
-    del architecture.backbone.bitune_architecture
+    del architecture.backbone.bitune_architecture, model.bitune_architecture
     restore(architecture.backbone, TwoWayBackbone)
     restore(model, GeneratingModel)
 
@@ -162,7 +206,7 @@ def prompt_mask_from_labels(
     kwargs = _by_name(type(model).forward, (model, *args), kwargs) if args else kwargs
     kwargs.pop("self", None)
     labels = kwargs.get("labels")
-    adapter = active_adapter(model.base_model.bitune_architecture)
+    adapter = active_adapter(model.bitune_architecture)
     if labels is not None and kwargs.get("prompt_mask") is None and adapter is not None:
         kwargs["prompt_mask"] = prompt_from_labels(labels, _padding_mask(kwargs))
     return (), kwargs
@@ -183,16 +227,12 @@ def _start_reading(architecture: Architecture, prompt_mask: Tensor | None, kwarg
         if kwargs.get(name) is not None:
             raise LayoutError(
                 f"The model was called with `{name}`, which stands for {meaning}. Bitune needs one prompt and its "
-                "completion per row: set `packing=False` and `padding_free=False` in TRL, call `generate` instead of "
-                "`generate_batch`, and leave `cache_implementation='paged'` unset."
+                "completion per row: set `packing=False` and `padding_free=False`."
             )
     past = kwargs.get("past_key_values")
-    if past is not None and past.get_seq_length() > 0:
+    if _holds_tokens(past):
         if prompt_mask is not None:
-            raise LayoutError(
-                "`prompt_mask` came with a `past_key_values` that already holds tokens. Bitune reads a prompt in one "
-                "piece, before anything is in the cache: pass an empty cache, or leave `prompt_mask` out."
-            )
+            _check_unread(past)
         return None
     layout = _plan(architecture, prompt_mask, kwargs)
     if layout is None:
@@ -208,6 +248,7 @@ def _start_reading(architecture: Architecture, prompt_mask: Tensor | None, kwarg
             implementation_for(architecture.backbone.config._attn_implementation)
         )
     settings = getattr(architecture.attentions[0], MIXING).settings[adapter]
+    settings.unused = False
     return Reading(
         layout,
         adapter,
@@ -263,7 +304,7 @@ def _cut(reading: Reading, outputs: ModelOutput) -> ModelOutput:
     return outputs
 
 
-def _cache_to_fill(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> Any:
+def _cache_to_fill(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> Cache | None:
     """The cache the caller gave, or a new one where the backbone would have made one."""
     use_cache = kwargs.get("use_cache")
     if use_cache is None:
@@ -284,7 +325,23 @@ def _check_all_took_part(architecture: Architecture, reading: Reading) -> None:
         )
 
 
-def _check_prompt_mask(prompt_mask: Tensor, tokens: Tensor) -> None:
+def _holds_tokens(past: Cache | None) -> bool:
+    return past is not None and bool(past.get_seq_length() > 0)
+
+
+def _check_unread(past: Cache | None) -> None:
+    if _holds_tokens(past):
+        raise LayoutError(
+            "`prompt_mask` came with a `past_key_values` that already holds tokens. Bitune reads a prompt in one "
+            "piece, before anything is in the cache: pass an empty cache, or leave `prompt_mask` out."
+        )
+
+
+def _check_prompt_mask(prompt_mask: Any, tokens: Tensor | None) -> None:
+    if not isinstance(prompt_mask, Tensor):
+        raise LayoutError(f"`prompt_mask` is a {type(prompt_mask).__name__}. Pass a tensor, one bool per token.")
+    if tokens is None:
+        raise LayoutError("`prompt_mask` came without tokens. Pass `input_ids` or `inputs_embeds` beside it.")
     if prompt_mask.shape != tokens.shape[:2]:
         raise LayoutError(
             f"`prompt_mask` has shape {list(prompt_mask.shape)}, but the input has {tokens.shape[0]} row(s) of "

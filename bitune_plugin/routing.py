@@ -146,10 +146,13 @@ def _extended(base: type, extension: type[Extension]) -> type:
 
 
 def _set_class(module: nn.Module, cls: type) -> None:
+    methods = {base.__dict__.get("forward") for base in type(module).__mro__}
     module.__class__ = cls
-    if isinstance(vars(module).get("_old_forward"), types.MethodType):
-        # accelerate's hooks hold on to the `forward` they found.
-        module._old_forward = types.MethodType(cls.forward, module)
+    # accelerate's hooks keep the `forward` they found on the instance, and leave it there when they are taken off.
+    for name in ("forward", "_old_forward"):
+        kept = vars(module).get(name)
+        if isinstance(kept, types.MethodType) and kept.__func__ in methods:
+            setattr(module, name, types.MethodType(cls.forward, module))
 
 
 def _blank(base: type, extension: type[Extension]) -> nn.Module:

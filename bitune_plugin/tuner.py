@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -23,10 +23,11 @@ from peft.tuners.tuners_utils import (
 )
 from peft.tuners.tuners_utils import set_requires_grad as peft_set_requires_grad
 from peft.utils.integrations import init_empty_weights
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .architectures import describe
-from .attention import MIXING
+from .attention import MIXING, implementation_for
 from .config import NO_MIXING, BituneConfig
 from .forward import attach, detach
 from .mixing import mix
@@ -87,11 +88,11 @@ class MixingLayer(nn.Module, BaseTunerLayer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> MixingLayer:
         # `model.to(bfloat16)` must not round theta: a step of 1e-3 on 0.01 needs more than its 8 bits.
-        def keep_float32(tensor: Tensor) -> Tensor:
+        def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return moved.to(tensor.dtype) if moved.is_floating_point() else moved
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(keep_float32, recurse)
+        return super()._apply(keep_dtype, recurse)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """PEFT calls this on every tuner layer; theta was created where it belongs."""
@@ -130,6 +131,9 @@ class BituneModel(BaseTuner):
 
     prefix = "theta_"
     tuner_layer_cls = BaseTunerLayer
+    # PEFT's `inject_adapter_in_model`, and with it `model.load_adapter` of transformers, keep the layers and drop the
+    # tuner; they refuse a tuner that says so.
+    uses_shared_state = True
 
     def __init__(
         self,
@@ -139,10 +143,12 @@ class BituneModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
+        # All that may be refused is refused before the model is changed.
         _check_bare(model)
+        architecture = describe(model)
+        implementation_for(model.config._attn_implementation)
         # Not submodules: the inner tuner wraps the same model again, and must not be saved a second time.
-        self.__dict__["inner"] = None
-        self.__dict__["architecture"] = describe(model)
+        self.__dict__.update(inner=None, architecture=architecture)
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         super().__init__(model, AdapterConfigs(configs), adapter_name, low_cpu_mem_usage, state_dict)
 
@@ -160,11 +166,11 @@ class BituneModel(BaseTuner):
         # Remembered for `unload`: the inner tuner freezes the model.
         if self.inner is None:
             self.__dict__["trained_before"] = [p for p in model.parameters() if p.requires_grad]
-        streams = {adapter_name: config.causal_config()}
+        options = (autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        self._inject_stream(adapter_name, config.causal_config(), *options)
         if not config.share_adapter:
-            streams[bidirectional(adapter_name)] = config.bidirectional_config()
-        for name, inner_config in streams.items():
-            self._inject_stream(name, inner_config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            # Copied now, when the first injection has put names in place of "all-linear".
+            self._inject_stream(bidirectional(adapter_name), config.bidirectional_config(), *options)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             self._add_mixing(adapter_name, config)
         self._route_adapters(adapter_name)
@@ -202,7 +208,7 @@ class BituneModel(BaseTuner):
         super().delete_adapter(adapter_name)
         for name in (adapter_name, bidirectional(adapter_name)):
             self.inner.peft_config.pop(name, None)
-        if was_active and self.active_adapters:
+        if was_active:
             self.set_adapter(self.active_adapters)
 
     def alphas(self, adapter_name: str | None = None) -> dict[str, list[Tensor]]:
@@ -237,6 +243,9 @@ class BituneModel(BaseTuner):
         if merge:
             self._check_merge_allowed()
         detach(self.model, self.architecture)
+        for module in self.model.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                module._active_adapter = []  # so that the original comes back, and not the trained copy
         for attention in self.architecture.attentions:
             delattr(attention, MIXING)
         model = self.inner._unload_and_optionally_merge(False, *args, **kwargs)
@@ -266,7 +275,7 @@ class BituneModel(BaseTuner):
         self.inner._create_and_replace(*args, **kwargs)
 
     def _check_new_adapter(self, adapter_name: str, config: BituneConfig) -> None:
-        if adapter_name == BIDIRECTIONAL or adapter_name.endswith(bidirectional("")):
+        if adapter_name == BIDIRECTIONAL or bidirectional("") in adapter_name:
             raise ValueError(f"`adapter_name={adapter_name!r}` is used by Bitune itself. Choose another name.")
         types = {type(other.adapter).__name__ for other in self.peft_config.values()}
         if len(types) > 1:
@@ -288,7 +297,11 @@ class BituneModel(BaseTuner):
             self.__dict__["inner"] = tuner_cls(self.model, {name: config}, name, low_cpu_mem_usage, state_dict)
             return
         self.inner.peft_config[name] = config
-        self.inner.inject_adapter(self.model, name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        try:
+            self.inner.inject_adapter(self.model, name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except Exception:
+            del self.inner.peft_config[name]
+            raise
 
     def _add_mixing(self, adapter_name: str, config: BituneConfig) -> None:
         owner = None
@@ -366,14 +379,14 @@ class BituneModel(BaseTuner):
         }
         problems = _problems(model, config, adapter_name, remapped)
         if problems:
-            if getattr(config, "from_folder", False):
+            if config.unused:
                 _take_off(model, adapter_name)
             raise ValueError(
                 f"The saved Bitune adapter {adapter_name!r} does not fit this model, or is damaged:\n  "
                 + "\n  ".join(problems)
                 + "\nCheck that the base model is the one it was trained on, or copy the adapter again."
             )
-        config.from_folder = False
+        config.unused = False
         return remapped
 
 

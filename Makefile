@@ -1,0 +1,42 @@
+# Everything runs in a virtual environment of its own, made on first use.
+VENV   ?= .venv
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0     # the CPU build; for another, `make quickstart TORCH="torch --index-url ..."`
+MODEL  ?= gemma-3-270m      # or any hub id or path
+BIN     = $(VENV)/bin
+
+# glibc hands large blocks back to the kernel at every free, which makes training on CPUs several times slower.
+export MALLOC_MMAP_THRESHOLD_ = 4294967296
+export MALLOC_TRIM_THRESHOLD_ = 68719476736
+
+.PHONY: quickstart test lint format benchmarks clean
+
+quickstart: $(VENV)/demo     ## fine-tune, save, reload, generate
+	$(BIN)/python examples/quickstart.py --model $(MODEL)
+
+test: $(VENV)/dev            ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmarks: $(VENV)/demo
+	$(BIN)/python examples/benchmarks/train_step.py --json examples/benchmarks/results/train_step.json
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	touch $@
+
+$(VENV)/demo $(VENV)/dev: $(VENV)/%: $(VENV)/torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	touch $@
