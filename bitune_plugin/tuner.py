@@ -364,7 +364,7 @@ class BituneModel(BaseTuner):
         """As in PEFT, and refuses an adapter that does not fit the model entirely.
 
         Raises:
-            ValueError: keys are missing or unknown, shapes differ, or theta is not finite. A model to which the
+            ValueError: keys are missing or unknown, shapes differ, or a weight is not finite. A model to which the
                 adapter was just added is left as it was before.
         """
         inner_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.adapter.peft_type]
@@ -423,8 +423,8 @@ def _problems(model: nn.Module, config: BituneConfig, adapter_name: str, remappe
             problems.append(f"unknown: {key}")
         elif value.shape != in_model[key].shape:
             problems.append(f"shape {list(value.shape)} where the model has {list(in_model[key].shape)}: {key}")
-        elif f".{MIXING}." in key and not torch.isfinite(value).all():
-            problems.append(f"theta is not finite: {key}")
+        elif value.is_floating_point() and not torch.isfinite(value).all():
+            problems.append(f"not finite: {key}")
     if len(problems) > 8:
         problems = [*problems[:8], f"and {len(problems) - 8} more"]
     return problems

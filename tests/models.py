@@ -43,7 +43,7 @@ def tiny(architecture: str = "llama", attention: str = "sdpa", seed: int = 0, **
     config = CONFIG_MAPPING[architecture](**settings)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.15)
             else:

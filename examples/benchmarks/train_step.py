@@ -1,0 +1,224 @@
+"""What a training step costs: LoRA, Bitune, and the authors' algorithm (three forward passes, a sample at a time).
+
+    python examples/benchmarks/train_step.py --models gemma-3-270m smollm2-135m --shapes 256x128 512x256 --json out.json
+
+All contenders run in one process, in turn, on the same batch: forward pass, backward pass and optimizer step, float32,
+cross-entropy of the completion, LM head on the completion only. A shape `TxP` is a row of T tokens whose first P are
+prompt. `tokens` is the ratio that the token count alone explains, (T + P - 1) / T; `over` is the measured ratio
+divided by it. Peak memory is that of a process of its own, less what it held before the first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+# glibc hands large blocks back to the kernel at every free, and page faults then drown what is to be measured.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "68719476736"}
+if __name__ == "__main__" and not MALLOC.items() <= os.environ.items():
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from bitune_plugin import BituneConfig
+from pretrained import load_model
+from three_pass import ThreePass
+
+CONTENDERS = ("lora", "bitune", "three-pass")
+MIB = 2**20
+
+
+def lora_config() -> LoraConfig:
+    return LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def make_step(
+    contender: str, base: PreTrainedModel, tokens: torch.Tensor, prompt_length: int, checkpointing: bool
+) -> Callable[[], float]:
+    """One training step of a contender.
+
+    Args:
+        tokens: `[rows, T]`.
+
+    Returns:
+        A function that does the step and returns the loss.
+    """
+    model: torch.nn.Module
+    if contender == "three-pass":
+        model = ThreePass(base, lora_config(), attention="sdpa").to(tokens.device)
+    else:
+        model = get_peft_model(base, lora_config() if contender == "lora" else BituneConfig(adapter=lora_config()))
+    model.train()
+    if checkpointing and contender != "three-pass":  # its cache must carry gradients
+        model.enable_input_require_grads()
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    completion = tokens[:, prompt_length:]
+    prompt_mask = torch.zeros_like(tokens, dtype=torch.bool)
+    prompt_mask[:, :prompt_length] = True
+
+    def loss_in_one_pass() -> torch.Tensor:
+        arguments = {"prompt_mask": prompt_mask} if contender == "bitune" else {}
+        keep = completion.shape[1] + 1
+        logits = model(input_ids=tokens, use_cache=False, logits_to_keep=keep, **arguments).logits
+        return cross_entropy(logits[:, :-1].flatten(0, 1), completion.flatten())
+
+    def step() -> float:
+        optimizer.zero_grad()
+        if contender == "three-pass":
+            total = 0.0
+            for row in tokens:
+                loss = model.loss(row, prompt_length) / len(tokens)
+                loss.backward()
+                total += loss.item()
+        else:
+            loss = loss_in_one_pass()
+            loss.backward()
+            total = loss.item()
+        optimizer.step()
+        if tokens.is_cuda:
+            torch.cuda.synchronize()
+        return total
+
+    return step
+
+
+def random_batch(base: PreTrainedModel, rows: int, length: int, device: torch.device) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(5, base.config.vocab_size - 5, (rows, length), generator=generator).to(device)
+
+
+def time_in_turn(steps: dict[str, Callable[[], float]], rounds: int, label: str) -> dict[str, list[float]]:
+    """Seconds of each step in each round, after one round to warm up; every round runs all contenders."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in tqdm(range(rounds + 1), desc=label):
+        for name, step in steps.items():
+            gc.collect()
+            start = time.perf_counter()
+            step()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def peak_memory(arguments: argparse.Namespace, model: str, shape: str, contender: str) -> float:
+    """MiB that two steps of a contender add to a process of its own."""
+    command = [sys.executable, __file__, "--models", model, "--shapes", shape, "--rows", str(arguments.rows)]
+    command += ["--device", arguments.device, "--only-memory", contender]
+    command += ["--checkpointing"] if arguments.checkpointing else []
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return float(output.strip().splitlines()[-1])
+
+
+def print_own_peak_memory(arguments: argparse.Namespace) -> None:
+    model, shape = arguments.models[0], arguments.shapes[0]
+    length, prompt_length = map(int, shape.split("x"))
+    device = torch.device(arguments.device)
+    base = load_model(model).to(device)
+    step = make_step(
+        arguments.only_memory, base, random_batch(base, arguments.rows, length, device), prompt_length,
+        arguments.checkpointing,
+    )  # fmt: skip
+
+    def peak() -> float:
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / MIB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
+
+    gc.collect()
+    before = peak()
+    step()
+    step()
+    print(peak() - before)
+
+
+def measure(arguments: argparse.Namespace, model: str, shape: str) -> list[dict[str, object]]:
+    length, prompt_length = map(int, shape.split("x"))
+    device = torch.device(arguments.device)
+    steps = {}
+    for contender in CONTENDERS:
+        base = load_model(model).to(device)
+        batch = random_batch(base, arguments.rows, length, device)
+        steps[contender] = make_step(contender, base, batch, prompt_length, arguments.checkpointing)
+    seconds = time_in_turn(steps, arguments.rounds, f"{model} {shape}")
+    by_tokens = (length + prompt_length - 1) / length
+    results = []
+    for contender in CONTENDERS:
+        ratios = [a / b for a, b in zip(seconds[contender], seconds["lora"], strict=True)]
+        results.append(
+            {
+                "model": model,
+                "shape": shape,
+                "rows": arguments.rows,
+                "checkpointing": arguments.checkpointing,
+                "device": arguments.device,
+                "contender": contender,
+                "seconds": statistics.median(seconds[contender]),
+                "fastest": min(seconds[contender]),
+                "slowest": max(seconds[contender]),
+                "ratio": statistics.median(ratios),
+                "tokens": by_tokens if contender != "lora" else 1.0,
+                "over": statistics.median(ratios) / by_tokens if contender != "lora" else 1.0,
+                "memory": peak_memory(arguments, model, shape, contender) if arguments.memory else None,
+            }
+        )
+    return results
+
+
+def print_table(results: list[dict[str, object]]) -> None:
+    print("\n| model | T x P | | seconds (min-max) | ratio to LoRA | tokens | over | peak MiB |")
+    print("|---|---|---|---|---|---|---|---|")
+    for r in results:
+        memory = "" if r["memory"] is None else f"{r['memory']:.0f}"
+        print(
+            f"| {r['model']} | {r['shape']} | {r['contender']} | {r['seconds']:.2f} ({r['fastest']:.2f}-"
+            f"{r['slowest']:.2f}) | {r['ratio']:.2f} | {r['tokens']:.2f} | {r['over']:.2f} | {memory} |"
+        )
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["gemma-3-270m", "smollm2-135m"], help="names, hub ids or paths")
+    parser.add_argument("--shapes", nargs="+", default=["128x64", "256x128", "512x256"], help="TxP, tokens and prompt")
+    parser.add_argument("--rows", type=int, default=4, help="rows of a batch")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds that count")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing for LoRA and Bitune")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave peak memory out")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    parser.add_argument("--only-memory", choices=CONTENDERS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.only_memory:
+        print_own_peak_memory(arguments)
+        return
+    results: list[dict[str, object]] = []
+    for model in arguments.models:
+        for shape in arguments.shapes:
+            results += measure(arguments, model, shape)
+    print_table(results)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Tasks of reasoning-gym as prompt/completion datasets, and how answers to them are scored."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import reasoning_gym
+from datasets import Dataset
+
+TEMPLATE = "Question: {question}\n\nAnswer:"
+"""The paper's prompt for instructions. Completions begin with a space; TRL ends them with the end-of-sequence token."""
+
+SETTINGS = {"family_relationships": {"max_family_size": 4, "min_family_size": 3}}
+"""Settings of generators that differ from reasoning-gym's own. Small families make short prompts, for a CPU."""
+
+SEED_STRIDE = 1_000_000
+"""reasoning-gym draws question `i` from `seed + i`: neighbouring seeds give the same questions, shifted by one."""
+
+ATTEMPTS = 10
+"""Questions to draw for every one that is wanted, before giving up."""
+
+
+def held_out(task: str, size: int) -> Dataset:
+    """`size` different questions of a task, to measure on: the same ones whatever the seed of the training samples."""
+    return _dataset(task, size, seed=0)
+
+
+def training(task: str, size: int, seed: int, held_out: Dataset) -> Dataset:
+    """`size` different questions of a task, none of them in `held_out`.
+
+    Args:
+        task: name of a reasoning-gym dataset.
+        seed: of the questions; 0 or more.
+    """
+    return _dataset(task, size, (seed + 1) * SEED_STRIDE, excluded=held_out["prompt"])
+
+
+def exact_match(answers: Iterable[str], completions: Iterable[str]) -> int:
+    """How many answers are right. Only the first line counts: not knowing when to stop is not held against a model."""
+    return sum(
+        _first_line(answer) == completion.strip() for answer, completion in zip(answers, completions, strict=True)
+    )
+
+
+def most_frequent(completions: Iterable[str]) -> int:
+    """How many answers are right if all are the same, at best."""
+    return Counter(completions).most_common(1)[0][1]
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0].rstrip(" .")
+
+
+def _dataset(task: str, size: int, seed: int, excluded: Iterable[str] = ()) -> Dataset:
+    """Columns `prompt` and `completion`, no prompt twice.
+
+    Raises:
+        ValueError: the task has not enough different questions.
+    """
+    seen = set(excluded)
+    rows = []
+    for prompt, completion in _samples(task, size * ATTEMPTS, seed):
+        if prompt not in seen:
+            seen.add(prompt)
+            rows.append({"prompt": prompt, "completion": completion})
+        if len(rows) == size:
+            return Dataset.from_list(rows)
+    raise ValueError(
+        f"Task {task!r} has only {len(rows)} different questions with an answer. Ask for fewer than {size}."
+    )
+
+
+def _samples(task: str, size: int, seed: int) -> Iterator[tuple[str, str]]:
+    for entry in reasoning_gym.create_dataset(task, size=size, seed=seed, **SETTINGS.get(task, {})):
+        if entry["answer"] is not None:  # tasks with many right answers give none
+            yield TEMPLATE.format(question=entry["question"].strip()), f" {entry['answer']}"

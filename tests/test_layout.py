@@ -1,0 +1,454 @@
+"""Where each token goes: every layout and mask against slow, obvious loops over single rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bitune_plugin.layout import LayoutError, PromptLayout, plan, prompt_from_labels, take_along
+
+settings.register_profile("layout", deadline=None, max_examples=60)
+settings.load_profile("layout")
+
+# --- The slow way -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: which tokens are no padding, and how many of those are prompt."""
+
+    attended: list[bool]
+    prompt_length: int
+
+    @property
+    def tokens(self) -> list[int]:
+        return [t for t, attended in enumerate(self.attended) if attended]
+
+    @property
+    def prompt(self) -> list[int]:
+        return self.tokens[: self.prompt_length]
+
+    @property
+    def encoded(self) -> list[int]:
+        return self.prompt[:-1]
+
+    @property
+    def answer(self) -> list[int]:
+        return [t for t in self.tokens if t not in self.encoded]
+
+    def distance(self, query: int, key: int) -> int:
+        """How far `key` lies behind `query`; padding is not counted."""
+        return self.tokens.index(query) - self.tokens.index(key)
+
+
+def seen_by_encoded(row: Row, query: int, window: int) -> set[int]:
+    return {key for key in row.encoded if 0 <= row.distance(query, key) < window}
+
+
+def seen_by_copy(row: Row, query: int, window: int) -> set[int]:
+    return {key for key in row.encoded if abs(row.distance(query, key)) < window}
+
+
+def seen_by_answer(row: Row, query: int, window: int) -> set[int]:
+    return {key for key in row.tokens if 0 <= row.distance(query, key) < window}
+
+
+# --- What the layout says, token by token -----------------------------------------------------------------------------
+
+
+def masks(layout: PromptLayout, rows: int, window: int | None) -> dict[str, Tensor]:
+    """The masks of a layout written out: bool `[B, queries, keys]` over slots."""
+    size, answers = layout.encoded.size, layout.answer.size
+    everybody = torch.ones(1, 1, size, size, dtype=torch.bool)
+    encoded, copy = layout.encoded_mask(window), layout.copy_mask(window)
+    return {
+        "encoded": (everybody.tril() if encoded is None else encoded).expand(rows, 1, size, size)[:, 0],
+        "copy": (everybody if copy is None else copy).expand(rows, 1, size, size)[:, 0],
+        "answer": layout.answer_mask(window).expand(rows, 1, answers, size + answers)[:, 0],
+    }
+
+
+def visible(mask: Tensor, row: int, query_slot: int, keys: list[int], slots: list[int]) -> set[int]:
+    """Tokens that a query sees. `slots[i]` holds token `keys[i]`; all other slots must be dark."""
+    lit = set(mask[row, query_slot].nonzero().flatten().tolist())
+    assert lit <= set(slots), f"slot {query_slot} sees slots {lit - set(slots)} that hold no token"
+    return {key for key, slot in zip(keys, slots, strict=True) if slot in lit}
+
+
+# --- Batches ----------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def batches(draw: st.DrawFn, min_encoded: int = 1) -> list[Row]:
+    """Rows of one length with padding anywhere; in at least one row there is something to encode."""
+    tokens = draw(st.integers(2, 9))
+    rows = []
+    for _ in range(draw(st.integers(1, 4))):
+        attended = draw(
+            st.one_of(
+                st.just([True] * tokens),
+                st.integers(0, tokens).map(lambda n, t=tokens: [i >= n for i in range(t)]),  # left
+                st.integers(0, tokens).map(lambda n, t=tokens: [i < n for i in range(t)]),  # right
+                st.lists(st.booleans(), min_size=tokens, max_size=tokens),  # both sides, and holes
+            )
+        )
+        rows.append(Row(attended, draw(st.integers(0, sum(attended)))))
+    if min_encoded and max(len(row.encoded) for row in rows) < min_encoded:
+        rows[0] = Row([True] * tokens, tokens)
+    return rows
+
+
+def tensors(rows: list[Row]) -> tuple[Tensor, Tensor]:
+    """`prompt_mask` and `attention_mask` of a batch."""
+    attention_mask = torch.tensor([row.attended for row in rows])
+    prompt_mask = torch.zeros_like(attention_mask)
+    for index, row in enumerate(rows):
+        prompt_mask[index, row.prompt] = True
+    return prompt_mask, attention_mask
+
+
+def layout_of(rows: list[Row]) -> PromptLayout:
+    layout = plan(*tensors(rows))
+    assert layout is not None
+    return layout
+
+
+def row(text: str) -> Row:
+    """`"..PPPcc."`: padding, prompt, completion."""
+    return Row([letter != "." for letter in text], text.count("P"))
+
+
+RAGGED = [row("PPPPPcc"), row("PPPcccc"), row(".PPcc.."), row("P.P.Pcc"), row("Pcccccc"), row(".......")]
+windows = st.one_of(st.none(), st.integers(1, 12))
+FAR = 10**9
+
+
+# --- Properties of every layout ---------------------------------------------------------------------------------------
+
+
+@given(batches())
+def test_encoded_prompts_and_answers_lie_at_the_front_of_their_slots(rows: list[Row]) -> None:
+    layout = layout_of(rows)
+    assert layout.encoded.size == max(len(row.encoded) for row in rows)
+    assert layout.answer.size == max(len(row.answer) for row in rows)
+    for index, row in enumerate(rows):
+        for group, tokens in ((layout.encoded, row.encoded), (layout.answer, row.answer)):
+            assert group.index[index, : len(tokens)].tolist() == tokens
+            assert group.filled[index].tolist() == [slot < len(tokens) for slot in range(group.size)]
+
+
+@given(batches())
+def test_free_slots_point_into_the_row(rows: list[Row]) -> None:
+    layout = layout_of(rows)
+    for group in (layout.encoded, layout.answer):
+        assert ((group.index >= 0) & (group.index < layout.tokens)).all()
+
+
+@given(batches())
+def test_positions_count_tokens_and_skip_padding(rows: list[Row]) -> None:
+    layout = layout_of(rows)
+    positions = layout.positions.expand(len(rows), -1)
+    for index, row in enumerate(rows):
+        assert positions[index, row.tokens].tolist() == list(range(len(row.tokens)))
+    assert (positions >= 0).all()
+
+
+@given(batches())
+def test_in_token_order_inverts_take(rows: list[Row]) -> None:
+    layout, (_, attended) = layout_of(rows), tensors(rows)
+    states = torch.randn(len(rows), layout.tokens, 3)
+    back = layout.in_token_order(layout.encoded.take(states), layout.answer.take(states), dim=1)
+    assert back.shape == states.shape
+    assert torch.equal(back[attended], states[attended])
+
+
+@given(batches())
+def test_take_along_heads_is_take_of_each_head(rows: list[Row]) -> None:
+    layout = layout_of(rows)
+    states = torch.randn(len(rows), 2, layout.tokens, 3)
+    for group in (layout.encoded, layout.answer):
+        taken = group.take(states, dim=2)
+        for head in range(2):
+            assert torch.equal(taken[:, head], group.take(states[:, head]))
+
+
+@given(batches())
+def test_a_lengthened_row_is_the_row_and_then_its_encoded_prompt(rows: list[Row]) -> None:
+    layout = layout_of(rows)
+    ids = torch.arange(len(rows) * layout.tokens).view(len(rows), layout.tokens)
+    lengthened = layout.lengthen(ids)
+    assert lengthened.shape == (len(rows), layout.length)
+    assert torch.equal(lengthened[:, : layout.tokens], ids)
+    for index, row in enumerate(rows):
+        copy = lengthened[index, layout.tokens :].tolist()
+        assert copy[: len(row.encoded)] == ids[index, row.encoded].tolist()
+
+
+@given(batches())
+def test_the_copy_has_the_positions_of_what_it_copies(rows: list[Row]) -> None:
+    layout = layout_of(rows)
+    positions = layout.lengthen_positions(layout.positions).expand(len(rows), -1)
+    for index, row in enumerate(rows):
+        assert positions[index, layout.tokens :][: len(row.encoded)].tolist() == list(range(len(row.encoded)))
+
+
+@given(batches(), windows)
+@example(RAGGED, 2)
+@example(RAGGED, 4)
+def test_an_encoded_token_sees_its_prompt_up_to_itself(rows: list[Row], window: int | None) -> None:
+    layout = layout_of(rows)
+    mask = masks(layout, len(rows), window)["encoded"]
+    for index, row in enumerate(rows):
+        slots = list(range(len(row.encoded)))
+        for slot, token in enumerate(row.encoded):
+            assert visible(mask, index, slot, row.encoded, slots) == seen_by_encoded(row, token, window or FAR)
+
+
+@given(batches(), windows)
+@example(RAGGED, 2)
+@example(RAGGED, 4)
+def test_a_copied_token_sees_its_prompt_on_both_sides(rows: list[Row], window: int | None) -> None:
+    layout = layout_of(rows)
+    mask = masks(layout, len(rows), window)["copy"]
+    for index, row in enumerate(rows):
+        slots = list(range(len(row.encoded)))
+        for slot, token in enumerate(row.encoded):
+            assert visible(mask, index, slot, row.encoded, slots) == seen_by_copy(row, token, window or FAR)
+
+
+@given(batches(), windows)
+@example(RAGGED, 2)
+@example(RAGGED, 4)
+def test_an_answer_token_sees_all_that_is_behind_it(rows: list[Row], window: int | None) -> None:
+    layout = layout_of(rows)
+    mask = masks(layout, len(rows), window)["answer"]
+    for index, row in enumerate(rows):
+        of_answer = range(layout.encoded.size, layout.encoded.size + len(row.answer))
+        slots = [*range(len(row.encoded)), *of_answer]
+        for slot, token in enumerate(row.answer):
+            seen = visible(mask, index, slot, row.encoded + row.answer, slots)
+            assert seen == seen_by_answer(row, token, window or FAR)
+
+
+@given(batches(), windows)
+@example(RAGGED, 2)
+@example(RAGGED, 4)
+def test_no_query_is_left_without_a_key(rows: list[Row], window: int | None) -> None:
+    for name, mask in masks(layout_of(rows), len(rows), window).items():
+        assert mask.any(dim=-1).all(), name
+
+
+@given(batches(), windows)
+def test_the_causal_second_reading_has_the_mask_of_the_first(rows: list[Row], window: int | None) -> None:
+    layout = layout_of(rows)
+    first, second = layout.encoded_mask(window), layout.copy_mask(window, causal=True)
+    assert (first is None and second is None) or torch.equal(first, second)
+
+
+@given(batches(), windows, windows)
+def test_masks_asked_for_twice_do_not_mix_up_windows(rows: list[Row], one: int | None, other: int | None) -> None:
+    layout = layout_of(rows)
+    masks(layout, len(rows), other)
+    again, fresh = masks(layout, len(rows), one), masks(layout_of(rows), len(rows), one)
+    assert all(torch.equal(again[name], fresh[name]) for name in fresh)
+
+
+@given(batches(min_encoded=0))
+def test_without_anything_to_encode_there_is_no_layout(rows: list[Row]) -> None:
+    assert (plan(*tensors(rows)) is None) == all(len(row.encoded) == 0 for row in rows)
+
+
+# --- The short way for batches whose rows all split at one place ------------------------------------------------------
+
+
+@given(st.integers(1, 3), st.data())
+def test_aligned_rows_are_laid_out_as_they_would_be_among_ragged_ones(count: int, data: st.DataObject) -> None:
+    tokens = data.draw(st.integers(2, 9))
+    length = data.draw(st.integers(2, tokens))
+    window = data.draw(windows)
+    rows = [Row([True] * tokens, length)] * count
+    aligned = layout_of(rows)
+    ragged = layout_of([*rows, Row([True] * (tokens - 1) + [False], min(length, tokens - 1))])
+    assert aligned.order is None
+    assert ragged.order is not None
+
+    states = torch.randn(count + 1, tokens, 2)
+    assert torch.equal(aligned.encoded.take(states[:count]), ragged.encoded.take(states)[:count])
+    assert torch.equal(aligned.answer.take(states[:count]), ragged.answer.take(states)[:count])
+    assert torch.equal(aligned.lengthen(states[:count]), ragged.lengthen(states)[:count])
+    assert torch.equal(aligned.positions.expand(count, -1), ragged.positions[:count])
+    short, long = masks(aligned, count, window), masks(ragged, count + 1, window)
+    assert all(torch.equal(short[name], long[name][:count]) for name in short)
+
+
+def test_aligned_rows_are_sliced_not_gathered() -> None:
+    layout = layout_of([row("PPPcc"), row("PPPcc")])
+    states = torch.randn(2, 5, 4)
+    assert layout.order is None
+    assert layout.positions.shape == (1, 5)
+    assert layout.encoded.take(states).data_ptr() == states.data_ptr()
+    assert layout.answer.take(states).data_ptr() == states[:, 2:].data_ptr()
+
+
+def test_aligned_rows_share_one_mask_and_need_none_for_the_prompt() -> None:
+    layout = layout_of([row("PPPcc")] * 3)
+    assert layout.encoded_mask() is None
+    assert layout.copy_mask() is None
+    assert layout.answer_mask().shape == (1, 1, 3, 5)
+
+
+@pytest.mark.parametrize("window", [4, 5, 100])
+def test_a_window_as_long_as_the_row_is_no_window(window: int) -> None:
+    layout = layout_of([row("PPPc")])
+    assert layout.encoded_mask(window) is None
+    assert layout.copy_mask(window) is None
+    assert torch.equal(layout.answer_mask(window), layout.answer_mask())
+
+
+# --- By example -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "encoded", "answer"),
+    [
+        ("PPPcc", [0, 1], [2, 3, 4]),
+        ("PPPPP", [0, 1, 2, 3], [4]),
+        ("PPccc", [0], [1, 2, 3, 4]),
+        ("..PPc", [2], [3, 4]),
+        ("PPc..", [0], [1, 2]),
+        (".PPc.", [1], [2, 3]),
+        ("P.P.c", [0], [2, 4]),
+        (".P.PP", [1, 3], [4]),
+    ],
+)
+def test_the_last_prompt_token_opens_the_answer(text: str, encoded: list[int], answer: list[int]) -> None:
+    layout = layout_of([row(text)])
+    assert layout.encoded.index[0].tolist() == encoded
+    assert layout.answer.index[0].tolist() == answer
+
+
+@pytest.mark.parametrize("text", ["Pcccc", "ccccc", "..Pcc", ".....", "P....", "....P"])
+def test_prompts_of_none_or_one_token_are_not_encoded(text: str) -> None:
+    assert plan(*tensors([row(text)])) is None
+
+
+@pytest.mark.parametrize("text", [".....", "Pcccc", "ccccc"])
+def test_a_row_with_nothing_to_encode_keeps_its_place_among_others(text: str) -> None:
+    layout = layout_of([row("PPPcc"), row(text)])
+    assert layout.encoded.filled.tolist() == [[True, True], [False, False]]
+    assert layout.answer.filled[1].sum() == len(row(text).tokens)
+
+
+def test_a_row_of_padding_alone_gives_finite_attention() -> None:
+    rows = [row("PPPcc"), row(".....")]
+    for mask in masks(layout_of(rows), 2, 2).values():
+        scores = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
+        assert scores.softmax(dim=-1).isfinite().all()
+
+
+def test_without_an_attention_mask_nothing_is_padding() -> None:
+    prompt_mask, attention_mask = tensors([row("PPPcc"), row("PPccc")])
+    with_mask, without = plan(prompt_mask, attention_mask), plan(prompt_mask)
+    assert torch.equal(with_mask.encoded.index, without.encoded.index)
+    assert torch.equal(with_mask.order, without.order)
+
+
+@given(batches())
+def test_an_integer_attention_mask_means_the_same_as_a_boolean_one(rows: list[Row]) -> None:
+    prompt_mask, attention_mask = tensors(rows)
+    one, other = plan(prompt_mask, attention_mask), plan(prompt_mask, attention_mask.long())
+    assert torch.equal(one.encoded.index, other.encoded.index)
+    assert torch.equal(one.answer.filled, other.answer.filled)
+
+
+@given(batches())
+def test_a_prompt_mask_that_covers_padding_means_the_same(rows: list[Row]) -> None:
+    prompt_mask, attention_mask = tensors(rows)
+    one, other = plan(prompt_mask, attention_mask), plan(prompt_mask | ~attention_mask, attention_mask)
+    assert torch.equal(one.encoded.index, other.encoded.index)
+    assert torch.equal(one.encoded.filled, other.encoded.filled)
+
+
+def test_the_inputs_are_left_as_they_were() -> None:
+    prompt_mask, attention_mask = tensors([row(".PPc."), row("PPPcc")])
+    before = prompt_mask.clone(), attention_mask.clone()
+    plan(prompt_mask, attention_mask)
+    assert torch.equal(prompt_mask, before[0])
+    assert torch.equal(attention_mask, before[1])
+
+
+@pytest.mark.parametrize("mask", [[1, 1, 0, 1, 0], [0, 1, 1, 0, 0]])
+def test_a_prompt_token_after_a_completion_token_is_refused_by_row(mask: list[int]) -> None:
+    prompt_mask = torch.tensor([[1, 1, 1, 0, 0], mask], dtype=torch.bool)
+    with pytest.raises(
+        LayoutError, match=r"`prompt_mask`.*after a completion token in row\(s\) \[1\].*mark the tokens"
+    ):
+        plan(prompt_mask)
+
+
+def test_a_hole_of_padding_in_the_prompt_is_no_completion() -> None:
+    assert layout_of([row("P.PPc")]).encoded.index.tolist() == [[0, 2]]
+
+
+def test_a_layout_error_is_a_value_error() -> None:
+    assert issubclass(LayoutError, ValueError)
+
+
+def test_take_along_picks_for_every_row_its_own() -> None:
+    tokens = torch.arange(12).view(2, 1, 6, 1)
+    assert take_along(tokens, torch.tensor([[5, 0], [1, 1]]), dim=2).flatten().tolist() == [5, 0, 7, 7]
+
+
+# --- The prompt from labels -------------------------------------------------------------------------------------------
+
+
+@given(batches(min_encoded=0), st.data())
+def test_the_leading_ignored_labels_of_a_row_are_its_prompt(rows: list[Row], data: st.DataObject) -> None:
+    rows = [Row(row.attended, max(row.prompt_length, min(1, len(row.tokens)))) for row in rows]
+    prompt_mask, attention_mask = tensors(rows)
+    labels = torch.full(prompt_mask.shape, -100)
+    for index, row in enumerate(rows):
+        completion = row.tokens[row.prompt_length :]
+        for place, token in enumerate(completion):
+            # A label may be ignored in the middle of a completion, not at its start.
+            labels[index, token] = 7 if place == 0 else data.draw(st.sampled_from([-100, 0, 7]))
+    assert torch.equal(prompt_from_labels(labels, attention_mask), prompt_mask)
+
+
+def test_ignored_labels_all_along_make_a_row_all_prompt() -> None:
+    assert prompt_from_labels(torch.full((1, 4), -100)).all()
+
+
+def test_padding_is_no_prompt_though_its_labels_are_ignored() -> None:
+    labels = torch.tensor([[-100, -100, -100, 5, -100]])
+    attention_mask = torch.tensor([[0, 1, 1, 1, 0]])
+    assert prompt_from_labels(labels, attention_mask).tolist() == [[False, True, True, False, False]]
+
+
+def test_ignored_labels_behind_the_completion_are_no_prompt() -> None:
+    assert prompt_from_labels(torch.tensor([[-100, 5, -100, -100]])).tolist() == [[True, False, False, False]]
+
+
+def test_another_ignore_index_is_honoured() -> None:
+    assert prompt_from_labels(torch.tensor([[0, 0, 5]]), ignore_index=0).tolist() == [[True, True, False]]
+
+
+def test_labels_on_the_first_token_are_refused_by_row() -> None:
+    labels = torch.tensor([[-100, 5, 5], [5, 5, 5], [0, -100, 5]])
+    with pytest.raises(LayoutError, match=r"no prompt in row\(s\) \[1, 2\].*-100.*completion_only_loss.*prompt_mask"):
+        prompt_from_labels(labels)
+
+
+def test_labels_on_the_first_token_after_padding_are_refused() -> None:
+    with pytest.raises(LayoutError, match=r"row\(s\) \[0\]"):
+        prompt_from_labels(torch.tensor([[-100, 5, 5]]), torch.tensor([[0, 1, 1]]))
+
+
+def test_a_row_of_padding_alone_needs_no_prompt() -> None:
+    labels = torch.tensor([[-100, 5], [-100, -100]])
+    assert prompt_from_labels(labels, torch.tensor([[1, 1], [0, 0]])).tolist() == [[True, False], [False, False]]

@@ -1,0 +1,437 @@
+"""Which adapter a token sees, and putting that on a module and taking it off again."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from peft import IA3Config, LoraConfig, PeftConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from bitune_plugin.layout import PromptLayout, plan
+from bitune_plugin.routing import (
+    KEYWORD,
+    Extension,
+    FollowingLayer,
+    Reading,
+    TwoAdapterLayer,
+    bidirectional,
+    extend,
+    reading_in_progress,
+    restore,
+    with_active_adapter,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+
+SIZE = 6
+SECOND = bidirectional("default")
+
+ADAPTERS: dict[str, PeftConfig] = {
+    "lora": LoraConfig(r=2, target_modules=["linear"]),
+    "dora": LoraConfig(r=2, target_modules=["linear"], use_dora=True),
+    "ia3": IA3Config(target_modules=["linear"], feedforward_modules=[]),
+    "ia3-feedforward": IA3Config(target_modules=["linear"], feedforward_modules=["linear"]),
+}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(SIZE, SIZE)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.linear(states)
+
+
+def adapted(kind: str = "lora") -> BaseTunerLayer:
+    """A linear layer with adapters for both streams, all their weights random."""
+    torch.manual_seed(0)
+    model = Block()
+    inject_adapter_in_model(copy.deepcopy(ADAPTERS[kind]), model, "default")
+    inject_adapter_in_model(copy.deepcopy(ADAPTERS[kind]), model, SECOND)
+    for name, parameter in model.named_parameters():
+        if "default" in name:
+            parameter.data.add_(0.5 * torch.rand_like(parameter))
+    model.linear.set_adapter("default")
+    return model.linear
+
+
+def layout(text: str = "PPPcc", rows: int = 2) -> PromptLayout:
+    return plan(torch.tensor([[letter == "P" for letter in text]] * rows))
+
+
+def lengthened(of: PromptLayout, rows: int = 2) -> Tensor:
+    return torch.randn(rows, of.length, SIZE, generator=torch.Generator().manual_seed(1))
+
+
+# --- One adapter for the first tokens, another for the copy -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_each_part_is_what_the_layer_makes_of_it_with_its_adapter(kind: str) -> None:
+    layer, parts = adapted(kind), layout()
+    tokens = lengthened(parts)
+    expected = []
+    for name, part in (("default", tokens[:, : parts.tokens]), (SECOND, tokens[:, parts.tokens :])):
+        layer.set_adapter(name)
+        expected.append(layer(part))
+    layer.set_adapter("default")
+    assert not torch.allclose(expected[1], layer(tokens[:, parts.tokens :])), "the adapters must differ"
+
+    extend(layer, TwoAdapterLayer)
+    with reading_in_progress(Reading(parts, "default")):
+        assert torch.equal(layer(tokens), torch.cat(expected, dim=1))
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_outside_a_reading_the_layer_is_what_it_was(kind: str) -> None:
+    layer, tokens = adapted(kind), torch.randn(2, 3, SIZE)
+    before = layer(tokens)
+    extend(layer, TwoAdapterLayer)
+    assert torch.equal(layer(tokens), before)
+
+
+def test_with_a_shared_adapter_every_token_sees_the_causal_one() -> None:
+    layer, parts = adapted(), layout()
+    tokens = lengthened(parts)
+    before = layer(tokens)
+    extend(layer, TwoAdapterLayer)
+    with reading_in_progress(Reading(parts, "default", share_adapter=True)):
+        assert torch.equal(layer(tokens), before)
+
+
+def test_gradients_of_each_part_stay_with_its_adapter() -> None:
+    layer, parts = adapted(), layout()
+    layer.requires_grad_(True)
+    extend(layer, TwoAdapterLayer)
+    with reading_in_progress(Reading(parts, "default")):
+        layer(lengthened(parts))[:, : parts.tokens].sum().backward()
+    assert layer.lora_A["default"].weight.grad.abs().sum() > 0
+    assert layer.lora_A[SECOND].weight.grad is None or layer.lora_A[SECOND].weight.grad.abs().sum() == 0
+
+
+def test_flat_tokens_are_refused_with_the_way_out() -> None:
+    layer, parts = adapted(), layout()
+    extend(layer, TwoAdapterLayer)
+    flat = lengthened(parts).flatten(0, 1)
+    with (
+        reading_in_progress(Reading(parts, "default")),
+        pytest.raises(RuntimeError, match=r"shape \[14, 6\].*\[rows, 7, \.\.\.\].*target_modules.*exclude_modules"),
+    ):
+        layer(flat)
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 5, SIZE), (2, 8, SIZE)])
+def test_tokens_of_another_length_are_refused(shape: tuple[int, ...]) -> None:
+    layer = adapted()
+    extend(layer, TwoAdapterLayer)
+    with reading_in_progress(Reading(layout(), "default")), pytest.raises(RuntimeError, match="cannot tell which"):
+        layer(torch.zeros(shape))
+
+
+# --- The view with another adapter ------------------------------------------------------------------------------------
+
+
+def test_a_view_has_the_other_adapter_and_shares_all_the_rest() -> None:
+    layer = adapted()
+    view = with_active_adapter(layer, SECOND)
+    assert type(view) is type(layer)
+    assert view.active_adapters == [SECOND]
+    assert set(vars(view)) == set(vars(layer))
+    assert all(vars(view)[name] is value for name, value in vars(layer).items() if name != "_active_adapter")
+
+
+def test_a_view_leaves_the_layer_untouched() -> None:
+    layer = adapted()
+    before = dict(vars(layer))
+    trained = [parameter.requires_grad for parameter in layer.parameters()]
+    with_active_adapter(layer, SECOND)(torch.randn(2, 3, SIZE))
+    assert vars(layer) == before
+    assert layer.active_adapters == ["default"]
+    assert [parameter.requires_grad for parameter in layer.parameters()] == trained
+
+
+# --- The reading in progress ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def probe() -> Iterator[Callable[[], bool]]:
+    """Tells whether the layers of this thread follow a reading: one of another length would be refused."""
+    layer = adapted()
+    extend(layer, TwoAdapterLayer)
+
+    def follows_a_reading() -> bool:
+        try:
+            layer(torch.zeros(1, 2, SIZE))
+        except RuntimeError:
+            return True
+        return False
+
+    return follows_a_reading
+
+
+def test_a_reading_ends_with_its_block(probe: Callable[[], bool]) -> None:
+    assert not probe()
+    with reading_in_progress(Reading(layout(), "default")):
+        assert probe()
+    assert not probe()
+
+
+def test_a_reading_ends_with_an_error_too(probe: Callable[[], bool]) -> None:
+    with pytest.raises(KeyError), reading_in_progress(Reading(layout(), "default")):
+        raise KeyError
+    assert not probe()
+
+
+def test_a_plain_forward_inside_a_reading_does_not_end_it(probe: Callable[[], bool]) -> None:
+    with reading_in_progress(Reading(layout(), "default")):
+        with reading_in_progress(None):
+            assert not probe()
+        assert probe()
+
+
+def test_another_thread_does_not_see_the_reading(probe: Callable[[], bool]) -> None:
+    seen: list[bool] = []
+    with reading_in_progress(Reading(layout(), "default")):
+        thread = threading.Thread(target=lambda: seen.append(probe()))
+        thread.start()
+        thread.join()
+    assert seen == [False]
+
+
+def test_threads_follow_each_their_own_reading_on_one_layer() -> None:
+    layer, parts = adapted(), [layout("PPPcc"), layout("PPPPc")]
+    extend(layer, TwoAdapterLayer)
+    alone = []
+    for part in parts:
+        with reading_in_progress(Reading(part, "default")):
+            alone.append(layer(lengthened(part)))
+
+    together: list[Tensor | None] = [None, None]
+    barrier = threading.Barrier(2, timeout=20)
+
+    def run(index: int) -> None:
+        with reading_in_progress(Reading(parts[index], "default")):
+            barrier.wait()
+            together[index] = layer(lengthened(parts[index]))
+            barrier.wait()
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+
+
+class Decoder(nn.Module):
+    """Stands for a decoder layer: takes keywords that it does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = adapted()
+        extend(self.linear, TwoAdapterLayer)
+
+    def forward(self, states: Tensor, **kwargs: Any) -> Tensor:
+        return self.linear(states)
+
+
+def test_a_decoder_layer_follows_the_reading_in_its_keywords() -> None:
+    decoder, parts = Decoder(), layout()
+    extend(decoder, FollowingLayer)
+    tokens, reading = lengthened(parts), Reading(parts, "default")
+    with reading_in_progress(reading):
+        expected = decoder.linear(tokens)
+    assert torch.equal(decoder(tokens, **{KEYWORD: reading}), expected)
+
+
+def test_a_decoder_layer_without_a_reading_in_its_keywords_is_plain_whatever_goes_on_around_it() -> None:
+    decoder = Decoder()
+    extend(decoder, FollowingLayer)
+    with reading_in_progress(Reading(layout(), "default")):
+        decoder(torch.zeros(1, 2, SIZE))
+
+
+# --- Extending a module that is already built, and restoring it -------------------------------------------------------
+
+
+class Double(Extension):
+    def forward(self, *args: Any) -> Tensor:
+        return 2 * super().forward(*args)
+
+
+ONES = torch.ones(1, 3)
+
+
+@pytest.fixture
+def module() -> nn.Module:
+    return nn.Identity()
+
+
+def test_an_extension_runs_in_front_of_the_module(module: nn.Module) -> None:
+    extend(module, Double)
+    assert torch.equal(module(ONES), 2 * ONES)
+
+
+def test_a_module_is_extended_once(module: nn.Module) -> None:
+    extend(module, Double)
+    extend(module, Double)
+    assert torch.equal(module(ONES), 2 * ONES)
+
+
+def test_other_modules_of_the_class_are_left_alone(module: nn.Module) -> None:
+    extend(module, Double)
+    assert torch.equal(nn.Identity()(ONES), ONES)
+
+
+def test_an_extended_module_keeps_the_name_and_kind_of_its_class(module: nn.Module) -> None:
+    extend(module, Double)
+    assert isinstance(module, nn.Identity)
+    assert (type(module).__name__, type(module).__module__) == (nn.Identity.__name__, nn.Identity.__module__)
+
+
+def test_modules_of_one_class_get_one_extended_class() -> None:
+    modules = [nn.Identity(), nn.Identity()]
+    for module in modules:
+        extend(module, Double)
+    assert type(modules[0]) is type(modules[1])
+
+
+def test_restoring_leaves_the_module_as_it_was(module: nn.Module) -> None:
+    before = dict(vars(module))
+    extend(module, Double)
+    restore(module, Double)
+    assert type(module) is nn.Identity
+    assert vars(module) == before
+
+
+def test_restoring_what_is_not_extended_does_nothing(module: nn.Module) -> None:
+    before = dict(vars(module))
+    restore(module, Double)
+    assert type(module) is nn.Identity
+    assert vars(module) == before
+
+
+def copied(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module)
+
+
+def pickled(module: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(module))
+
+
+def saved(module: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("again", [copied, pickled, saved])
+def test_a_copy_of_an_extended_layer_works_on_its_own_weights(again: Callable[[nn.Module], nn.Module]) -> None:
+    layer, parts = adapted(), layout()
+    extend(layer, TwoAdapterLayer)
+    other = again(layer)
+    tokens = lengthened(parts)
+    with torch.no_grad(), reading_in_progress(Reading(parts, "default")):
+        before = layer(tokens)
+        assert torch.equal(other(tokens), before)
+        for parameter in other.parameters():
+            parameter.zero_()
+        assert torch.equal(layer(tokens), before)
+        assert not torch.equal(other(tokens), before)
+
+
+@pytest.mark.parametrize("again", [copied, pickled])
+def test_a_copy_of_an_extended_layer_can_be_restored(again: Callable[[nn.Module], nn.Module]) -> None:
+    layer = adapted()
+    plain = type(layer)
+    extend(layer, TwoAdapterLayer)
+    other = again(layer)
+    restore(other, TwoAdapterLayer)
+    assert type(other) is plain
+    assert isinstance(layer, TwoAdapterLayer)
+
+
+# --- Beside the hooks of accelerate, which put a `forward` on the instance --------------------------------------------
+
+
+class AddTen(ModelHook):
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+        return output + 10
+
+
+def test_a_hook_that_came_later_runs_around_the_extension(module: nn.Module) -> None:
+    extend(module, Double)
+    add_hook_to_module(module, AddTen())
+    assert torch.equal(module(ONES), 2 * ONES + 10)
+
+
+def test_a_hook_that_was_there_runs_around_the_extension(module: nn.Module) -> None:
+    add_hook_to_module(module, AddTen())
+    extend(module, Double)
+    assert torch.equal(module(ONES), 2 * ONES + 10)
+
+
+def test_a_module_is_extended_once_though_a_hook_came_between(module: nn.Module) -> None:
+    extend(module, Double)
+    add_hook_to_module(module, AddTen())
+    extend(module, Double)
+    assert torch.equal(module(ONES), 2 * ONES + 10)
+
+
+def test_restoring_from_under_a_hook_keeps_the_hook(module: nn.Module) -> None:
+    extend(module, Double)
+    add_hook_to_module(module, AddTen())
+    restore(module, Double)
+    assert torch.equal(module(ONES), ONES + 10)
+
+
+def test_a_hook_taken_off_after_restoring_leaves_the_plain_module(module: nn.Module) -> None:
+    extend(module, Double)
+    add_hook_to_module(module, AddTen())
+    restore(module, Double)
+    remove_hook_from_module(module)
+    assert torch.equal(module(ONES), ONES)
+
+
+def test_a_hook_taken_off_before_restoring_leaves_first_the_extension_and_then_the_plain_module(
+    module: nn.Module,
+) -> None:
+    extend(module, Double)
+    add_hook_to_module(module, AddTen())
+    remove_hook_from_module(module)
+    assert torch.equal(module(ONES), 2 * ONES)
+    restore(module, Double)
+    assert torch.equal(module(ONES), ONES)
+
+
+def test_a_hook_taken_off_before_extending_does_not_hide_the_extension(module: nn.Module) -> None:
+    # accelerate leaves the old `forward` on the instance.
+    add_hook_to_module(module, AddTen())
+    remove_hook_from_module(module)
+    extend(module, Double)
+    assert torch.equal(module(ONES), 2 * ONES)
+    restore(module, Double)
+    assert torch.equal(module(ONES), ONES)
+
+
+def test_a_copy_of_an_extended_module_with_a_hook_works_on_its_own_weights() -> None:
+    layer = nn.Linear(3, 3)
+    extend(layer, Double)
+    add_hook_to_module(layer, AddTen())
+    before = layer(ONES)
+    restored = copy.deepcopy(layer)
+    remove_hook_from_module(restored)
+    restore(restored, Double)
+    assert torch.equal(layer(ONES), before)
+    torch.testing.assert_close(2 * restored(ONES) + 10, before)

@@ -1,0 +1,509 @@
+"""`BituneSFTTrainer`, and the stock trainer with a `BituneConfig`."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+
+from bitune_plugin import BituneConfig, BituneSFTConfig, BituneSFTTrainer
+from bitune_plugin.integrations.trl import PROMPT_LENGTH, PromptCollator, has_prompt_and_completion, mark_prompt
+from bitune_plugin.layout import LayoutError
+from models import tiny
+from three_pass import ThreePass
+
+WORDS = [f"w{i}" for i in range(90)]
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+LORA = LoraConfig(r=4, target_modules="all-linear")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", "user", "assistant", *WORDS]
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        chat_template=CHAT,
+    )
+
+
+def pairs(count: int = 24) -> list[dict[str, str]]:
+    """Prompts of 2 to 12 words; the completion is their first words, reversed."""
+    source = random.Random(0)
+    prompts = [source.choices(WORDS, k=source.randint(2, 12)) for _ in range(count)]
+    return [{"prompt": " ".join(p), "completion": " " + " ".join([*p[:4][::-1], "<eos>"])} for p in prompts]
+
+
+def chat(count: int = 24) -> list[dict[str, list[dict[str, str]]]]:
+    return [
+        {
+            "prompt": [{"role": "user", "content": pair["prompt"]}],
+            "completion": [{"role": "assistant", "content": pair["completion"].removesuffix(" <eos>").strip()}],
+        }
+        for pair in pairs(count)
+    ]
+
+
+@pytest.fixture
+def trainer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
+    """Builds trainers of tiny models; keywords that a config knows go there, the others to the trainer."""
+
+    def build(cls: type = BituneSFTTrainer, **settings: Any) -> Any:
+        config = BituneSFTConfig if cls is BituneSFTTrainer else SFTConfig
+        fields = {name: settings.pop(name) for name in list(settings) if name in config.__dataclass_fields__}
+        args = config(
+            **{
+                "output_dir": str(tmp_path / "run"),
+                "max_steps": 4,
+                "per_device_train_batch_size": 4,
+                "learning_rate": 3e-3,
+                "logging_steps": 1,
+                "save_strategy": "no",
+                "report_to": [],
+                "use_cpu": True,
+                "bf16": False,
+                "disable_tqdm": True,
+                **fields,
+            }
+        )
+        defaults = {
+            "model": None if "model" in settings else tiny(),
+            "train_dataset": Dataset.from_list(pairs()),
+            "processing_class": tokenizer,
+            "peft_config": BituneConfig(adapter=LORA),
+        }
+        return cls(args=args, **{**defaults, **settings})
+
+    return build
+
+
+def losses(trainer: SFTTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def trained(model: PeftModel) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def batch_of(trainer: SFTTrainer) -> dict[str, torch.Tensor]:
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def literal_loss(trainer: SFTTrainer, batch: dict[str, torch.Tensor], whole_text: bool = False) -> torch.Tensor:
+    """Mean loss of a batch by three passes, on the completion."""
+    model = trainer.model
+    oracle = ThreePass(tiny(), LORA)
+    oracle.load_product(model)
+    total, count = torch.zeros(()), 0
+    for ids, mask, prompt in zip(batch["input_ids"], batch["attention_mask"], batch["prompt_mask"], strict=True):
+        tokens, length = ids[mask.bool()], int(prompt.sum())
+        logits = oracle(tokens, length)[:-1]
+        total = total + cross_entropy(logits, tokens[length:], reduction="sum")
+        count += len(tokens) - length
+    return total / count
+
+
+class TestSameNumbers:
+    def test_stock_trainer_with_bitune_config(self, trainer: Any) -> None:
+        ours, stock = trainer(), trainer(SFTTrainer)
+        ours.train()
+        stock.train()
+        assert losses(ours) == losses(stock)
+        theirs = trained(stock.model)
+        for name, value in trained(ours.model).items():
+            assert torch.equal(value, theirs[name]), name
+
+    def test_loss_is_that_of_three_passes(self, trainer: Any) -> None:
+        t = trainer()
+        batch = batch_of(t)
+        expected = literal_loss(t, batch).item()
+        assert t.compute_loss(t.model, dict(batch)).item() == pytest.approx(expected, abs=1e-5)
+
+    def test_saved_adapter_gives_the_logits_of_the_trained_model(self, trainer: Any, tmp_path: Path) -> None:
+        t = trainer()
+        t.train()
+        t.save_model(tmp_path / "adapter")
+        loaded = PeftModel.from_pretrained(tiny(), tmp_path / "adapter")
+        batch = {k: v for k, v in batch_of(t).items() if k != "labels"}
+        t.model.eval()
+        assert torch.equal(loaded(**batch).logits, t.model(**batch).logits)
+
+
+class TestPrompt:
+    @pytest.mark.parametrize("rows", [pairs(8), chat(8)], ids=["standard", "conversational"])
+    def test_comes_from_the_dataset(self, trainer: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> None:
+        t = trainer(train_dataset=Dataset.from_list(rows), max_steps=1)
+        for row, sample in zip(rows, t.train_dataset, strict=True):
+            prompt = row["prompt"]
+            if not isinstance(prompt, str):
+                prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            assert sample[PROMPT_LENGTH] == len(tokenizer(prompt)["input_ids"])
+
+    def test_mask_covers_exactly_the_prompt(self, trainer: Any) -> None:
+        batch = batch_of(trainer())
+        assert torch.equal(batch["prompt_mask"], (batch["labels"] == -100) & batch["attention_mask"].bool())
+
+    @pytest.mark.parametrize(
+        "settings",
+        [{"completion_only_loss": False}, {"label_smoothing_factor": 0.1}, {"loss_type": "dft"}],
+        ids=["loss on all text", "label smoothing", "dft"],
+    )
+    def test_does_not_depend_on_what_is_made_of_the_labels(
+        self, trainer: Any, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        t, plain = trainer(**settings), trainer()
+        seen = []
+        forward = type(t.model).forward
+
+        def spy(model: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.append(kwargs["prompt_mask"])
+            return forward(model, *args, **kwargs)
+
+        monkeypatch.setattr(type(t.model), "forward", spy)
+        expected = batch_of(plain)["prompt_mask"]
+        loss = t.compute_loss(t.model, dict(batch_of(t)))
+        assert torch.isfinite(loss)
+        assert seen
+        assert all(torch.equal(mask, expected) for mask in seen)
+
+    def test_is_known_to_compute_metrics(self, trainer: Any) -> None:
+        seen = {}
+
+        def metrics(prediction: Any) -> dict[str, float]:
+            seen["logits"] = torch.tensor(prediction.predictions)
+            return {}
+
+        rows = Dataset.from_list(pairs(4))
+        t = trainer(eval_dataset=rows, compute_metrics=metrics, per_device_eval_batch_size=4)
+        t.evaluate()
+        batch = next(iter(t.get_eval_dataloader()))
+        with torch.no_grad():
+            expected = t.model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+        assert torch.allclose(seen["logits"], expected, atol=1e-6)
+
+    def test_of_token_ids_with_a_completion_mask(self, trainer: Any) -> None:
+        rows = [{"input_ids": [7, 8, 9, 10, 2], "completion_mask": [0, 0, 0, 1, 1]}] * 4
+        t = trainer(train_dataset=Dataset.from_list(rows), completion_only_loss=True)
+        assert t.train_dataset[0] == {
+            "input_ids": [7, 8, 9, 10, 2],
+            "labels": [-100, -100, -100, 10, 2],
+            "completion_mask": [0, 0, 0, 1, 1],
+            PROMPT_LENGTH: 3,
+        }
+
+    def test_of_token_ids_with_labels(self, trainer: Any) -> None:
+        rows = [{"input_ids": [7, 8, 9, 10, 2], "labels": [-100, -100, 9, -100, 2]}] * 4
+        t = trainer(train_dataset=Dataset.from_list(rows))
+        assert t.train_dataset[0]["labels"] == [-100, -100, 9, -100, 2]
+        assert t.train_dataset[0][PROMPT_LENGTH] == 2
+
+    def test_of_a_dataset_that_trl_does_not_prepare(self, trainer: Any) -> None:
+        rows = [{"input_ids": [7, 8, 9, 10, 2], "labels": [-100, -100, 9, 10, 2]}] * 4
+        t = trainer(train_dataset=Dataset.from_list(rows), dataset_kwargs={"skip_prepare_dataset": True}, max_steps=1)
+        t.train()
+        assert len(losses(t)) == 1
+
+    def test_of_a_streamed_dataset(self, trainer: Any) -> None:
+        t, plain = trainer(train_dataset=Dataset.from_list(pairs()).to_iterable_dataset(), max_steps=2), trainer()
+        expected = {tuple(row["input_ids"]): row[PROMPT_LENGTH] for row in plain.train_dataset}
+        assert {tuple(row["input_ids"]): row[PROMPT_LENGTH] for row in t.train_dataset} == expected
+        t.train()
+        assert len(losses(t)) == 2
+
+    def test_survives_a_collator_that_pads_left(self) -> None:
+        def pad_left(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+            size = max(len(s["input_ids"]) for s in samples)
+            mask = [[0] * (size - len(s["input_ids"])) + [1] * len(s["input_ids"]) for s in samples]
+            return {"attention_mask": torch.tensor(mask)}
+
+        batch = PromptCollator(pad_left)(
+            [{"input_ids": [5, 6, 7, 8], PROMPT_LENGTH: 3}, {"input_ids": [5, 6], PROMPT_LENGTH: 1}]
+        )
+        assert batch["prompt_mask"].tolist() == [[True, True, True, False], [False, False, True, False]]
+
+
+class TestTruncation:
+    sample = {"input_ids": [1, 2, 3, 4, 5], "labels": [1, 2, 3, 4, 5], "completion_mask": [0, 0, 0, 1, 1]}  # noqa: RUF012
+
+    @pytest.mark.parametrize(
+        ("max_length", "keep_end", "ids", "length"),
+        [
+            (None, False, [1, 2, 3, 4, 5], 3),
+            (9, True, [1, 2, 3, 4, 5], 3),
+            (4, False, [1, 2, 3, 4], 3),
+            (2, False, [1, 2], 2),
+            (4, True, [2, 3, 4, 5], 2),
+            (1, True, [5], 0),
+        ],
+    )
+    def test_keeps_the_boundary(self, max_length: int | None, keep_end: bool, ids: list[int], length: int) -> None:
+        cut = mark_prompt(self.sample, True, max_length, keep_end)
+        assert cut["input_ids"] == ids
+        assert cut[PROMPT_LENGTH] == length
+        assert cut["labels"] == [-100] * length + ids[length:]
+        assert has_prompt_and_completion(cut) == (0 < length < len(ids))
+
+    def test_leaves_out_samples_without_a_completion_and_says_how_many(
+        self, trainer: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        rows = pairs()
+        kept = [row for row in rows if len(row["prompt"].split()) < 8]
+        with caplog.at_level("WARNING"):
+            t = trainer(max_length=8)
+        assert len(t.train_dataset) == len(kept)
+        assert f"{len(rows) - len(kept)} of {len(rows)} samples of the train dataset" in caplog.text
+        assert "`max_length=8`" in caplog.text
+
+    def test_refuses_to_leave_nothing(self, trainer: Any) -> None:
+        with pytest.raises(ValueError, match=r"24 of 24 samples .* `max_length=1`. Raise `max_length`"):
+            trainer(max_length=1)
+
+
+class TestAdapters:
+    @pytest.mark.parametrize("inner", [LORA, IA3Config(target_modules=["k_proj"], feedforward_modules=[])])
+    def test_any_peft_config_becomes_the_adapter_of_both_streams(self, trainer: Any, inner: Any) -> None:
+        config = trainer(peft_config=inner).model.peft_config["default"]
+        assert isinstance(config, BituneConfig)
+        assert config.adapter is inner
+
+    def test_a_model_that_carries_bitune(self, trainer: Any) -> None:
+        model = get_peft_model(tiny(), BituneConfig(adapter=LORA))
+        t = trainer(model=model, peft_config=None, max_steps=2)
+        t.train()
+        assert t.model is model
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"peft_config": None}, r"`peft_config` is missing.*`peft_config=BituneConfig\(\)`"),
+            ({"peft_config": PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2)}, "PromptTuning"),
+        ],
+        ids=["none", "prompt learning"],
+    )
+    def test_nothing_to_train_is_refused(self, trainer: Any, settings: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            trainer(**settings)
+
+    def test_a_model_that_carries_another_adapter_is_refused(self, trainer: Any) -> None:
+        with pytest.raises(ValueError, match="carries a PEFT adapter that is not Bitune"):
+            trainer(model=get_peft_model(tiny(), LORA), peft_config=None)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("setting", ["packing", "eval_packing", "padding_free"])
+    def test_several_documents_in_a_row(self, trainer: Any, setting: str) -> None:
+        with pytest.raises(ValueError, match=rf"`{setting}=True`.*Set `{setting}=False`"):
+            trainer(**{setting: True})
+
+    @pytest.mark.parametrize("settings", [{"packing": True}, {"padding_free": True, "max_length": None}])
+    def test_several_documents_in_a_row_of_the_stock_trainer(self, trainer: Any, settings: dict[str, Any]) -> None:
+        t = trainer(SFTTrainer, **settings)
+        with pytest.raises(LayoutError, match="`packing=False`"):
+            t.train()
+
+    @pytest.mark.parametrize(
+        ("row", "advice"),
+        [
+            ({"text": "w1 w2 w3"}, "columns 'prompt' and 'completion'"),
+            ({"messages": chat(1)[0]["prompt"] + chat(1)[0]["completion"]}, "before the last assistant turn"),
+            ({"input_ids": [5, 6, 7]}, "'completion_mask'"),
+        ],
+        ids=["text", "messages", "token ids"],
+    )
+    def test_a_dataset_without_prompts(self, trainer: Any, row: dict[str, Any], advice: str) -> None:
+        with pytest.raises(ValueError, match=f"do not tell the prompt from the completion.*{advice}"):
+            trainer(train_dataset=Dataset.from_list([row] * 4))
+
+    def test_an_evaluation_dataset_without_prompts(self, trainer: Any) -> None:
+        with pytest.raises(ValueError, match="The eval dataset has columns"):
+            trainer(eval_dataset=Dataset.from_list([{"text": "w1 w2"}] * 4))
+
+    def test_a_formatting_function(self, trainer: Any) -> None:
+        with pytest.raises(ValueError, match="`formatting_func`"):
+            trainer(formatting_func=lambda row: row["prompt"], completion_only_loss=False)
+
+    def test_a_dataset_without_prompts_in_the_stock_trainer(self, trainer: Any) -> None:
+        t = trainer(SFTTrainer, train_dataset=Dataset.from_list([{"text": "w1 w2 w3 w4"}] * 8))
+        with pytest.raises(LayoutError, match=r"`labels` leave no prompt.*'prompt' and 'completion' columns"):
+            t.train()
+
+
+class TestTheta:
+    def groups(self, trainer: SFTTrainer) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        thetas = {id(p) for name, p in trainer.model.named_parameters() if "theta_" in name}
+        groups = trainer.create_optimizer().param_groups
+        mine = [group for group in groups if any(id(p) in thetas for p in group["params"])]
+        assert len(mine) == 1
+        assert {id(p) for p in mine[0]["params"]} == thetas
+        return mine[0], [group for group in groups if group is not mine[0]]
+
+    def test_has_the_learning_rate_of_the_trainer_and_no_weight_decay(self, trainer: Any) -> None:
+        theta, others = self.groups(trainer(weight_decay=0.1))
+        assert theta["lr"] == 3e-3
+        assert theta["weight_decay"] == 0
+        assert any(group["weight_decay"] == 0.1 for group in others)
+
+    def test_may_have_its_own_learning_rate(self, trainer: Any) -> None:
+        theta, others = self.groups(trainer(theta_learning_rate=0.5))
+        assert theta["lr"] == 0.5
+        assert {group["lr"] for group in others} == {3e-3}
+
+    def test_follows_the_schedule(self, trainer: Any) -> None:
+        t = trainer(theta_learning_rate=0.03, lr_scheduler_type="linear", max_steps=2)
+        t.train()
+        rates = {group["lr"] for group in t.optimizer.param_groups}
+        assert rates == {0.0}
+
+    def test_is_clipped_with_all_others_by_default(self, trainer: Any) -> None:
+        t = self.with_gradients(trainer(max_grad_norm=1.0))
+        before = {name: p.grad.clone() for name, p in t.model.named_parameters() if p.requires_grad}
+        norm = float(t._clip_grad_norm(t.model))
+        for name, p in t.model.named_parameters():
+            if p.requires_grad:
+                assert torch.allclose(p.grad, before[name] / norm, atol=1e-5), name
+
+    def test_may_be_clipped_apart(self, trainer: Any) -> None:
+        t = self.with_gradients(trainer(max_grad_norm=1.0, theta_max_grad_norm=0.5))
+        total = torch.cat([p.grad.flatten() for p in t.model.parameters() if p.requires_grad]).norm()
+        assert float(t._clip_grad_norm(t.model)) == pytest.approx(float(total), rel=1e-5)
+        for theta, expected in ((True, 0.5), (False, 1.0)):
+            gradients = [p.grad.flatten() for n, p in t.model.named_parameters() if ("theta_" in n) == theta
+                         and p.grad is not None]  # fmt: skip
+            assert float(torch.cat(gradients).norm()) == pytest.approx(expected, rel=1e-4)
+
+    def with_gradients(self, trainer: SFTTrainer) -> SFTTrainer:
+        for p in trainer.model.parameters():
+            if p.requires_grad:
+                p.grad = torch.full_like(p, 3.0)
+        return trainer
+
+    def test_stays_float32_in_a_bfloat16_model(self, trainer: Any) -> None:
+        t = trainer(model=tiny().to(torch.bfloat16), max_steps=1)
+        t.train()
+        dtypes = {p.dtype for name, p in t.model.named_parameters() if "theta_" in name}
+        assert dtypes == {torch.float32}
+
+
+class TestRun:
+    def test_logs_alpha_beside_the_loss(self, trainer: Any) -> None:
+        t = trainer()
+        t.train()
+        entries = [entry for entry in t.state.log_history if "loss" in entry]
+        for kind in ("key", "value"):
+            alphas = torch.cat([a.detach() for a in t.model.base_model.alphas()[kind]])
+            assert entries[-1][f"alpha_{kind}_mean"] == pytest.approx(alphas.mean().item())
+            assert entries[-1][f"alpha_{kind}_min"] == pytest.approx(alphas.min().item())
+            assert entries[-1][f"alpha_{kind}_max"] == pytest.approx(alphas.max().item())
+
+    def test_trl_defaults_train(self, trainer: Any) -> None:
+        """bf16 autocast, gradient checkpointing and the fused LM head, all on by default in TRL."""
+        exact, mixed = trainer(gradient_checkpointing=False), trainer(bf16=None)
+        assert mixed.args.bf16
+        assert mixed.args.gradient_checkpointing
+        exact.train()
+        mixed.train()
+        assert losses(mixed) == pytest.approx(losses(exact), rel=0.02)
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_checkpointing_changes_nothing(self, trainer: Any, reentrant: bool) -> None:
+        plain = trainer(gradient_checkpointing=False)
+        checkpointed = trainer(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        plain.train()
+        checkpointed.train()
+        assert losses(checkpointed) == pytest.approx(losses(plain), abs=1e-6)
+
+    def test_gradient_accumulation_equals_one_large_batch(self, trainer: Any) -> None:
+        settings = {"optim": "sgd", "learning_rate": 1e-2}  # Adam would blow up noise in gradients near zero
+        large = trainer(per_device_train_batch_size=8, **settings)
+        small = trainer(per_device_train_batch_size=2, gradient_accumulation_steps=4, **settings)
+        large.train()
+        small.train()
+        assert losses(small) == pytest.approx(losses(large), abs=1e-5)
+
+    def test_evaluates_during_training(self, trainer: Any) -> None:
+        rows = Dataset.from_list(pairs(8))
+        t = trainer(eval_dataset={"a": rows, "b": rows}, eval_strategy="steps", eval_steps=2)
+        t.train()
+        found = [entry["eval_a_loss"] for entry in t.state.log_history if "eval_a_loss" in entry]
+        assert len(found) == 2
+        assert found[1] < found[0]
+
+    def test_stopped_and_resumed_it_continues_exactly(self, trainer: Any, tmp_path: Path) -> None:
+        settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5, "theta_learning_rate": 0.01}
+        straight = trainer(**settings, output_dir=str(tmp_path / "straight"))
+        straight.train()
+        resumed = trainer(**settings, output_dir=str(tmp_path / "resumed"))
+        resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+        assert losses(resumed) == losses(straight)
+        expected = trained(straight.model)
+        for name, value in trained(resumed.model).items():
+            assert torch.equal(value, expected[name]), name
+
+    def test_model_card_says_bitune(self, trainer: Any, tmp_path: Path) -> None:
+        t = trainer(max_steps=1)
+        t.train()
+        t.create_model_card(model_name="mine")
+        card = (tmp_path / "run" / "README.md").read_text()
+        assert "bitune" in card.split("---")[1]
+        assert "trained with Bitune SFT" in card
+        assert "2405.14862" in card
+
+    def test_takes_the_arguments_of_the_stock_trainer(self, trainer: Any, tokenizer: Any) -> None:
+        args = trainer().args
+        t = BituneSFTTrainer(tiny(), args, None, Dataset.from_list(pairs(4)), None, tokenizer, peft_config=LORA)
+        assert isinstance(t.model.peft_config["default"], BituneConfig)
+
+
+def test_trl_script_with_its_import_swapped(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    import trl.scripts.sft
+
+    source = Path(trl.scripts.sft.__file__).read_text()
+    stock = "from trl import SFTTrainer, get_dataset"
+    assert stock in source
+    swapped = "from bitune_plugin import BituneSFTTrainer as SFTTrainer; from trl import get_dataset"
+    script = tmp_path / "sft.py"
+    script.write_text(source.replace(stock, swapped))
+
+    tiny().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, pairs())))
+    arguments = {
+        "model_name_or_path": tmp_path / "model",
+        "dataset_name": tmp_path / "data",
+        "output_dir": tmp_path / "adapter",
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+        "use_cpu": True,
+        "report_to": "none",
+    }
+    command = [sys.executable, str(script), "--use_peft", "--lora_target_modules", "all-linear"]
+    for name, value in arguments.items():
+        command += [f"--{name}", str(value)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "BITUNE"
+    assert config["adapter"]["peft_type"] == "LORA"
