@@ -14,6 +14,22 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .plugins import plugin_manager
 
+KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
+"""Values of `config.layer_types` whose masks the bidirectional reading can follow."""
+
+
+UNKNOWN_CACHES = {
+    "num_kv_shared_layers": "shares keys and values between layers",
+    "kv_lora_rank": "caches latent states in place of keys and values",
+}
+"""Settings of models that do not cache the keys and values of every layer, and what they stand for."""
+
+ATTENTION_ALONE = (
+    "Every layer must mix tokens by attention alone: state-space, convolutional and linear-attention mixers carry "
+    "state from token to token, and the copy of the prompt would run through it; and of masks, Bitune knows full "
+    "attention and sliding windows. Use the inner adapter alone, for instance `LoraConfig`."
+)
+
 
 class UnsupportedModelError(ValueError):
     """Bitune cannot be applied to this model; the message says why and what to do."""
@@ -66,6 +82,17 @@ def _describe_decoder(model: nn.Module) -> Architecture:
             f"{name} reads more than text, and Bitune does not know how to read the rest twice. Load its language "
             "model alone, with `AutoModelForCausalLM`."
         )
+    unknown = set(getattr(model.config, "layer_types", None) or ()) - KNOWN_LAYER_TYPES
+    if unknown:
+        raise UnsupportedModelError(
+            f"{name} has layers of type {', '.join(map(repr, sorted(unknown)))}. {ATTENTION_ALONE}"
+        )
+    for setting, meaning in UNKNOWN_CACHES.items():
+        if getattr(model.config, setting, None):
+            raise UnsupportedModelError(
+                f"{name} {meaning} (`config.{setting}`), and Bitune mixes the keys and values of every layer for "
+                "itself. Use the inner adapter alone, for instance `LoraConfig`."
+            )
     backbone = _backbone(model)
     if not backbone._can_set_attn_implementation():
         raise UnsupportedModelError(
@@ -104,11 +131,7 @@ def _check_attention_alone(name: str, layers: list[nn.Module], attentions: list[
         )
     convolves = any(isinstance(module, nn.Conv1d) for layer in layers for module in layer.modules())
     if len(attentions) < len(layers) or not layers or convolves:
-        raise UnsupportedModelError(
-            f"{found}{', and convolutions beside' if convolves else ''}. Every layer must mix tokens by attention "
-            "alone: state-space, convolutional and linear-attention mixers carry state from token to token, and the "
-            "copy of the prompt would run through it. Use the inner adapter alone, for instance `LoraConfig`."
-        )
+        raise UnsupportedModelError(f"{found}{', and convolutions beside' if convolves else ''}. {ATTENTION_ALONE}")
 
 
 def _is_attention(module: nn.Module) -> bool:

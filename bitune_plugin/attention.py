@@ -77,7 +77,7 @@ def bitune_attention(
     reading: Reading | None = kwargs.pop(KEYWORD, None)
     if reading is None:
         return attend(module, query, key, value, attention_mask, **kwargs)
-    reading.seen.add(module.layer_idx)
+    reading.seen[module.layer_idx] += 1
     kwargs.pop("is_causal", None)
     return _attend_in_groups(partial(_attend, base, attend, module, kwargs), module, query, key, value, reading, kwargs)
 
@@ -92,7 +92,7 @@ def _attend_in_groups(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, None]:
     layout = reading.layout
-    window = kwargs.get("sliding_window")
+    window = _window(module, kwargs)
     rows, copies = (slice(0, layout.tokens), slice(layout.tokens, layout.length))
     (query_rows, query_copy), (key_rows, key_copy), (value_rows, value_copy) = (
         (states[:, :, rows], states[:, :, copies]) for states in (query, key, value)
@@ -128,6 +128,24 @@ def _attend_in_groups(
         causal=False,
     )
     return torch.cat([layout.in_token_order(encoded, answer, dim=1), copy], dim=1), None
+
+
+def _window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
+    """The sliding window of a layer, in tokens.
+
+    Raises:
+        RuntimeError: the layer has one, but does not tell its attention function; its own mask would have.
+    """
+    window = kwargs.get("sliding_window")
+    config = getattr(module, "config", None)
+    types = getattr(config, "layer_types", None)
+    slides = types[module.layer_idx] == "sliding_attention" if types else getattr(config, "sliding_window", None)
+    if slides and window is None:
+        raise RuntimeError(
+            f"Layer {module.layer_idx} has a sliding window that {type(module).__name__} does not pass to its "
+            "attention function, so Bitune would attend too far. This architecture is not supported."
+        )
+    return window
 
 
 def _attend(

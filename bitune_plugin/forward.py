@@ -316,12 +316,18 @@ def _cache_to_fill(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> Cache |
 
 
 def _check_all_took_part(architecture: Architecture, reading: Reading) -> None:
-    missing = sorted({attention.layer_idx for attention in architecture.attentions} - reading.seen)
+    name = type(architecture.backbone).__name__
+    missing = sorted({attention.layer_idx for attention in architecture.attentions} - reading.seen.keys())
     if missing:
         raise RuntimeError(
-            f"The attention of layer(s) {missing} of {type(architecture.backbone).__name__} never saw where the prompt "
-            "ends, and would have been plainly causal: the model does not hand keywords down to its attention "
-            "function. Bitune does not support this architecture; a plugin can (hook `bitune_architecture`)."
+            f"The attention of layer(s) {missing} of {name} never saw where the prompt ends, and would have been "
+            "plainly causal: the model does not hand keywords down to its attention function. Bitune does not support "
+            "this architecture; a plugin can (hook `bitune_architecture`)."
+        )
+    if max(reading.seen.values()) > 1:
+        raise RuntimeError(
+            f"{name} attends several times in a layer, and it is not clear which keys and values the cache is to hold. "
+            "Bitune does not support this architecture."
         )
 
 

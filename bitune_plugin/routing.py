@@ -8,6 +8,7 @@ bidirectional adapter, so any PEFT method that works token by token works here, 
 from __future__ import annotations
 
 import types
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -36,7 +37,7 @@ class Reading:
         second_pass_causal: the copy attends causally (ablation "only causal").
         share_adapter: the copy uses the causal adapter too (ablation "shared weights").
         cache: filled with the mixed keys and values, layer by layer; `None` to keep none.
-        seen: `layer_idx` of the attention modules that took part so far.
+        seen: how often the attention of each layer took part so far, by `layer_idx`.
     """
 
     layout: PromptLayout
@@ -44,7 +45,7 @@ class Reading:
     second_pass_causal: bool = False
     share_adapter: bool = False
     cache: Cache | None = None
-    seen: set[int] = field(default_factory=set, compare=False)
+    seen: Counter[int] = field(default_factory=Counter, compare=False)
 
 
 _current: ContextVar[Reading | None] = ContextVar(KEYWORD, default=None)
@@ -103,11 +104,13 @@ class TwoAdapterLayer(Extension):
                 f"[rows, {layout.length}, ...]: it cannot tell which token belongs to which stream. Leave this module "
                 "out of the adapter's `target_modules` (`exclude_modules=...`)."
             )
-        copy = with_active_adapter(self, bidirectional(reading.adapter))
+        # Contiguous, because that is what a linear layer makes of them anyhow, and some demand.
+        rows, copies = tokens[:, : layout.tokens].contiguous(), tokens[:, layout.tokens :].contiguous()
+        second = with_active_adapter(self, bidirectional(reading.adapter))
         return torch.cat(
             [
-                super().forward(tokens[:, : layout.tokens], *args, **kwargs),
-                super(TwoAdapterLayer, copy).forward(tokens[:, layout.tokens :], *args, **kwargs),
+                super().forward(rows, *args, **kwargs),
+                super(TwoAdapterLayer, second).forward(copies, *args, **kwargs),
             ],
             dim=1,
         )
