@@ -147,15 +147,17 @@ class TwoWayBackbone(Extension):
 
     bitune_architecture: Architecture
 
-    def forward(self, *args: Any, prompt_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, prompt_mask: Tensor | None = None, answers_only: bool = False, **kwargs: Any) -> Any:
         """Takes the backbone's own arguments, and
 
         Args:
             prompt_mask: bool `[B, T]`, True on every prompt token, the last one included. Without it, inside
                 `generate` the prompt is what `generate` was given; otherwise all of the input is prompt.
+            answers_only: leave the encoded prompts out of `last_hidden_state`, so that the head has less to do.
 
         Returns:
-            What the backbone returns, for the `T` tokens given; the cache holds mixed keys and values of the prompt.
+            What the backbone returns, for the `T` tokens given, or the `A` slots of `PromptLayout.answer`; the cache
+            holds mixed keys and values of the prompt.
 
         Raises:
             LayoutError: it cannot be told where a prompt ends.
@@ -169,6 +171,8 @@ class TwoWayBackbone(Extension):
             outputs = super().forward(**_lengthen(reading, kwargs))
         _check_all_took_part(self.bitune_architecture, reading)
         outputs = _cut(reading, outputs)
+        if answers_only:
+            outputs["last_hidden_state"] = reading.layout.answer.take(outputs["last_hidden_state"])
         return outputs.to_tuple() if kwargs.get("return_dict") is False else outputs
 
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import SFTConfig, SFTTrainer
 
 from bitune_plugin.config import PEFT_TYPE, BituneConfig
-from bitune_plugin.layout import prompt_from_labels
+from bitune_plugin.layout import plan, prompt_from_labels
 from bitune_plugin.tuner import BituneModel
 
 logger = get_logger(__name__)
@@ -140,11 +140,15 @@ class BituneSFTTrainer(SFTTrainer):
     def _reject_skip_prepare_without_labels(self, datasets: dict[str, Any], data_collator: Any) -> None:
         super()._reject_skip_prepare_without_labels(datasets, getattr(data_collator, "collator", data_collator))
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
         # TRL calls the model without labels in places; the prompt must not depend on them.
         if inputs.get("prompt_mask") is None and inputs.get("labels") is not None:
             inputs["prompt_mask"] = prompt_from_labels(inputs["labels"], inputs.get("attention_mask"))
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        if not (return_outputs or self.compute_loss_func or self.label_smoother):  # those need logits of all tokens
+            inputs = answers_only(inputs)
+        return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
 
     # Theta.
 
@@ -227,6 +231,23 @@ def mark_prompt(sample: dict[str, Any], completion_only: bool, max_length: int |
         "labels": labels[start:stop],
         PROMPT_LENGTH: min(max(length - start, 0), stop - start),
     }
+
+
+def answers_only(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Asks for the hidden states of the answers alone, and cuts `labels` to match: the LM head, the dearest part of a
+    small model, then skips the prompts. Leaves a batch alone in which prompt tokens count for the loss.
+
+    Args:
+        inputs: a batch with `labels`, `prompt_mask` and `attention_mask`, each `[B, T]`.
+    """
+    labels, prompt_mask = inputs.get("labels"), inputs.get("prompt_mask")
+    if labels is None or ((labels != IGNORED) & prompt_mask).any():
+        return inputs
+    layout = plan(prompt_mask, inputs.get("attention_mask"))
+    if layout is None:
+        return inputs
+    labels = layout.answer.take(labels).masked_fill(~layout.answer.filled, IGNORED)
+    return {**inputs, "labels": labels, "answers_only": True}
 
 
 def has_prompt_and_completion(sample: dict[str, Any]) -> bool:
