@@ -54,6 +54,7 @@ def train(arguments: argparse.Namespace, samples: Dataset) -> PeftModel:
         train_sampling_strategy="group_by_length",  # less padding
         bf16=False,  # slower than float32 on most CPUs
         gradient_checkpointing=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=10,
         save_strategy="no",
         report_to="none",
@@ -141,7 +142,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="gemma-3-270m", help="a name in pretrained.py, a hub id, or a path")
     parser.add_argument("--task", default="family_relationships", help="name of a reasoning-gym dataset")
     parser.add_argument("--method", choices=METHODS, default="bitune")
-    parser.add_argument("--samples", type=int, default=480, help="to train on")
+    parser.add_argument("--samples", type=int, default=640, help="to train on")
     parser.add_argument("--questions", type=int, default=100, help="to measure on")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)

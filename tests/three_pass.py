@@ -25,6 +25,7 @@ class ThreePass(nn.Module):
         adapter: PEFT config of each stream.
         mixing, granularity, second_pass_attention, share_adapter, theta_init: as in `BituneConfig`.
         heads: key/value heads, for `granularity="head"`.
+        attention: attention implementation of the copy; eager shares no kernel with what it judges.
     """
 
     def __init__(
@@ -37,11 +38,11 @@ class ThreePass(nn.Module):
         share_adapter: bool = False,
         theta_init: float = 0.01,
         heads: int = 1,
+        attention: str = "eager",
     ) -> None:
         super().__init__()
-        # The copy runs eagerly: it shall share no kernel with what it judges.
         base = copy.deepcopy(base)
-        base.set_attn_implementation("eager")
+        base.set_attn_implementation(attention)
         self.model: PeftModel = get_peft_model(base, copy.deepcopy(adapter), adapter_name="causal")
         self.model.add_adapter("bidirectional", copy.deepcopy(adapter))
         self.mixing, self.theta_init, self.share_adapter = mixing, theta_init, share_adapter
