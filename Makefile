@@ -1,8 +1,10 @@
 # Everything runs in a virtual environment of its own, made on first use.
 VENV   ?= .venv
 PYTHON ?= python3
-TORCH  ?= torch==2.13.0     # the CPU build; for another, `make quickstart TORCH="torch --index-url ..."`
-MODEL  ?= gemma-3-270m      # or any hub id or path
+# What pip takes for the build of this machine; TORCH="torch==2.13.0 --index-url ..." chooses another.
+TORCH  ?= torch==2.13.0
+# Or any hub id or path.
+MODEL  ?= gemma-3-270m
 BIN     = $(VENV)/bin
 
 # glibc hands large blocks back to the kernel at every free, which makes training on CPUs several times slower.

@@ -1,4 +1,4 @@
-"""Bitune (bidirectional instruction-tuning, arXiv 2405.14862) for PEFT, TRL, Transformers, Accelerate and lm-eval."""
+"""Bitune (bidirectional instruction-tuning, arXiv 2405.14862) for PEFT, TRL, Transformers and Accelerate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ _plugin_manager().hook.bitune_register(host=_peft.__name__)
 def __getattr__(name: str) -> Any:
     # TRL takes seconds to import, and not everybody who loads an adapter has it.
     if name in ("BituneSFTConfig", "BituneSFTTrainer"):
-        from .integrations import trl
-
+        try:
+            from .integrations import trl
+        except ModuleNotFoundError as error:
+            raise ImportError(f"`{name}` needs TRL ({error}). Install it: pip install 'bitune-plugin[trl]'") from error
         return getattr(trl, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

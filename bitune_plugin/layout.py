@@ -19,10 +19,15 @@ Shapes: `B` rows, `T` tokens in a row, `E` slots for encoded prompts, `A` slots 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
+
+IGNORED = -100
+"""Label of a token that does not count for the loss."""
 
 
 class LayoutError(ValueError):
@@ -230,11 +235,11 @@ def plan(prompt_mask: Tensor, attention_mask: Tensor | None = None) -> PromptLay
     return PromptLayout(prompt.shape[1], *groups, order=order, positions=place.clamp(min=0))
 
 
-def prompt_from_labels(labels: Tensor, attention_mask: Tensor | None = None, ignore_index: int = -100) -> Tensor:
+def prompt_from_labels(labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """The prompt of each row: its leading ignored labels.
 
     Args:
-        labels: `[B, T]`; padding carries `ignore_index` too.
+        labels: `[B, T]`; padding is ignored too.
         attention_mask: `[B, T]`, zero on padding, or `None`.
 
     Returns:
@@ -244,8 +249,11 @@ def prompt_from_labels(labels: Tensor, attention_mask: Tensor | None = None, ign
         LayoutError: a row whose first token carries a label, and so has no prompt.
     """
     attended = torch.ones_like(labels, dtype=torch.bool) if attention_mask is None else attention_mask.to(torch.bool)
-    completion_began = ((labels != ignore_index) & attended).cumsum(dim=1) > 0
-    prompt = attended & ~completion_began
+    labelled = (labels != IGNORED) & attended
+    prompt = attended & ~(labelled.cumsum(dim=1) > 0)
+    ignored_within = attended & ~labelled & ~prompt & (labelled.flip(1).cumsum(dim=1).flip(1) > 0)
+    if ignored_within.any():
+        _warn_ignored_within()
     without = (attended.any(dim=1) & ~prompt.any(dim=1)).nonzero().flatten().tolist()
     if without:
         raise LayoutError(
@@ -254,6 +262,16 @@ def prompt_from_labels(labels: Tensor, attention_mask: Tensor | None = None, ign
             "'prompt' and 'completion' columns, and `completion_only_loss` left on), or pass `prompt_mask`."
         )
     return prompt
+
+
+@cache
+def _warn_ignored_within() -> None:
+    warnings.warn(
+        "`labels` are ignored again after a completion began. Only what comes before it is taken as prompt. Right for "
+        "tokens that do not count for the loss, and wrong where a row holds several documents: then set "
+        "`packing=False`. Pass `prompt_mask` to say what is prompt. This warning is shown once.",
+        stacklevel=3,
+    )
 
 
 def take_along(tokens: Tensor, index: Tensor, dim: int) -> Tensor:

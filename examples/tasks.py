@@ -39,7 +39,7 @@ def training(task: str, size: int, seed: int, held_out: Dataset) -> Dataset:
 def exact_match(answers: Iterable[str], completions: Iterable[str]) -> int:
     """How many answers are right. Only the first line counts: not knowing when to stop is not held against a model."""
     return sum(
-        _first_line(answer) == completion.strip() for answer, completion in zip(answers, completions, strict=True)
+        _first_line(answer) == _first_line(completion) for answer, completion in zip(answers, completions, strict=True)
     )
 
 

@@ -11,7 +11,7 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,18 +23,17 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import global_then_local_main_first
 
-from bitune_plugin.config import PEFT_TYPE, BituneConfig
-from bitune_plugin.layout import plan, prompt_from_labels
+from bitune_plugin.attention import MIXING
+from bitune_plugin.config import BituneConfig
+from bitune_plugin.layout import IGNORED, plan, prompt_from_labels
 from bitune_plugin.tuner import BituneModel
 
 logger = get_logger(__name__)
 
-PROMPT_LENGTH = "prompt_length"
+PROMPT_LENGTH = "bitune_prompt_length"
 """Dataset column: how many tokens of a sample are its prompt."""
-
-IGNORED = -100
-"""Label of a token that does not count for the loss."""
 
 
 @dataclass
@@ -89,9 +88,11 @@ class BituneSFTTrainer(SFTTrainer):
         arguments = inspect.signature(SFTTrainer.__init__).bind(self, *args, **kwargs).arguments
         del arguments["self"]
         arguments["peft_config"] = _bitune_config(arguments["model"], arguments.get("peft_config"))
-        _check_one_document_per_row(arguments.get("args"))
+        _check_settings(arguments.get("args"))
         super().__init__(**arguments)
         self.data_collator = PromptCollator(self.data_collator)
+        if arguments["peft_config"] is not None:
+            _start_theta_in_float32(self.model.base_model)
 
     # The prompt, from the dataset to the model.
 
@@ -105,18 +106,20 @@ class BituneSFTTrainer(SFTTrainer):
         dataset_name: str,
     ) -> Dataset | IterableDataset:
         columns = next(iter(dataset)).keys()
-        if PROMPT_LENGTH in columns and "labels" in columns:
+        if PROMPT_LENGTH in columns:
             return dataset
         _check_has_prompt(columns, formatting_func, dataset_name)
         dataset = self._tokenize_uncut(dataset, processing_class, args, dataset_name)
         workers = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
+        by_default = args.completion_only_loss is None and "completion_mask" in columns
         marking = {
-            "completion_only": self.completion_only_loss and "labels" not in columns,
+            "completion_only": (self.completion_only_loss or by_default) and "labels" not in columns,
             "max_length": args.max_length,
             "keep_end": args.truncation_mode == "keep_end",
         }
-        marked = dataset.map(mark_prompt, fn_kwargs=marking, **workers)
-        kept = marked.filter(has_prompt_and_completion, **workers)
+        with global_then_local_main_first():  # as TRL does, so that one process fills the cache for all
+            marked = dataset.map(mark_prompt, fn_kwargs=marking, **workers)
+            kept = marked.filter(has_prompt_and_completion, **workers)
         _report_dropped(marked, kept, dataset_name, args.max_length)
         return kept.shuffle(seed=args.seed) if args.shuffle_dataset else kept
 
@@ -204,7 +207,8 @@ class PromptCollator:
         lengths = [sample.get(PROMPT_LENGTH) for sample in samples]
         batch = self.collator([{k: v for k, v in sample.items() if k != PROMPT_LENGTH} for sample in samples])
         if None not in lengths:
-            attended = batch["attention_mask"].bool()
+            mask = batch.get("attention_mask")
+            attended = torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
             batch["prompt_mask"] = attended & (attended.cumsum(dim=1) <= torch.tensor(lengths)[:, None])
         return batch
 
@@ -256,10 +260,10 @@ def has_prompt_and_completion(sample: dict[str, Any]) -> bool:
 
 
 def _bitune_config(model: Any, peft_config: PeftConfig | None) -> PeftConfig | None:
-    carried = getattr(getattr(model, "base_model", None), "peft_config", None)
-    if isinstance(getattr(model, "base_model", None), BituneModel):
+    tuner = getattr(model, "base_model", None)
+    if isinstance(tuner, BituneModel):
         return peft_config  # TRL refuses a config for a model that already carries an adapter
-    if carried is not None:
+    if getattr(tuner, "peft_config", None) is not None:
         raise ValueError(
             "`model` carries a PEFT adapter that is not Bitune. Pass the base model, and the adapter's config as "
             "`peft_config`; `model.unload()` gives the base model."
@@ -270,12 +274,18 @@ def _bitune_config(model: Any, peft_config: PeftConfig | None) -> PeftConfig | N
             "the paper's set-up, or any PEFT config such as `LoraConfig(...)` (with TRL's scripts: `--use_peft`). "
             "Full fine-tuning is not supported yet."
         )
-    if peft_config.peft_type == PEFT_TYPE:
-        return peft_config
-    return BituneConfig(adapter=peft_config)
+    return peft_config if isinstance(peft_config, BituneConfig) else BituneConfig(adapter=peft_config)
 
 
-def _check_one_document_per_row(args: Any) -> None:
+def _check_settings(args: Any) -> None:
+    mode = getattr(args, "truncation_mode", "keep_start")
+    if mode not in ("keep_start", "keep_end"):
+        raise ValueError(f"`truncation_mode={mode!r}` is unknown. Choose 'keep_start' or 'keep_end'.")
+    if getattr(args, "theta_max_grad_norm", None) is not None and args.max_grad_norm <= 0:
+        raise ValueError(
+            f"`max_grad_norm={args.max_grad_norm}` switches all clipping off, and with it `theta_max_grad_norm="
+            f"{args.theta_max_grad_norm}`. To clip theta alone, set `max_grad_norm` to a very large number."
+        )
     for name in ("packing", "eval_packing", "padding_free"):
         if getattr(args, name, None):
             raise ValueError(
@@ -289,6 +299,11 @@ def _check_has_prompt(columns: Any, formatting_func: Callable | None, name: str)
         raise ValueError(
             "`formatting_func` makes plain text, in which nothing tells the prompt from the completion. Map the "
             "dataset to columns 'prompt' and 'completion' before, and leave `formatting_func` out."
+        )
+    if "seq_lengths" in columns or "position_ids" in columns:
+        raise ValueError(
+            f"The {name} dataset is packed (columns {sorted(columns)}): its rows hold several documents, and Bitune "
+            "reads one prompt and its completion per row. Pass the dataset from before `pack_dataset`."
         )
     prepared = "input_ids" in columns and ("labels" in columns or "completion_mask" in columns)
     if prepared or ("prompt" in columns and "completion" in columns):
@@ -317,17 +332,21 @@ def _report_dropped(marked: Any, kept: Any, name: str, max_length: int | None) -
 
 
 def _thetas(model: nn.Module) -> list[nn.Parameter]:
-    return [p for name, p in model.named_parameters() if ".bitune_mixing." in name and p.requires_grad]
+    return [p for name, p in model.named_parameters() if f".{MIXING}." in name and p.requires_grad]
+
+
+def _start_theta_in_float32(model: BituneModel) -> None:
+    """Of a quantised model TRL rounds all that is trained to bfloat16, in which theta could hardly move."""
+    for theta in _thetas(model):
+        if theta.dtype != torch.float32:
+            theta.data = torch.full_like(theta, model.peft_config["default"].theta_init, dtype=torch.float32)
 
 
 def _alpha_summary(model: BituneModel) -> dict[str, float]:
-    return dict(_summaries(model.alphas()))
-
-
-def _summaries(alphas: dict[str, list[Tensor]]) -> Iterator[tuple[str, float]]:
-    for kind, by_layer in alphas.items():
+    summary = {}
+    for kind, by_layer in model.alphas().items():
         if by_layer:
             values = torch.cat([alpha.detach().flatten() for alpha in by_layer])
-            yield f"alpha_{kind}_mean", values.mean().item()
-            yield f"alpha_{kind}_min", values.min().item()
-            yield f"alpha_{kind}_max", values.max().item()
+            statistics = {"mean": values.mean(), "min": values.min(), "max": values.max()}
+            summary |= {f"alpha_{kind}_{name}": value.item() for name, value in statistics.items()}
+    return summary

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi", "phi3", "gpt_neox")
 
@@ -62,3 +64,26 @@ def randomise_adapters(model: torch.nn.Module, seed: int = 1) -> None:
             parameter.data.mul_(1 + 0.2 * noise)
         elif "lora_" in name:
             parameter.data.copy_(0.15 * noise)
+
+
+WORDS = [f"w{i}" for i in range(90)]
+
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Knows `WORDS` and two roles, and has a chat template."""
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", "user", "assistant", *WORDS]
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        chat_template=CHAT,
+    )

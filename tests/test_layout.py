@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bitune_plugin import layout
 from bitune_plugin.layout import LayoutError, PromptLayout, plan, prompt_from_labels, take_along
 
 settings.register_profile("layout", deadline=None, max_examples=60)
@@ -434,8 +436,16 @@ def test_ignored_labels_behind_the_completion_are_no_prompt() -> None:
     assert prompt_from_labels(torch.tensor([[-100, 5, -100, -100]])).tolist() == [[True, False, False, False]]
 
 
-def test_another_ignore_index_is_honoured() -> None:
-    assert prompt_from_labels(torch.tensor([[0, 0, 5]]), ignore_index=0).tolist() == [[True, True, False]]
+def test_labels_ignored_within_a_completion_are_no_prompt_and_warned_of_once() -> None:
+    labels = torch.tensor([[-100, -100, 5, -100, 6], [-100, 5, 6, -100, -100]])
+    layout._warn_ignored_within.cache_clear()
+    with pytest.warns(UserWarning, match="several documents.*`packing=False`"):
+        prompt = prompt_from_labels(labels)
+    assert prompt.tolist() == [[True, True, False, False, False], [True, False, False, False, False]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prompt_from_labels(labels)
+        prompt_from_labels(labels[1:])
 
 
 def test_labels_on_the_first_token_are_refused_by_row() -> None:

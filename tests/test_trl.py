@@ -14,13 +14,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from bitune_plugin import BituneConfig, BituneSFTConfig, BituneSFTTrainer
+from bitune_plugin import BituneConfig, BituneSFTConfig, BituneSFTTrainer, layout
 from bitune_plugin.integrations.trl import (
     PROMPT_LENGTH,
     PromptCollator,
@@ -29,30 +27,15 @@ from bitune_plugin.integrations.trl import (
     mark_prompt,
 )
 from bitune_plugin.layout import LayoutError
-from models import tiny
+from models import WORDS, tiny, word_tokenizer
 from three_pass import ThreePass
 
-WORDS = [f"w{i}" for i in range(90)]
-CHAT = (
-    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} <eos> {% endfor %}"
-    "{% if add_generation_prompt %}assistant {% endif %}"
-)
 LORA = LoraConfig(r=4, target_modules="all-linear")
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<pad>", "<bos>", "<eos>", "<unk>", "user", "assistant", *WORDS]
-    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        chat_template=CHAT,
-    )
+    return word_tokenizer()
 
 
 def pairs(count: int = 24) -> list[dict[str, str]]:
@@ -249,6 +232,33 @@ class TestPrompt:
             PROMPT_LENGTH: 3,
         }
 
+    def test_tokens_do_not_count_for_the_loss_of_token_ids_with_a_completion_mask(self, trainer: Any) -> None:
+        rows = [{"input_ids": [7, 8, 9], "completion_mask": [0, 1, 1]}] * 4
+        assert trainer(train_dataset=Dataset.from_list(rows)).train_dataset[0]["labels"] == [-100, 8, 9]
+
+    def test_of_a_dataset_given_to_evaluate(self, trainer: Any) -> None:
+        rows = Dataset.from_list(pairs(8))
+        t = trainer(eval_dataset=rows)
+        expected = t.evaluate()["eval_loss"]
+        assert t.evaluate(rows)["eval_loss"] == expected
+        assert t.evaluate(t.eval_dataset)["eval_loss"] == expected
+        assert t.evaluate({"a": rows})["eval_a_loss"] == expected
+
+    def test_of_assistant_tokens_is_not_taken_for_part_of_the_completion(self, trainer: Any, tokenizer: Any) -> None:
+        template = tokenizer.chat_template.replace(
+            "{{ m['role'] }} {{ m['content'] }} <eos> ",
+            "{{ m['role'] }} {% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }} <eos> "
+            "{% endgeneration %}{% else %}{{ m['content'] }} <eos> {% endif %}",
+        )
+        rows, plain = Dataset.from_list(chat(4)), tokenizer.chat_template
+        try:
+            tokenizer.chat_template = template
+            t = trainer(train_dataset=rows, assistant_only_loss=True)
+        finally:
+            tokenizer.chat_template = plain
+        without = trainer(train_dataset=rows)
+        assert t.train_dataset[PROMPT_LENGTH] == without.train_dataset[PROMPT_LENGTH]
+
     def test_of_token_ids_with_labels(self, trainer: Any) -> None:
         rows = [{"input_ids": [7, 8, 9, 10, 2], "labels": [-100, -100, 9, -100, 2]}] * 4
         t = trainer(train_dataset=Dataset.from_list(rows))
@@ -359,6 +369,28 @@ class TestRefusals:
         with pytest.raises(LayoutError, match="`packing=False`"):
             t.train()
 
+    def test_a_dataset_that_is_packed_already(self, trainer: Any) -> None:
+        rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8], "seq_lengths": [2, 2]}] * 4
+        with pytest.raises(ValueError, match="is packed.*before `pack_dataset`"):
+            trainer(train_dataset=Dataset.from_list(rows))
+
+    def test_packing_that_leaves_no_trace_is_warned_of_in_the_stock_trainer(self, trainer: Any) -> None:
+        t = trainer(SFTTrainer, packing=True, packing_strategy="wrapped", max_length=32, max_steps=1)
+        layout._warn_ignored_within.cache_clear()
+        try:
+            with pytest.warns(UserWarning, match="`packing=False`"):
+                t.train()
+        except LayoutError as error:  # a row that begins within a completion
+            assert "leave no prompt" in str(error)  # noqa: PT017
+
+    def test_a_clip_of_theta_that_would_have_no_effect(self, trainer: Any) -> None:
+        with pytest.raises(ValueError, match="`max_grad_norm=0.0` switches all clipping off"):
+            trainer(theta_max_grad_norm=1.0, max_grad_norm=0.0)
+
+    def test_an_unknown_truncation_mode(self, trainer: Any) -> None:
+        with pytest.raises(ValueError, match="`truncation_mode='middle'`"):
+            trainer(truncation_mode="middle")
+
     @pytest.mark.parametrize(
         ("row", "advice"),
         [
@@ -434,6 +466,13 @@ class TestTheta:
             if p.requires_grad:
                 p.grad = torch.full_like(p, 3.0)
         return trainer
+
+    def test_starts_in_float32_where_trl_rounds_all_that_is_trained(self, trainer: Any) -> None:
+        model = tiny()
+        model.is_loaded_in_4bit = True  # what TRL goes by
+        t = trainer(model=model)
+        thetas = [p for name, p in t.model.named_parameters() if "theta_" in name]
+        assert all(theta.dtype == torch.float32 and theta.item() == torch.tensor(0.01).item() for theta in thetas)
 
     def test_stays_float32_in_a_bfloat16_model(self, trainer: Any) -> None:
         t = trainer(model=tiny().to(torch.bfloat16), max_steps=1)

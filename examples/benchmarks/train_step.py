@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -136,16 +135,30 @@ def print_own_peak_memory(arguments: argparse.Namespace) -> None:
         arguments.checkpointing,
     )  # fmt: skip
 
-    def peak() -> float:
-        if device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / MIB
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
-
     gc.collect()
-    before = peak()
+    before = start_peak_memory(device)
     step()
     step()
-    print(peak() - before)
+    print(peak_memory_now(device) - before)
+
+
+def start_peak_memory(device: torch.device) -> float:
+    """Forgets earlier peaks, and returns the MiB held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / MIB
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts again from here
+    return status_of_this_process("VmRSS")
+
+
+def peak_memory_now(device: torch.device) -> float:
+    return torch.cuda.max_memory_allocated() / MIB if device.type == "cuda" else status_of_this_process("VmHWM")
+
+
+def status_of_this_process(field: str) -> float:
+    """A field of `/proc/self/status` that counts memory, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
 
 
 def measure(arguments: argparse.Namespace, model: str, shape: str) -> list[dict[str, object]]:
@@ -215,9 +228,10 @@ def main() -> None:
     for model in arguments.models:
         for shape in arguments.shapes:
             results += measure(arguments, model, shape)
+            if arguments.json:  # after each shape: it takes long, and may be stopped
+                arguments.json.parent.mkdir(parents=True, exist_ok=True)
+                arguments.json.write_text(json.dumps(results, indent=2) + "\n")
     print_table(results)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
