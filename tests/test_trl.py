@@ -371,7 +371,7 @@ class TestRefusals:
 
     def test_a_dataset_that_is_packed_already(self, trainer: Any) -> None:
         rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8], "seq_lengths": [2, 2]}] * 4
-        with pytest.raises(ValueError, match="is packed.*before `pack_dataset`"):
+        with pytest.raises(ValueError, match=r"is packed.*before `pack_dataset`"):
             trainer(train_dataset=Dataset.from_list(rows))
 
     def test_packing_that_leaves_no_trace_is_warned_of_in_the_stock_trainer(self, trainer: Any) -> None:
@@ -384,7 +384,7 @@ class TestRefusals:
             assert "leave no prompt" in str(error)  # noqa: PT017
 
     def test_a_clip_of_theta_that_would_have_no_effect(self, trainer: Any) -> None:
-        with pytest.raises(ValueError, match="`max_grad_norm=0.0` switches all clipping off"):
+        with pytest.raises(ValueError, match=r"`max_grad_norm=0\.0` switches all clipping off"):
             trainer(theta_max_grad_norm=1.0, max_grad_norm=0.0)
 
     def test_an_unknown_truncation_mode(self, trainer: Any) -> None:
