@@ -28,7 +28,7 @@ format: $(VENV)/dev
 	$(BIN)/ruff format .
 
 benchmarks: $(VENV)/demo
-	$(BIN)/python examples/benchmarks/train_step.py --json examples/benchmarks/results/train_step.json
+	$(BIN)/python examples/benchmarks/train_step.py --models smollm2-135m gemma-3-270m --shapes 128x64 256x128 256x64 --rounds 4 --json examples/benchmarks/results/train_step.json
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info

@@ -16,8 +16,8 @@
 
     python examples/sft.py --config examples/sft.yaml --model_name_or_path MODEL
 
-`sft.yaml` trains on a local JSON file with columns `prompt` and `completion`. Everything that `trl sft` takes, this
-takes as well, but for `--packing` and `--padding_free`.
+`sft.yaml` trains on a local JSON file with columns `prompt` and `completion`. It takes what `trl sft` takes, with
+`--use_peft`; rows that hold several documents (`--packing`, `--padding_free`) are refused.
 """
 
 import argparse
