@@ -1,8 +1,13 @@
-"""For all tests."""
+"""Settings of all tests."""
 
 from __future__ import annotations
 
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face is imported; subprocesses inherit it
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
 import torch
 
-# Tiny models gain nothing from threads, and lose much to them when the machine does something else as well.
+# Tiny models: handing their work to threads costs more than the work, above all where tests run side by side.
 torch.set_num_threads(1)
