@@ -7,7 +7,7 @@ is `<base>`, unchanged: decoding, a disabled adapter, a plain forward. With one,
     copy            ->  copy (bidirectional keys), fully
     answer          ->  mixed keys of the encoded prompt, and its own, causally
 
-(paper, section 3 and figure 2). Keys arrive here after rotary embedding and key norms, as the mixing wants them.
+(arXiv 2405.14862). Keys arrive here after rotary embedding and key norms, as the mixing wants them.
 """
 
 from __future__ import annotations

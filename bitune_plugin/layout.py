@@ -6,7 +6,7 @@ A row holds a prompt `x[0..P-1]`, then a completion `x[P..T-1]`, and padding on 
 * the *answer* `x[P-1..T-1]`: the last prompt token opens it, because its hidden state predicts the first token of
   the completion.
 
-One forward pass carries both readings (paper, section 3). The lengthened row is
+One forward pass carries both readings, where the authors' code runs the model three times. The lengthened row is
 
     tokens      [ x[0] ... x[T-1] | copy of the encoded prompt ]      T + E tokens
     positions   [   0 ... T-1     |          0 ... P-2         ]

@@ -1,4 +1,4 @@
-"""From theta to alpha to the mixed keys and values (paper, equation 3).
+"""From theta to alpha to the mixed keys and values (arXiv 2405.14862).
 
     alpha = |theta| / (|theta| + theta_init)
     mixed = (1 - alpha) * causal + alpha * bidirectional

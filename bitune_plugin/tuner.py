@@ -212,7 +212,7 @@ class BituneModel(BaseTuner):
             self.set_adapter(self.active_adapters)
 
     def alphas(self, adapter_name: str | None = None) -> dict[str, list[Tensor]]:
-        """How much of the bidirectional reading each layer takes (paper, figure 4).
+        """How much of the bidirectional reading each layer takes.
 
         Args:
             adapter_name: the active adapter by default.

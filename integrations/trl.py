@@ -11,7 +11,7 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,7 +162,7 @@ class BituneSFTTrainer(SFTTrainer):
         optimizer = super().create_optimizer(model)
         thetas = _thetas(self.model if model is None else model)
         for group in optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if not any(p is theta for theta in thetas)]
+            group["params"] = _without(thetas, group["params"])
         settings = {"params": thetas, "weight_decay": 0.0}
         if getattr(self.args, "theta_learning_rate", None) is not None:
             settings["lr"] = self.args.theta_learning_rate
@@ -179,9 +179,8 @@ class BituneSFTTrainer(SFTTrainer):
                 "which clips sharded gradients by itself. Leave it unset."
             )
         thetas = _thetas(model)
-        others = [p for p in model.parameters() if not any(p is theta for theta in thetas)]
         norms = [
-            self.accelerator.clip_grad_norm_(others, self.args.max_grad_norm),
+            self.accelerator.clip_grad_norm_(_without(thetas, model.parameters()), self.args.max_grad_norm),
             nn.utils.clip_grad_norm_(thetas, theta_norm),
         ]
         return math.hypot(*(float(norm) for norm in norms))
@@ -333,6 +332,11 @@ def _report_dropped(marked: Any, kept: Any, name: str, max_length: int | None) -
 
 def _thetas(model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if f".{MIXING}." in name and p.requires_grad]
+
+
+def _without(thetas: list[nn.Parameter], parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    left_out = set(map(id, thetas))  # by identity: tensors compare element by element
+    return [parameter for parameter in parameters if id(parameter) not in left_out]
 
 
 def _start_theta_in_float32(model: BituneModel) -> None:
