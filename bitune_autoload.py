@@ -11,27 +11,8 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.metadata import entry_points
 from types import ModuleType
-
-HOSTS = {"peft.mapping_func": "peft"}
-"""The module whose import announces Bitune to a host library, and the host's name in the hook `bitune_register`.
-
-Not `peft` itself: PEFT imports torch, so that its own import has already begun when we are called, and wrapt takes a
-module whose import has begun for imported. `peft.mapping_func` comes after all tuners are there.
-"""
-
-
-def autoload() -> None:
-    """Entry point `torch.backends`: announces Bitune to each host library once that is imported."""
-    if os.environ.get("BITUNE_AUTOLOAD", "1") == "0":
-        return
-    try:
-        from wrapt import register_post_import_hook
-
-        for module in HOSTS:
-            register_post_import_hook(announce, module)
-    except Exception as error:  # whatever is wrong with this installation, `import torch` must go on
-        _complain(error)
 
 
 def announce(module: ModuleType) -> None:
@@ -39,8 +20,46 @@ def announce(module: ModuleType) -> None:
     try:
         from bitune_plugin.plugins import plugin_manager
 
-        plugin_manager().hook.bitune_register(host=HOSTS[module.__name__])
-    except Exception as error:  # and so must `import peft`
+        plugin_manager().hook.bitune_register(host=module.__name__.partition(".")[0])
+    except Exception as error:  # `import peft` must go on, whatever is wrong with this installation
+        _complain(error)
+
+
+def offer_model(module: ModuleType) -> None:
+    """Enters our entry points of the group `lm_eval.models` into lm-eval's registry, where a name is free.
+
+    Later versions of lm-eval do this themselves (0.4.13 does not). Nothing is imported until the model is asked for:
+    whoever evaluates another one shall not wait for PEFT.
+    """
+    try:
+        from lm_eval.api.registry import model_registry
+
+        for entry in entry_points(group=module.__name__, name="bitune"):
+            if entry.name not in model_registry:
+                model_registry.register(entry.name, target=entry)
+    except Exception as error:  # and so must `import lm_eval`
+        _complain(error)
+
+
+HOSTS = {"peft.mapping_func": announce, "lm_eval.models": offer_model}
+"""The module whose import completes a host library, and what is called then.
+
+Not `peft` itself: PEFT imports torch, so that its own import has already begun when we are called, and wrapt takes a
+module whose import has begun for imported. `peft.mapping_func` comes after all tuners are there. `lm_eval.models`
+fills lm-eval's registry, and would not if it found something in it.
+"""
+
+
+def autoload() -> None:
+    """Entry point `torch.backends`: asks to be called once a host library is imported."""
+    if os.environ.get("BITUNE_AUTOLOAD", "1") == "0":
+        return
+    try:
+        from wrapt import register_post_import_hook
+
+        for module, call in HOSTS.items():
+            register_post_import_hook(call, module)
+    except Exception as error:  # and so must `import torch`
         _complain(error)
 
 

@@ -1,7 +1,9 @@
-"""Bitune (bidirectional instruction-tuning, arXiv 2405.14862) for PEFT, TRL, Transformers and Accelerate."""
+"""Bitune (bidirectional instruction-tuning, arXiv 2405.14862) for PEFT, TRL, Transformers, Accelerate and
+lm-eval."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import peft as _peft  # first: while it is imported, `bitune_autoload` imports modules of this package
@@ -11,20 +13,29 @@ from .plugins import plugin_manager as _plugin_manager
 from .tuner import BituneModel
 
 if TYPE_CHECKING:
+    from .integrations.lm_eval.model import BituneLM
     from .integrations.trl import BituneSFTConfig, BituneSFTTrainer
 
 __version__ = "0.1.0"
-__all__ = ["BituneConfig", "BituneModel", "BituneSFTConfig", "BituneSFTTrainer"]
+__all__ = ["BituneConfig", "BituneLM", "BituneModel", "BituneSFTConfig", "BituneSFTTrainer"]
 
 _plugin_manager().hook.bitune_register(host=_peft.__name__)
 
 
+_ELSEWHERE = {
+    "BituneSFTConfig": ("integrations.trl", "trl"),
+    "BituneSFTTrainer": ("integrations.trl", "trl"),
+    "BituneLM": ("integrations.lm_eval.model", "lm-eval"),
+}
+"""Public names whose host takes seconds to import, and need not be there: their module, and the extra to install."""
+
+
 def __getattr__(name: str) -> Any:
-    # TRL takes seconds to import, and not everybody who loads an adapter has it.
-    if name in ("BituneSFTConfig", "BituneSFTTrainer"):
-        try:
-            from .integrations import trl
-        except ModuleNotFoundError as error:
-            raise ImportError(f"`{name}` needs TRL ({error}). Install it: pip install 'bitune-plugin[trl]'") from error
-        return getattr(trl, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, extra = _ELSEWHERE[name]
+    try:
+        return getattr(import_module(f".{module}", __name__), name)
+    except ModuleNotFoundError as error:
+        advice = f"Install it: pip install 'bitune-plugin[{extra}]'"
+        raise ImportError(f"`{name}` needs {extra} ({error}). {advice}") from error

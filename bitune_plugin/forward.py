@@ -147,12 +147,21 @@ class TwoWayBackbone(Extension):
 
     bitune_architecture: Architecture
 
-    def forward(self, *args: Any, prompt_mask: Tensor | None = None, answers_only: bool = False, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        *args: Any,
+        prompt_mask: Tensor | None = None,
+        completion_index: Tensor | None = None,
+        answers_only: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Takes the backbone's own arguments, and
 
         Args:
             prompt_mask: bool `[B, T]`, True on every prompt token, the last one included. Without it, inside
                 `generate` the prompt is what `generate` was given; otherwise all of the input is prompt.
+            completion_index: int `[B, T]`, for rows in which several completions follow one prompt; see `layout.plan`.
+                Nothing can be generated from such a row: it needs `use_cache=False`.
             answers_only: leave the encoded prompts out of `last_hidden_state`, so that the head has less to do.
 
         Returns:
@@ -164,8 +173,9 @@ class TwoWayBackbone(Extension):
             RuntimeError: an attention layer took no part, so that it would have been plainly causal.
         """
         kwargs = _by_name(super().forward, args, kwargs)
-        reading = _start_reading(self.bitune_architecture, prompt_mask, kwargs)
+        reading = _start_reading(self.bitune_architecture, prompt_mask, completion_index, kwargs)
         if reading is None:
+            _check_one_completion(completion_index)
             return super().forward(**kwargs)
         with reading_in_progress(reading):
             outputs = super().forward(**_lengthen(reading, kwargs))
@@ -222,7 +232,9 @@ def active_adapter(architecture: Architecture) -> str | None:
     return None if mixing.disable_adapters or not mixing.active_adapters else mixing.active_adapters[0]
 
 
-def _start_reading(architecture: Architecture, prompt_mask: Tensor | None, kwargs: dict[str, Any]) -> Reading | None:
+def _start_reading(
+    architecture: Architecture, prompt_mask: Tensor | None, completion_index: Tensor | None, kwargs: dict[str, Any]
+) -> Reading | None:
     """The reading that these arguments of the backbone ask for; `None` for a plain forward pass."""
     adapter = active_adapter(architecture)
     if adapter is None:
@@ -238,7 +250,7 @@ def _start_reading(architecture: Architecture, prompt_mask: Tensor | None, kwarg
         if prompt_mask is not None:
             _check_unread(past)
         return None
-    layout = _plan(architecture, prompt_mask, kwargs)
+    layout = _plan(architecture, prompt_mask, completion_index, kwargs)
     if layout is None:
         return None
     if kwargs.get("output_attentions") or getattr(architecture.backbone.config, "output_attentions", False):
@@ -251,6 +263,12 @@ def _start_reading(architecture: Architecture, prompt_mask: Tensor | None, kwarg
         architecture.backbone.set_attn_implementation(
             implementation_for(architecture.backbone.config._attn_implementation)
         )
+    cache = _cache_to_fill(architecture.backbone, kwargs)
+    if cache is not None and layout.completion is not None:
+        raise LayoutError(
+            "`completion_index` came with `use_cache=True`: no text follows several completions at once. Pass "
+            "`use_cache=False`."
+        )
     settings = getattr(architecture.attentions[0], MIXING).settings[adapter]
     settings.unused = False
     return Reading(
@@ -258,11 +276,13 @@ def _start_reading(architecture: Architecture, prompt_mask: Tensor | None, kwarg
         adapter,
         second_pass_causal=settings.second_pass_attention == "causal",
         share_adapter=settings.share_adapter,
-        cache=_cache_to_fill(architecture.backbone, kwargs),
+        cache=cache,
     )
 
 
-def _plan(architecture: Architecture, prompt_mask: Tensor | None, kwargs: dict[str, Any]) -> PromptLayout | None:
+def _plan(
+    architecture: Architecture, prompt_mask: Tensor | None, completion_index: Tensor | None, kwargs: dict[str, Any]
+) -> PromptLayout | None:
     tokens = _tokens(kwargs)
     attention_mask = _padding_mask(kwargs)
     generation = _generation.get()
@@ -275,7 +295,10 @@ def _plan(architecture: Architecture, prompt_mask: Tensor | None, kwargs: dict[s
             _warn_all_prompt()
         prompt_mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     _check_one_document_per_row(kwargs.get("position_ids"), attention_mask)
-    return plan(prompt_mask.to(device=tokens.device, dtype=torch.bool), attention_mask)
+    if completion_index is not None:
+        _check_shape("completion_index", completion_index, tokens)
+        completion_index = completion_index.to(tokens.device)
+    return plan(prompt_mask.to(device=tokens.device, dtype=torch.bool), attention_mask, completion_index)
 
 
 def _lengthen(reading: Reading, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -347,16 +370,30 @@ def _check_unread(past: Cache | None) -> None:
         )
 
 
+def _check_shape(name: str, per_token: Tensor, tokens: Tensor) -> None:
+    if per_token.shape != tokens.shape[:2]:
+        raise LayoutError(
+            f"`{name}` has shape {list(per_token.shape)}, but the input has {tokens.shape[0]} row(s) of "
+            f"{tokens.shape[1]} tokens. Pass one value per token."
+        )
+
+
+def _check_one_completion(completion_index: Tensor | None) -> None:
+    """Raises LayoutError for several completions in a row of a plain forward pass, which would see each other."""
+    if completion_index is not None and (completion_index > 1).any():
+        raise LayoutError(
+            "`completion_index` has several completions in a row, but no prompt is read here: the adapter is switched "
+            "off, the cache already holds the prompt, or every prompt has a single token. Give every completion a row "
+            "of its own."
+        )
+
+
 def _check_prompt_mask(prompt_mask: Any, tokens: Tensor | None) -> None:
     if not isinstance(prompt_mask, Tensor):
         raise LayoutError(f"`prompt_mask` is a {type(prompt_mask).__name__}. Pass a tensor, one bool per token.")
     if tokens is None:
         raise LayoutError("`prompt_mask` came without tokens. Pass `input_ids` or `inputs_embeds` beside it.")
-    if prompt_mask.shape != tokens.shape[:2]:
-        raise LayoutError(
-            f"`prompt_mask` has shape {list(prompt_mask.shape)}, but the input has {tokens.shape[0]} row(s) of "
-            f"{tokens.shape[1]} tokens. Pass one bool per token."
-        )
+    _check_shape("prompt_mask", prompt_mask, tokens)
     if prompt_mask.dtype.is_floating_point:
         raise LayoutError(f"`prompt_mask` has dtype {prompt_mask.dtype}. Pass bools, or integers 0 and 1.")
 

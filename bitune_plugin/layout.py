@@ -14,6 +14,9 @@ One forward pass carries both readings, where the authors' code runs the model t
 
 where `E` is the longest encoded prompt of the batch.
 
+A prompt may have several completions in one row, one behind the other, as the choices of a question: each sees the
+prompt and itself, and none of the others.
+
 Shapes: `B` rows, `T` tokens in a row, `E` slots for encoded prompts, `A` slots for answers.
 """
 
@@ -77,7 +80,10 @@ class PromptLayout:
         answer: the answers, `A` slots.
         order: int64 `[B, T]`, for each token its slot in `[encoded | answer]`; padding points at slot 0.
             `None` when the slots already are in the order of the tokens.
-        positions: int64 `[B, T]` (`[1, T]` when all rows agree), each token's place in its row, padding not counted.
+        positions: int64 `[B, T]` (`[1, T]` when all rows agree), each token's place among the tokens that it belongs
+            with: padding and other completions of its prompt are not counted.
+        completion: int64 `[B, A]`, which completion the token in each slot of `answer` is part of, 0 for what all of
+            them share; `None` when no row has several.
     """
 
     tokens: int
@@ -85,6 +91,7 @@ class PromptLayout:
     answer: TokenGroup
     order: Tensor | None
     positions: Tensor
+    completion: Tensor | None = None
     _masks: dict[tuple, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -170,33 +177,38 @@ class PromptLayout:
 
     def _answer_mask(self, window: int | None) -> Tensor:
         slots = self._slots(self.answer)
-        distance = slots[:, None] - slots[None, :]
         # Free slots come last, so the causal mask hides them from the answer and leaves each one itself.
-        own = (distance >= 0)[None]
+        own = (slots[:, None] >= slots[None, :])[None]
+        if self.completion is not None:
+            seen = self.completion[:, None, :]
+            own = own & ((seen == self.completion[:, :, None]) | (seen == 0))
         filled = self.encoded.filled if self.encoded.span is None else self.encoded.filled[:1]
         prompt = filled[:, None, :].expand(-1, self.answer.size, -1)
         if window is not None:
-            own = own & (distance < window)[None]
-            # How far token e of the prompt lies behind token a of the answer, counted along the row.
-            lengths = filled.sum(dim=1)[:, None, None]
-            behind = lengths + slots[None, :, None] - self._slots(self.encoded)[None, None, :]
-            prompt = prompt & (behind < window)
-        own = own.expand(prompt.shape[0], -1, -1)
-        return torch.cat([prompt, own], dim=2)[:, None]
+            place = self.answer.take(self.positions)
+            distance = place[:, :, None] - place[:, None, :]
+            own = own & ((distance < window) | (slots[:, None] == slots[None, :]))
+            prompt = prompt & (place[:, :, None] - self._slots(self.encoded) < window)
+        rows = max(own.shape[0], prompt.shape[0])
+        return torch.cat([prompt.expand(rows, -1, -1), own.expand(rows, -1, -1)], dim=2)[:, None]
 
 
-def plan(prompt_mask: Tensor, attention_mask: Tensor | None = None) -> PromptLayout | None:
+def plan(
+    prompt_mask: Tensor, attention_mask: Tensor | None = None, completion_index: Tensor | None = None
+) -> PromptLayout | None:
     """Lays out a batch.
 
     Args:
         prompt_mask: bool `[B, T]`, True on every prompt token, the last one included.
         attention_mask: `[B, T]`, zero or False on padding; `None` for a batch without padding.
+        completion_index: int `[B, T]`, for rows in which several completions follow one prompt: 0 on the prompt,
+            then 1, 2, ... on its completions in turn. By default what follows a prompt is one completion.
 
     Returns:
         The layout, or `None` when no row has anything to encode (every prompt has at most one token).
 
     Raises:
-        LayoutError: a row in which a prompt token follows a completion token.
+        LayoutError: a row in which a prompt token follows a completion token, or whose completions are not in order.
     """
     attended = torch.ones_like(prompt_mask) if attention_mask is None else attention_mask.to(torch.bool)
     prompt = prompt_mask & attended
@@ -223,16 +235,42 @@ def plan(prompt_mask: Tensor, attention_mask: Tensor | None = None) -> PromptLay
             "and one completion per row: mark the tokens before the completion, all of them. For several turns, pass "
             "everything before the last assistant turn as the prompt."
         )
+    if completion_index is not None:
+        _check_completions(completion_index, prompt, attended)
+        place = _place_in_completion(completion_index, place, attended)
     if encoded_size == 0:
         return None
     if aligned:
         split = slice(0, encoded_size), slice(encoded_size, prompt.shape[1])
-        groups = [_aligned_group(steps, span, prompt.shape[0]) for span in split]
-        return PromptLayout(prompt.shape[1], *groups, order=None, positions=steps[None])
-    groups = [_ragged_group(encoded, encoded_size), _ragged_group(answer, answer_size)]
-    order = torch.where(encoded, prompt_place, encoded_size + answer.cumsum(dim=1) - 1)
-    order = torch.where(attended, order, 0)
-    return PromptLayout(prompt.shape[1], *groups, order=order, positions=place.clamp(min=0))
+        encoded_group, answer_group = (_aligned_group(steps, span, prompt.shape[0]) for span in split)
+        order, positions = None, steps[None] if completion_index is None else place
+    else:
+        encoded_group, answer_group = _ragged_group(encoded, encoded_size), _ragged_group(answer, answer_size)
+        order = torch.where(encoded, prompt_place, encoded_size + answer.cumsum(dim=1) - 1)
+        order, positions = torch.where(attended, order, 0), place.clamp(min=0)
+    completion = None if completion_index is None else answer_group.take(completion_index)
+    return PromptLayout(prompt.shape[1], encoded_group, answer_group, order, positions, completion)
+
+
+def _check_completions(completion_index: Tensor, prompt: Tensor, attended: Tensor) -> None:
+    """Raises LayoutError unless each row counts its completions upwards."""
+    highest = torch.where(attended, completion_index, 0).cummax(dim=1).values
+    wrong = (attended & (completion_index < highest)) | (prompt & (completion_index != 0))
+    if wrong.any():
+        rows = wrong.any(dim=1).nonzero().flatten().tolist()
+        raise LayoutError(
+            f"`completion_index` is not in order in row(s) {rows}. Number the completions of a prompt 1, 2, ... in the "
+            "order in which they follow it, and its own tokens 0."
+        )
+
+
+def _place_in_completion(completion_index: Tensor, place: Tensor, attended: Tensor) -> Tensor:
+    """Each token's place in its row as if its completion were the only one. All int64 `[B, T]`."""
+    index = torch.where(attended, completion_index, 0)
+    before = torch.nn.functional.pad(index, (1, 0))[:, :-1].cummax(dim=1).values
+    start = torch.where(index > before, place, 0).cummax(dim=1).values
+    shared = (attended & (index == 0)).sum(dim=1, keepdim=True)
+    return torch.where(index > 0, shared + place - start, place)
 
 
 def prompt_from_labels(labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -1,0 +1,157 @@
+"""From requests to rows of a batch, and from the logits of a batch to scores.
+
+A request is a context and a continuation: a prompt and one completion of it. Requests with the same context share a
+row, so that the prompt is read once, both ways, and each completion sees it and itself alone:
+
+    tokens              [ context | continuation 1 | continuation 2 | ... ]    without the last token of each
+    prompt_mask         [ True    | False          | False          | ... ]
+    completion_index    [ 0       | 1              | 2              | ... ]
+
+The harness's own model groups requests by context and continuation together. Under Bitune the same tokens with another
+boundary have other logits, so nothing but the whole context may be shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+Request = tuple[tuple[str, str] | None, list[int], list[int]]
+"""As lm-eval hands it over: the texts, or `None` for a window of a rolling likelihood; then the token ids of context
+and continuation."""
+
+Score = tuple[float, bool]
+"""Log-likelihood of a continuation, and whether greedy decoding gives it."""
+
+
+@dataclass
+class Row:
+    """A context and the continuations to score after it.
+
+    Attributes:
+        context: token ids, one or more.
+        is_prompt: read it as a prompt; otherwise all is plainly causal.
+        requests: the continuations, each with the requests that ask for it, by their place among all.
+    """
+
+    context: tuple[int, ...]
+    is_prompt: bool
+    requests: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
+
+    @property
+    def encoded(self) -> int:
+        """Tokens of the context that are read twice."""
+        return len(self.context) - 1 if self.is_prompt else 0
+
+    @property
+    def continuation_tokens(self) -> int:
+        """Tokens of all continuations that the model must see; nothing follows the last one of each."""
+        return sum(len(continuation) - 1 for continuation in self.requests)
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.context, *(token for continuation in self.requests for token in continuation[:-1])]
+
+    @property
+    def cost(self) -> int:
+        """Tokens that go through the model."""
+        return len(self.context) + self.encoded + self.continuation_tokens
+
+    def completion_index(self) -> list[int]:
+        index = [0] * len(self.context)
+        for number, continuation in enumerate(self.requests, start=1):
+            index += [number] * (len(continuation) - 1)
+        return index
+
+    def predictions(self) -> list[tuple[int, int]]:
+        """For every token of every continuation: the answer slot whose output predicts it, and the token."""
+        last = len(self.context) - 1 - self.encoded
+        pairs, start = [], last + 1
+        for continuation in self.requests:
+            slots = [last, *range(start, start + len(continuation) - 1)]
+            pairs += zip(slots, continuation, strict=True)
+            start += len(continuation) - 1
+        return pairs
+
+
+def rows_of(requests: Sequence[Request], max_length: int, share: bool = True) -> list[Row]:
+    """Groups requests by context, those that need most computation first.
+
+    Args:
+        requests: what is to be scored.
+        max_length: tokens that the model takes; what is too long loses tokens on the left, so that the boundary stays
+            where it was. The continuations that share a row have at most as many tokens together.
+        share: requests with the same context may share a row.
+
+    Raises:
+        ValueError: a continuation without tokens, or longer than `max_length`.
+    """
+    open_rows: dict[tuple[int, ...], Row] = {}
+    rows: list[Row] = []
+    for index, (texts, context, continuation) in enumerate(requests):
+        _check_lengths(texts, context, continuation, max_length)
+        context = tuple(context[-(max_length + 1 - len(continuation)) :])
+        row = open_rows.get(context) if texts is not None else None
+        if row is None or row.continuation_tokens + len(continuation) > max_length:
+            # A context of one token has nothing to encode, and nothing to share.
+            row = Row(context, is_prompt=texts is not None and len(context) > 1)
+            rows.append(row)
+            if share and row.is_prompt:
+                open_rows[context] = row
+        row.requests.setdefault(tuple(continuation), []).append(index)
+    return sorted(rows, key=lambda row: (-row.cost, row.context))
+
+
+def batch_of(rows: Sequence[Row], device: torch.device | str) -> dict[str, Tensor]:
+    """Arguments of the model, each `[B, T]`, padded on the right."""
+    length = max(len(row.tokens) for row in rows)
+
+    def padded(values: Iterable[list[int]]) -> Tensor:
+        return torch.tensor([row + [0] * (length - len(row)) for row in values], device=device)
+
+    batch = {
+        "input_ids": padded(row.tokens for row in rows),
+        "attention_mask": padded([1] * len(row.tokens) for row in rows),
+        "prompt_mask": padded([int(row.is_prompt)] * len(row.context) for row in rows).bool(),
+    }
+    if any(len(row.requests) > 1 for row in rows):
+        batch["completion_index"] = padded(row.completion_index() for row in rows)
+    return batch
+
+
+def scores_of(rows: Sequence[Row], logits: Tensor, dtype: torch.dtype | None = None) -> list[list[Score]]:
+    """Scores of the continuations of each row.
+
+    Args:
+        rows: the batch.
+        logits: `[B, A, vocabulary]`, for the answers of its rows (`answers_only=True`).
+        dtype: of the softmax; that of `logits` by default.
+    """
+    predictions = [(b, slot, token) for b, row in enumerate(rows) for slot, token in row.predictions()]
+    b, slot, token = torch.tensor(predictions, device=logits.device).unbind(dim=1)
+    log_probabilities = log_softmax(logits, dim=-1, dtype=dtype)
+    likelihood = log_probabilities[b, slot, token].cpu()
+    greedy = (log_probabilities.argmax(dim=-1)[b, slot] == token).cpu()
+    lengths = [len(continuation) for row in rows for continuation in row.requests]
+    scores = zip(likelihood.split(lengths), greedy.split(lengths), strict=True)
+    flat = iter([(part.sum().item(), bool(same.all())) for part, same in scores])
+    return [[next(flat) for _ in row.requests] for row in rows]
+
+
+def _check_lengths(texts: tuple[str, str] | None, context: list[int], continuation: list[int], max_length: int) -> None:
+    if not context:
+        raise ValueError(f"The context of {texts!r} has no tokens. Put at least one token before a continuation.")
+    if not continuation:
+        raise ValueError(
+            f"The continuation of {texts!r} has no tokens: the tokenizer merges it into the context. Change the "
+            "task's `target_delimiter` or `doc_to_choice`."
+        )
+    if len(continuation) > max_length:
+        raise ValueError(
+            f"The continuation of {texts!r} has {len(continuation)} tokens, and the model takes {max_length}. Raise "
+            "`max_length`, if the model was made for it, or leave this sample out."
+        )
