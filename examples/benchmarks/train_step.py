@@ -11,28 +11,26 @@ divided by it. Peak memory is that of a process of its own, less what it held be
 from __future__ import annotations
 
 import argparse
-import gc
-import json
-import os
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-
-# glibc hands large blocks back to the kernel at every free, and page faults then drown what is to be measured.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "68719476736"}
-if __name__ == "__main__" and not MALLOC.items() <= os.environ.items():
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
 
 import torch
-from peft import LoraConfig, get_peft_model
+from benchmarks.measuring import (
+    in_own_process,
+    lora_config,
+    peak_memory_of,
+    ratio,
+    restart_with_malloc_settings,
+    summary,
+    time_in_turn,
+    write_json,
+)
+from peft import get_peft_model
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from bitune_plugin import BituneConfig
@@ -40,11 +38,6 @@ from pretrained import load_model
 from three_pass import ThreePass
 
 CONTENDERS = ("lora", "bitune", "three-pass")
-MIB = 2**20
-
-
-def lora_config() -> LoraConfig:
-    return LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def make_step(
@@ -91,8 +84,6 @@ def make_step(
             loss.backward()
             total = loss.item()
         optimizer.step()
-        if tokens.is_cuda:
-            torch.cuda.synchronize()
         return total
 
     return step
@@ -103,26 +94,11 @@ def random_batch(base: PreTrainedModel, rows: int, length: int, device: torch.de
     return torch.randint(5, base.config.vocab_size - 5, (rows, length), generator=generator).to(device)
 
 
-def time_in_turn(steps: dict[str, Callable[[], float]], rounds: int, label: str) -> dict[str, list[float]]:
-    """Seconds of each step in each round, after one round to warm up; every round runs all contenders."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in tqdm(range(rounds + 1), desc=label):
-        for name, step in steps.items():
-            gc.collect()
-            start = time.perf_counter()
-            step()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def peak_memory(arguments: argparse.Namespace, model: str, shape: str, contender: str) -> float:
     """MiB that two steps of a contender add to a process of its own."""
-    command = [sys.executable, __file__, "--models", model, "--shapes", shape, "--rows", str(arguments.rows)]
-    command += ["--device", arguments.device, "--only-memory", contender]
+    command = ["--models", model, "--shapes", shape, "--rows", str(arguments.rows), "--device", arguments.device]
     command += ["--checkpointing"] if arguments.checkpointing else []
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return float(output.strip().splitlines()[-1])
+    return in_own_process(__file__, *command, "--only-memory", contender)
 
 
 def print_own_peak_memory(arguments: argparse.Namespace) -> None:
@@ -130,35 +106,9 @@ def print_own_peak_memory(arguments: argparse.Namespace) -> None:
     length, prompt_length = map(int, shape.split("x"))
     device = torch.device(arguments.device)
     base = load_model(model).to(device)
-    step = make_step(
-        arguments.only_memory, base, random_batch(base, arguments.rows, length, device), prompt_length,
-        arguments.checkpointing,
-    )  # fmt: skip
-
-    gc.collect()
-    before = start_peak_memory(device)
-    step()
-    step()
-    print(peak_memory_now(device) - before)
-
-
-def start_peak_memory(device: torch.device) -> float:
-    """Forgets earlier peaks, and returns the MiB held now."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / MIB
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts again from here
-    return status_of_this_process("VmRSS")
-
-
-def peak_memory_now(device: torch.device) -> float:
-    return torch.cuda.max_memory_allocated() / MIB if device.type == "cuda" else status_of_this_process("VmHWM")
-
-
-def status_of_this_process(field: str) -> float:
-    """A field of `/proc/self/status` that counts memory, in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
+    tokens = random_batch(base, arguments.rows, length, device)
+    step = make_step(arguments.only_memory, base, tokens, prompt_length, arguments.checkpointing)
+    print(peak_memory_of(lambda: (step(), step()), device))
 
 
 def measure(arguments: argparse.Namespace, model: str, shape: str) -> list[dict[str, object]]:
@@ -169,11 +119,11 @@ def measure(arguments: argparse.Namespace, model: str, shape: str) -> list[dict[
         base = load_model(model).to(device)
         batch = random_batch(base, arguments.rows, length, device)
         steps[contender] = make_step(contender, base, batch, prompt_length, arguments.checkpointing)
-    seconds = time_in_turn(steps, arguments.rounds, f"{model} {shape}")
+    seconds = time_in_turn(steps, arguments.rounds, f"{model} {shape}", device)
     by_tokens = (length + prompt_length - 1) / length
     results = []
     for contender in CONTENDERS:
-        ratios = [a / b for a, b in zip(seconds[contender], seconds["lora"], strict=True)]
+        to_lora = ratio(seconds[contender], seconds["lora"])
         results.append(
             {
                 "model": model,
@@ -182,12 +132,10 @@ def measure(arguments: argparse.Namespace, model: str, shape: str) -> list[dict[
                 "checkpointing": arguments.checkpointing,
                 "device": arguments.device,
                 "contender": contender,
-                "seconds": statistics.median(seconds[contender]),
-                "fastest": min(seconds[contender]),
-                "slowest": max(seconds[contender]),
-                "ratio": statistics.median(ratios),
+                **summary(seconds[contender]),
+                "ratio": to_lora,
                 "tokens": by_tokens if contender != "lora" else 1.0,
-                "over": statistics.median(ratios) / by_tokens if contender != "lora" else 1.0,
+                "over": to_lora / by_tokens if contender != "lora" else 1.0,
                 "memory": peak_memory(arguments, model, shape, contender) if arguments.memory else None,
             }
         )
@@ -221,6 +169,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    restart_with_malloc_settings()
     if arguments.only_memory:
         print_own_peak_memory(arguments)
         return
@@ -228,9 +177,7 @@ def main() -> None:
     for model in arguments.models:
         for shape in arguments.shapes:
             results += measure(arguments, model, shape)
-            if arguments.json:  # after each shape: it takes long, and may be stopped
-                arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+            write_json(arguments.json, results)  # after each shape: it takes long, and may be stopped
     print_table(results)
 
 
