@@ -11,10 +11,13 @@ BIN     = $(VENV)/bin
 export MALLOC_MMAP_THRESHOLD_ = 4294967296
 export MALLOC_TRIM_THRESHOLD_ = 68719476736
 
-.PHONY: quickstart test lint format benchmarks clean
+.PHONY: quickstart evaluate test lint format benchmarks clean
 
 quickstart: $(VENV)/demo     ## fine-tune, save, reload, generate
 	$(BIN)/python examples/quickstart.py --model $(MODEL)
+
+evaluate: $(VENV)/demo       ## LoRA and Bitune side by side, scored by lm-eval
+	$(BIN)/python examples/evaluate.py --model $(MODEL)
 
 test: $(VENV)/dev            ## the whole test suite
 	$(BIN)/python -m pytest
@@ -29,6 +32,7 @@ format: $(VENV)/dev
 
 benchmarks: $(VENV)/demo
 	$(BIN)/python examples/benchmarks/train_step.py --models smollm2-135m gemma-3-270m --shapes 128x64 256x128 256x64 --rounds 4 --json examples/benchmarks/results/train_step.json
+	$(BIN)/python examples/benchmarks/lm_eval.py --models gemma-3-270m smollm2-135m --json examples/benchmarks/results/lm_eval.json
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info

@@ -4,7 +4,7 @@
 when a host library is imported. It stands outside the package, because importing the package imports PEFT, for which
 torch is not ready yet. Nothing here may raise: an exception would break `import torch` for everybody.
 
-`BITUNE_AUTOLOAD=0` in the environment switches it off; `import bitune_plugin` then registers what there is.
+`BITUNE_AUTOLOAD=0` in the environment switches it off; `import bitune_plugin` then registers Bitune with PEFT.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def announce(module: ModuleType) -> None:
 
         plugin_manager().hook.bitune_register(host=module.__name__.partition(".")[0])
     except Exception as error:  # `import peft` must go on, whatever is wrong with this installation
-        _complain(error)
+        _complain(error, "Bitune adapters will not load")
 
 
 def offer_model(module: ModuleType) -> None:
@@ -38,7 +38,7 @@ def offer_model(module: ModuleType) -> None:
             if entry.name not in model_registry:
                 model_registry.register(entry.name, target=entry)
     except Exception as error:  # and so must `import lm_eval`
-        _complain(error)
+        _complain(error, "lm-eval will not know `--model bitune`")
 
 
 HOSTS = {"peft.mapping_func": announce, "lm_eval.models": offer_model}
@@ -60,12 +60,12 @@ def autoload() -> None:
         for module, call in HOSTS.items():
             register_post_import_hook(call, module)
     except Exception as error:  # and so must `import torch`
-        _complain(error)
+        _complain(error, "Bitune adapters will not load")
 
 
-def _complain(error: Exception) -> None:
+def _complain(error: Exception, consequence: str) -> None:
     print(
-        f"bitune-plugin could not register itself ({type(error).__name__}: {error}); Bitune adapters will not load. "
+        f"bitune-plugin could not register itself ({type(error).__name__}: {error}); {consequence}. "
         "Reinstall it, or set BITUNE_AUTOLOAD=0 to silence this.",
         file=sys.stderr,
     )

@@ -94,7 +94,7 @@ class GeneratingModel(Extension):
             shape = (1, 1) if tokens is None else tokens.shape[:2]
             prompt_mask = torch.ones(shape, dtype=torch.bool, device=self.device)
         else:
-            _check_prompt_mask(prompt_mask, tokens)
+            _check_per_token("prompt_mask", prompt_mask, tokens)
             _check_unread(kwargs.get("past_key_values"))
         token = _generation.set(Generation(self.bitune_architecture.backbone, prompt_mask.bool()))
         try:
@@ -162,7 +162,8 @@ class TwoWayBackbone(Extension):
                 `generate` the prompt is what `generate` was given; otherwise all of the input is prompt.
             completion_index: int `[B, T]`, for rows in which several completions follow one prompt; see `layout.plan`.
                 Nothing can be generated from such a row: it needs `use_cache=False`.
-            answers_only: leave the encoded prompts out of `last_hidden_state`, so that the head has less to do.
+            answers_only: leave the encoded prompts out of `last_hidden_state`, so that the head has less to do. All
+                `T` tokens stay where no row has anything to encode.
 
         Returns:
             What the backbone returns, for the `T` tokens given, or the `A` slots of `PromptLayout.answer`; the cache
@@ -220,6 +221,11 @@ def prompt_mask_from_labels(
     kwargs = _by_name(type(model).forward, (model, *args), kwargs) if args else kwargs
     kwargs.pop("self", None)
     labels = kwargs.get("labels")
+    if labels is not None and kwargs.get("completion_index") is not None:
+        raise LayoutError(
+            "`labels` came with `completion_index`: the loss would take the first token of a completion for what "
+            "follows the one before. Compute the loss from the logits, or give every completion a row of its own."
+        )
     adapter = active_adapter(model.bitune_architecture)
     if labels is not None and kwargs.get("prompt_mask") is None and adapter is not None:
         kwargs["prompt_mask"] = prompt_from_labels(labels, _padding_mask(kwargs))
@@ -287,17 +293,22 @@ def _plan(
     attention_mask = _padding_mask(kwargs)
     generation = _generation.get()
     if prompt_mask is not None:
-        _check_prompt_mask(prompt_mask, tokens)
+        _check_per_token("prompt_mask", prompt_mask, tokens)
     elif generation is not None and generation.backbone is architecture.backbone:
         prompt_mask = generation.prompt_mask_for(*tokens.shape[:2])
     else:
         if tokens.shape[1] > 1:
             _warn_all_prompt()
         prompt_mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    _check_one_document_per_row(kwargs.get("position_ids"), attention_mask)
     if completion_index is not None:
-        _check_shape("completion_index", completion_index, tokens)
+        _check_per_token("completion_index", completion_index, tokens)
+        if kwargs.get("position_ids") is not None:
+            raise LayoutError(
+                "`position_ids` came with `completion_index`. Leave it out: Bitune lets the positions of every "
+                "completion go on from those of the prompt."
+            )
         completion_index = completion_index.to(tokens.device)
+    _check_one_document_per_row(kwargs.get("position_ids"), attention_mask)
     return plan(prompt_mask.to(device=tokens.device, dtype=torch.bool), attention_mask, completion_index)
 
 
@@ -370,12 +381,19 @@ def _check_unread(past: Cache | None) -> None:
         )
 
 
-def _check_shape(name: str, per_token: Tensor, tokens: Tensor) -> None:
-    if per_token.shape != tokens.shape[:2]:
+def _check_per_token(name: str, given: Any, tokens: Tensor | None) -> None:
+    """Raises LayoutError unless `given` holds one bool or integer for each of `tokens`, `[B, T, ...]`."""
+    if not isinstance(given, Tensor):
+        raise LayoutError(f"`{name}` is a {type(given).__name__}. Pass a tensor, one value per token.")
+    if tokens is None:
+        raise LayoutError(f"`{name}` came without tokens. Pass `input_ids` or `inputs_embeds` beside it.")
+    if given.shape != tokens.shape[:2]:
         raise LayoutError(
-            f"`{name}` has shape {list(per_token.shape)}, but the input has {tokens.shape[0]} row(s) of "
+            f"`{name}` has shape {list(given.shape)}, but the input has {tokens.shape[0]} row(s) of "
             f"{tokens.shape[1]} tokens. Pass one value per token."
         )
+    if given.dtype.is_floating_point:
+        raise LayoutError(f"`{name}` has dtype {given.dtype}. Pass bools or integers.")
 
 
 def _check_one_completion(completion_index: Tensor | None) -> None:
@@ -386,16 +404,6 @@ def _check_one_completion(completion_index: Tensor | None) -> None:
             "off, the cache already holds the prompt, or every prompt has a single token. Give every completion a row "
             "of its own."
         )
-
-
-def _check_prompt_mask(prompt_mask: Any, tokens: Tensor | None) -> None:
-    if not isinstance(prompt_mask, Tensor):
-        raise LayoutError(f"`prompt_mask` is a {type(prompt_mask).__name__}. Pass a tensor, one bool per token.")
-    if tokens is None:
-        raise LayoutError("`prompt_mask` came without tokens. Pass `input_ids` or `inputs_embeds` beside it.")
-    _check_shape("prompt_mask", prompt_mask, tokens)
-    if prompt_mask.dtype.is_floating_point:
-        raise LayoutError(f"`prompt_mask` has dtype {prompt_mask.dtype}. Pass bools, or integers 0 and 1.")
 
 
 def _check_one_document_per_row(position_ids: Tensor | None, attention_mask: Tensor | None) -> None:

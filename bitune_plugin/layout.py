@@ -83,7 +83,7 @@ class PromptLayout:
         positions: int64 `[B, T]` (`[1, T]` when all rows agree), each token's place among the tokens that it belongs
             with: padding and other completions of its prompt are not counted.
         completion: int64 `[B, A]`, which completion the token in each slot of `answer` is part of, 0 for what all of
-            them share; `None` when no row has several.
+            them share; `None` unless `completion_index` was given.
     """
 
     tokens: int
@@ -187,7 +187,7 @@ class PromptLayout:
         if window is not None:
             place = self.answer.take(self.positions)
             distance = place[:, :, None] - place[:, None, :]
-            own = own & ((distance < window) | (slots[:, None] == slots[None, :]))
+            own = own & (distance < window)
             prompt = prompt & (place[:, :, None] - self._slots(self.encoded) < window)
         rows = max(own.shape[0], prompt.shape[0])
         return torch.cat([prompt.expand(rows, -1, -1), own.expand(rows, -1, -1)], dim=2)[:, None]
@@ -255,7 +255,8 @@ def plan(
 def _check_completions(completion_index: Tensor, prompt: Tensor, attended: Tensor) -> None:
     """Raises LayoutError unless each row counts its completions upwards."""
     highest = torch.where(attended, completion_index, 0).cummax(dim=1).values
-    wrong = (attended & (completion_index < highest)) | (prompt & (completion_index != 0))
+    backwards = (completion_index < highest) | (completion_index < 0)
+    wrong = (attended & backwards) | (prompt & (completion_index != 0))
     if wrong.any():
         rows = wrong.any(dim=1).nonzero().flatten().tolist()
         raise LayoutError(

@@ -150,8 +150,10 @@ def both_loras(layer: lora.Linear, tokens: Tensor, split: int, first: str, secon
     rank = layer.lora_A[first].out_features
     scaling[:split, :rank] = layer.scaling[first]
     scaling[split:, rank:] = layer.scaling[second]
-    inner = nn.functional.linear(tokens, down) * scaling
-    return torch.addmm(result.flatten(0, 1), inner.flatten(0, 1), up.t()).view_as(result)
+    inner = nn.functional.linear(tokens.to(down.dtype), down) * scaling
+    # As in PEFT, adapters in float32 add up in float32, whatever the base is in.
+    summed = torch.addmm(result.flatten(0, 1).to(down.dtype), inner.flatten(0, 1), up.t())
+    return summed.view_as(result).to(result.dtype)
 
 
 def _is_plain_lora(layer: BaseTunerLayer, *names: str) -> bool:
@@ -163,8 +165,7 @@ def _is_plain_lora(layer: BaseTunerLayer, *names: str) -> bool:
     if layer.training and any(type(layer.lora_dropout[name]) is not nn.Identity for name in names):
         return False
     weights = [part[name] for part in (layer.lora_A, layer.lora_B) for name in names]
-    dtypes = {weight.weight.dtype for weight in weights} | {layer.get_base_layer().weight.dtype}
-    return len(dtypes) == 1 and all(_is_plain_linear(weight) for weight in weights)
+    return len({weight.weight.dtype for weight in weights}) == 1 and all(map(_is_plain_linear, weights))
 
 
 def _is_plain_linear(module: nn.Module) -> bool:

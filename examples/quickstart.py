@@ -64,7 +64,7 @@ def train(arguments: argparse.Namespace, samples: Dataset) -> PeftModel:
     trainer = trainer_class(
         load_model(arguments.model),
         args=settings,
-        train_dataset=samples,
+        train_dataset=samples.select_columns(["prompt", "completion"]),
         processing_class=AutoTokenizer.from_pretrained(resolve(arguments.model)),
         peft_config=peft_config,
     )

@@ -1,7 +1,8 @@
-"""Tasks of reasoning-gym as prompt/completion datasets, and how answers to them are scored."""
+"""Tasks of reasoning-gym as datasets: free answers or multiple choice; and how free answers are scored."""
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -10,6 +11,11 @@ from datasets import Dataset
 
 TEMPLATE = "Question: {question}\n\nAnswer:"
 """The paper's prompt for instructions. Completions begin with a space; TRL ends them with the end-of-sequence token."""
+
+CHOICE_TEMPLATE = "Question: {question}\n\nChoices:\n{choices}\n\nAnswer:"
+"""The paper's prompt for multiple choice, one choice per line."""
+
+CHOICES = 4
 
 SETTINGS = {"family_relationships": {"max_family_size": 4, "min_family_size": 3}}
 """Settings of generators that differ from reasoning-gym's own. Small families make short prompts, for a CPU."""
@@ -22,7 +28,11 @@ ATTEMPTS = 10
 
 
 def held_out(task: str, size: int) -> Dataset:
-    """`size` different questions of a task, to measure on: the same ones whatever the seed of the training samples."""
+    """`size` different questions of a task, to measure on: the same ones whatever the seed of the training samples.
+
+    Returns:
+        Columns `question`, `answer`, `prompt` and `completion`.
+    """
     return _dataset(task, size, seed=0)
 
 
@@ -33,7 +43,31 @@ def training(task: str, size: int, seed: int, held_out: Dataset) -> Dataset:
         task: name of a reasoning-gym dataset.
         seed: of the questions; 0 or more.
     """
-    return _dataset(task, size, (seed + 1) * SEED_STRIDE, excluded=held_out["prompt"])
+    return _dataset(task, size, (seed + 1) * SEED_STRIDE, excluded=held_out["question"])
+
+
+def with_choices(questions: Dataset, seed: int = 0) -> Dataset:
+    """Makes questions multiple choice: the right answer among others that are right elsewhere.
+
+    Returns:
+        `questions` with the prompt to match, and the columns `choices` and `gold`, the place of the right one.
+
+    Raises:
+        ValueError: all questions have the same answer.
+    """
+    generator = random.Random(seed)
+    answers = sorted(set(questions["answer"]))
+    if len(answers) < 2:
+        raise ValueError(f"All answers are {answers[0]!r}: there is nothing to choose from. Take another task.")
+
+    def choose(row: dict[str, str]) -> dict[str, object]:
+        others = [answer for answer in answers if answer != row["answer"]]
+        choices = [row["answer"], *generator.sample(others, min(CHOICES - 1, len(others)))]
+        generator.shuffle(choices)
+        prompt = CHOICE_TEMPLATE.format(question=row["question"], choices="\n".join(choices))
+        return {**row, "prompt": prompt, "choices": choices, "gold": choices.index(row["answer"])}
+
+    return Dataset.from_list([choose(row) for row in questions])
 
 
 def exact_match(answers: Iterable[str], completions: Iterable[str]) -> int:
@@ -53,17 +87,18 @@ def _first_line(text: str) -> str:
 
 
 def _dataset(task: str, size: int, seed: int, excluded: Iterable[str] = ()) -> Dataset:
-    """Columns `prompt` and `completion`, no prompt twice.
+    """No question twice.
 
     Raises:
         ValueError: the task has not enough different questions.
     """
     seen = set(excluded)
     rows = []
-    for prompt, completion in _samples(task, size * ATTEMPTS, seed):
-        if prompt not in seen:
-            seen.add(prompt)
-            rows.append({"prompt": prompt, "completion": completion})
+    for question, answer in _samples(task, size * ATTEMPTS, seed):
+        if question not in seen:
+            seen.add(question)
+            prompt = TEMPLATE.format(question=question)
+            rows.append({"question": question, "answer": answer, "prompt": prompt, "completion": f" {answer}"})
         if len(rows) == size:
             return Dataset.from_list(rows)
     raise ValueError(
@@ -74,4 +109,4 @@ def _dataset(task: str, size: int, seed: int, excluded: Iterable[str] = ()) -> D
 def _samples(task: str, size: int, seed: int) -> Iterator[tuple[str, str]]:
     for entry in reasoning_gym.create_dataset(task, size=size, seed=seed, **SETTINGS.get(task, {})):
         if entry["answer"] is not None:  # tasks with many right answers give none
-            yield TEMPLATE.format(question=entry["question"].strip()), f" {entry['answer']}"
+            yield entry["question"].strip(), str(entry["answer"])

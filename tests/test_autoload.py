@@ -63,7 +63,97 @@ def test_torch_calls_it() -> None:
     assert {entry.value for entry in entry_points(group="torch.backends")} >= {"bitune_autoload:autoload"}
 
 
+LOOKUP = "from lm_eval.api.registry import get_model, model_registry"
+
+
+@pytest.mark.parametrize("first", ["torch", "lm_eval.models.huggingface"])
+def test_lm_eval_knows_bitune_once_torch_is_imported(first: str) -> None:
+    show = "model = get_model('bitune'); print(model.__module__, model.__name__, issubclass(model, get_model('hf')))"
+    code = f"import {first}; {LOOKUP}; {show}"
+    assert python(code) == ("bitune_plugin.integrations.lm_eval.model BituneLM True", "")
+
+
+def test_lm_eval_asked_to_evaluate_bitune_knows_it() -> None:
+    """It imports torch to set the seed, and looks for the model after that."""
+    code = (
+        "import lm_eval\n"
+        "try:\n"
+        "    lm_eval.simple_evaluate('bitune', model_args='pretrained=/nowhere', tasks=['arc_easy'])\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+    )
+    printed, complaint = python(code)
+    assert "is not an adapter" in printed
+    assert "could not register" not in complaint
+
+
+def test_lm_eval_keeps_its_own_models() -> None:
+    code = (
+        f"import torch; {LOOKUP}; get_model('dummy'); from lm_eval.models import MODEL_MAPPING;"
+        "print(set(model_registry) - set(MODEL_MAPPING), set(MODEL_MAPPING) - set(model_registry))"
+    )
+    assert python(code) == ("{'bitune'} set()", "")
+
+
+def test_another_model_of_lm_eval_is_not_kept_waiting() -> None:
+    heavy = ("peft", "transformers", "accelerate", "trl", "bitune_plugin", "pluggy", "lm_eval.models.huggingface")
+    code = (
+        f"import torch, sys, lm_eval.models; {LOOKUP}; get_model('dummy');"
+        f"print('bitune' in model_registry, [x for x in {heavy} if x in sys.modules])"
+    )
+    assert python(code) == ("True []", "")
+
+
+def test_switched_off_lm_eval_does_not_know_bitune() -> None:
+    code = f"import torch, lm_eval.models; {LOOKUP}; print('hf' in model_registry, 'bitune' in model_registry)"
+    assert python(code, BITUNE_AUTOLOAD="0") == ("True False", "")
+
+
+def test_a_model_that_lm_eval_knows_by_our_name_is_left_alone() -> None:
+    taken = f"{LOOKUP}; model_registry.register('bitune', target='lm_eval.models.dummy:DummyLM')"
+    code = f"{taken}; import torch, lm_eval.models; print(get_model('bitune').__name__, 'hf' in model_registry)"
+    assert python(code) == ("DummyLM True", "")
+
+
+def test_a_frozen_registry_breaks_nothing() -> None:
+    freeze = f"import lm_eval.models; {LOOKUP}; model_registry.freeze()"
+    printed, complaint = python(f"{freeze}; import torch; print('hf' in model_registry, 'bitune' in model_registry)")
+    assert printed == "True False"
+    assert "TypeError" in complaint
+    assert "BITUNE_AUTOLOAD=0" in complaint
+
+
+@pytest.mark.parametrize(
+    ("group", "value"),
+    [
+        ("lm_eval.models", "bitune_plugin.integrations.lm_eval.model:BituneLM"),
+        ("lm_eval.tasks", "bitune_plugin.integrations.lm_eval.tasks"),
+    ],
+)
+def test_lm_eval_finds_model_and_tasks_by_entry_point(group: str, value: str) -> None:
+    (entry,) = entry_points(group=group, name="bitune")
+    assert entry.value == value
+    found = entry.load()
+    assert value == (found.__name__ if isinstance(found, ModuleType) else f"{found.__module__}:{found.__qualname__}")
+
+
+def test_the_tasks_of_the_entry_point_lie_beside_it() -> None:
+    (entry,) = entry_points(group="lm_eval.tasks", name="bitune")
+    assert sorted(path.suffix for path in Path(entry.load().__file__).parent.glob("*_full.yaml")) == [".yaml"] * 4
+
+
 # --- Small hosts in their place ---------------------------------------------------------------------------------------
+
+# Needs nothing but a dict, and knows one model of its own.
+REGISTRY = """
+class Registry(dict):
+    def register(self, name, target):
+        print('registered', name, getattr(target, 'value', target))
+        self[name] = target
+model_registry = Registry()
+"""
+MODELS = "from lm_eval.api.registry import model_registry\nmodel_registry.register('hf', target='own')\n"
+OURS = "registered bitune bitune_plugin.integrations.lm_eval.model:BituneLM"
 
 STAND_INS = {
     # At the end of its import, torch calls its backends; an error of theirs is an error of `import torch`.
@@ -72,6 +162,10 @@ STAND_INS = {
     "    entry.load()()\n",
     "peft": "import torch\ntuners = 'ready'\nfrom . import mapping_func\n",
     "peft/mapping_func": "",
+    "lm_eval": "",
+    "lm_eval/api": "",
+    "lm_eval/api/registry": REGISTRY,
+    "lm_eval/models": MODELS,
     "bitune_plugin": "",
     "bitune_plugin/plugins": "from types import SimpleNamespace\n"
     "def bitune_register(host):\n"
@@ -84,7 +178,7 @@ STAND_INS = {
 
 @pytest.fixture
 def hosts(tmp_path: Path) -> Path:
-    """A folder of stand-ins for torch, PEFT and Bitune."""
+    """A folder of stand-ins for torch, PEFT, lm-eval and Bitune."""
     for name, code in STAND_INS.items():
         replace(tmp_path, name, code)
     return tmp_path
@@ -149,6 +243,66 @@ def test_a_broken_bitune_breaks_neither_torch_nor_peft(name: str, first: str, ho
     assert "RuntimeError: half installed" in complaint
 
 
+@pytest.mark.parametrize(
+    "code", ["import torch, lm_eval.models", "import lm_eval.models, torch", "import torch, lm_eval.models, torch"]
+)
+def test_the_model_is_entered_once_and_after_those_of_lm_eval(code: str, hosts: Path) -> None:
+    assert python(code, hosts) == (f"registered hf own\n{OURS}", "")
+
+
+def test_while_lm_eval_is_not_imported_no_model_is_entered(hosts: Path) -> None:
+    assert python("import torch, lm_eval.api.registry", hosts) == ("", "")
+
+
+def test_switched_off_no_model_is_entered(hosts: Path) -> None:
+    assert python("import torch, lm_eval.models", hosts, BITUNE_AUTOLOAD="0") == ("registered hf own", "")
+
+
+@pytest.mark.parametrize("code", ["import torch, lm_eval.models", "import lm_eval.models, torch"])
+def test_a_name_that_is_taken_is_left_alone(code: str, hosts: Path) -> None:
+    """By another model, or by ours, where a version of lm-eval enters entry points itself."""
+    replace(hosts, "lm_eval/models", f"{MODELS}model_registry.register('bitune', target='another')\n")
+    assert python(code, hosts) == ("registered hf own\nregistered bitune another", "")
+
+
+def test_to_enter_the_model_nothing_of_bitune_is_imported(hosts: Path) -> None:
+    replace(hosts, "bitune_plugin", "print('imported')")
+    assert python("import torch, lm_eval.models", hosts) == (f"registered hf own\n{OURS}", "")
+
+
+@pytest.mark.parametrize(
+    ("registry", "error"),
+    [
+        (REGISTRY.replace("model_registry", "registered_models"), "ImportError: cannot import name 'model_registry'"),
+        (REGISTRY.replace("Registry(dict)", "Registry"), "TypeError: argument of type 'Registry' is not iterable"),
+        (REGISTRY.replace("register(", "add("), "AttributeError: 'Registry' object has no attribute 'register'"),
+        (REGISTRY.replace("self[name] = target", "raise RuntimeError('full')"), "RuntimeError: full"),
+        ("raise ImportError('half installed')", "ImportError: half installed"),
+    ],
+    ids=["renamed", "no container", "another method", "no more models", "not importable"],
+)
+@pytest.mark.parametrize("code", ["import torch, lm_eval.models", "import lm_eval.models, torch"])
+def test_a_registry_of_another_kind_breaks_neither_lm_eval_nor_torch(
+    code: str, registry: str, error: str, hosts: Path
+) -> None:
+    replace(hosts, "lm_eval/models", "ready = 'ready'")
+    replace(hosts, "lm_eval/api/registry", registry)
+    printed, complaint = python(f"{code}; print(lm_eval.models.ready)", hosts)
+    assert printed.endswith("ready")
+    assert error in complaint
+    assert "bitune-plugin could not register itself" in complaint
+    assert "BITUNE_AUTOLOAD=0" in complaint
+
+
+@pytest.mark.parametrize("code", ["import torch, lm_eval.models, peft", "import torch, peft, lm_eval.models"])
+def test_a_broken_registry_does_not_keep_adapters_from_loading(code: str, hosts: Path) -> None:
+    replace(hosts, "lm_eval/models", "")
+    replace(hosts, "lm_eval/api/registry", "raise ImportError('half installed')")
+    printed, complaint = python(code, hosts)
+    assert printed == "told of peft ready"
+    assert "half installed" in complaint
+
+
 # --- The entry point itself -------------------------------------------------------------------------------------------
 
 
@@ -157,6 +311,6 @@ def test_a_host_that_is_there_already_is_announced_at_once(monkeypatch: pytest.M
     monkeypatch.delenv("BITUNE_AUTOLOAD", raising=False)
     for name in bitune_autoload.HOSTS:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setattr(bitune_autoload, "announce", lambda host: heard.append(host.__name__))
+        monkeypatch.setitem(bitune_autoload.HOSTS, name, lambda host, name=name: heard.append((name, host.__name__)))
     bitune_autoload.autoload()
-    assert heard == list(bitune_autoload.HOSTS)
+    assert heard == [(name, name) for name in bitune_autoload.HOSTS]

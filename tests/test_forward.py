@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -16,7 +17,20 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from bitune_plugin import forward as engine
 from bitune_plugin.layout import LayoutError
-from helpers import SHAPES, Batch, assert_close, batch, bitune, lora, one, samples, tokens, unharmed, with_oracle
+from helpers import (
+    SHAPES,
+    Batch,
+    Sample,
+    assert_close,
+    batch,
+    bitune,
+    lora,
+    one,
+    samples,
+    tokens,
+    unharmed,
+    with_oracle,
+)
 from models import ARCHITECTURES, tiny
 from three_pass import ThreePass
 
@@ -383,6 +397,320 @@ def test_two_threads_may_use_one_model() -> None:
     for thread in threads:
         thread.join()
     assert not failures
+
+
+# --- Several completions of a prompt ----------------------------------------------------------------------------------
+
+Question = tuple[Tensor, list[Tensor]]
+"""A prompt, or a context without one, and its completions."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Questions in rows of one length, each with all of its completions."""
+
+    questions: list[Question]
+    rows: Batch
+    completion_index: Tensor
+
+    @property
+    def inputs(self) -> dict[str, Tensor | bool]:
+        return {**self.rows.inputs, "completion_index": self.completion_index, "use_cache": False}
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Each completion in a row of its own; a context that is no prompt has length 0."""
+        return [
+            (torch.cat([context, completion]), prompt)
+            for (context, several), (_, prompt) in zip(self.questions, self.rows.samples, strict=True)
+            for completion in several
+        ]
+
+    def answers(self, logits: Tensor) -> list[Tensor]:
+        """Logits of the last token of the context and of each completion, in the order of `samples`."""
+        return self._pieces(logits, self.rows.starts)
+
+    def answers_alone(self, logits: Tensor) -> list[Tensor]:
+        """As `answers`, from those of the answers only, which are moved to the front of each row."""
+        return self._pieces(logits, [-max(0, prompt - 1) for _, prompt in self.rows.samples])
+
+    def _pieces(self, logits: Tensor, starts: list[int]) -> list[Tensor]:
+        pieces = []
+        for row, start, (context, several) in zip(logits, starts, self.questions, strict=True):
+            last, at = row[start + len(context) - 1][None], start + len(context)
+            for completion in several:
+                pieces.append(torch.cat([last, row[at : at + len(completion)]]))
+                at += len(completion)
+        return pieces
+
+
+def choices(questions: list[Question], side: str = "right", without_prompt: Sequence[int] = ()) -> Choices:
+    rows = batch(
+        [
+            (torch.cat([context, *several]), 0 if number in without_prompt else len(context))
+            for number, (context, several) in enumerate(questions)
+        ],
+        side,
+    )
+    completion_index = torch.zeros_like(rows.input_ids)
+    for row, start, (context, several) in zip(completion_index, rows.starts, questions, strict=True):
+        at = start + len(context)
+        for number, completion in enumerate(several, start=1):
+            row[at : at + len(completion)] = number
+            at += len(completion)
+    return Choices(questions, rows, completion_index)
+
+
+def question(prompt: int, *completions: int, seed: int = 0) -> Question:
+    """Random tokens of these lengths."""
+    context, *several = tokens(prompt + sum(completions), seed).split([prompt, *completions])
+    return context, several
+
+
+QUESTIONS = [
+    question(9, 4, 1, 5, 2, seed=20),
+    question(8, 6, seed=21),  # a single completion
+    question(2, 3, 7, seed=22),
+    question(1, 3, 4, seed=23),  # nothing to encode
+    question(7, 3, 4, seed=24),  # no prompt
+    question(11, 3, 3, 3, seed=25),
+]
+
+
+def ragged(side: str) -> Choices:
+    return choices(QUESTIONS, side, without_prompt=[4])
+
+
+def choice_loss(answers: list[Tensor], rows: Choices) -> Tensor:
+    """Mean over the completions of the mean cross-entropy of each."""
+    completions = [completion for _, several in rows.questions for completion in several]
+    losses = [cross_entropy(answer[:-1], ids) for answer, ids in zip(answers, completions, strict=True)]
+    return torch.stack(losses).mean()
+
+
+def expected_answers(oracle: ThreePass, rows: Choices) -> list[Tensor]:
+    """Each completion by itself. What has no prompt is plainly causal, as after a prompt of one token."""
+    contexts = [context for context, several in rows.questions for _ in several]
+    return [
+        oracle(ids, max(prompt, 1))[len(context) - max(prompt, 1) :]
+        for (ids, prompt), context in zip(rows.samples, contexts, strict=True)
+    ]
+
+
+def assert_all_close(got: list[Tensor], expected: list[Tensor]) -> None:
+    for one_answer, other in zip(got, expected, strict=True):
+        assert_close(one_answer, other)
+
+
+ROUNDING = 1e-4
+"""Of gradients: that of theta is a sum of many large terms of either sign, more of them the more completions there are.
+Rows read one by one are as far from the three passes."""
+
+
+def assert_choices_agree(model: PeftModel, oracle: ThreePass, rows: Choices) -> None:
+    """Logits of every completion, and all gradients."""
+    answers, expected = rows.answers(model(**rows.inputs).logits), expected_answers(oracle, rows)
+    assert_all_close(answers, expected)
+    choice_loss(answers, rows).backward()
+    choice_loss(expected, rows).backward()
+    assert_same_gradients(oracle, model, ROUNDING)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_completions_in_one_row_are_as_three_passes_for_each(architecture: str, attention: str) -> None:
+    model, oracle = with_oracle(tiny(architecture, attention))
+    assert_choices_agree(model, oracle, ragged("left"))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3_text"])
+def test_completions_in_one_row_are_as_in_rows_of_their_own(architecture: str, attention: str, side: str) -> None:
+    model = bitune(tiny(architecture, attention))
+    rows, apart = ragged(side), batch(ragged(side).samples, side)
+
+    answers = rows.answers(model(**rows.inputs).logits)
+    choice_loss(answers, rows).backward()
+    together = gradients(model)
+    model.zero_grad()
+    logits = model(**apart.inputs).logits
+    lengths = [len(answer) for answer in answers]
+    expected = [
+        row[start + len(ids) - length : start + len(ids)]
+        for row, start, (ids, _), length in zip(logits, apart.starts, apart.samples, lengths, strict=True)
+    ]
+    choice_loss(expected, rows).backward()
+
+    assert_all_close(answers, expected)
+    assert together.keys() == gradients(model).keys()
+    for name, gradient in gradients(model).items():
+        assert (together[name] - gradient).abs().max() <= ROUNDING * max(1.0, gradient.abs().max().item()), name
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3_text"])
+def test_rows_that_all_split_at_one_place_may_have_other_completions(architecture: str, attention: str) -> None:
+    """Nothing is padded, so that slots are slices."""
+    model, oracle = with_oracle(tiny(architecture, attention))
+    rows = choices([question(8, 3, 4, seed=1), question(8, 1, 4, 2, seed=2), question(8, 7, seed=3)])
+    assert_choices_agree(model, oracle, rows)
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+def test_every_setting_holds_for_several_completions(settings: dict) -> None:
+    model, oracle = with_oracle(**copy.deepcopy(settings))
+    rows = ragged("left")
+    assert_all_close(rows.answers(model(**rows.inputs).logits), expected_answers(oracle, rows))
+
+
+def test_without_numbers_the_completions_of_a_row_are_one() -> None:
+    """Otherwise the comparisons above would show nothing."""
+    model = bitune()
+    rows = choices([question(8, 3, 4)])
+    first, second = rows.answers(model(**rows.inputs).logits)
+    first_of_one, second_of_one = rows.answers(model(**rows.rows.inputs).logits)
+    assert_close(first, first_of_one)
+    assert not torch.allclose(second[1:], second_of_one[1:], atol=0.1)
+
+
+def test_numbers_of_single_completions_change_nothing() -> None:
+    model = bitune()
+    rows = batch(ROWS, "left")
+    numbers = rows.attention_mask * ~rows.prompt_mask
+    got = model(**rows.inputs, completion_index=numbers, use_cache=False).logits
+    for answer, expected in zip(rows.answers(got), rows.answers(model(**rows.inputs).logits), strict=True):
+        assert_close(answer, expected)
+
+
+def test_the_order_of_completions_does_not_matter() -> None:
+    model = bitune("mistral")
+    context, several = question(9, 4, 1, 5, 2)
+    one, other = choices([(context, several)]), choices([(context, several[::-1])])
+    assert_all_close(
+        one.answers(model(**one.inputs).logits),
+        other.answers(model(**other.inputs).logits)[::-1],
+    )
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_answers_only_leaves_the_encoded_prompts_out(architecture: str, side: str) -> None:
+    model = bitune(architecture)
+    rows = ragged(side)
+    logits = model(**rows.inputs, answers_only=True).logits
+    longest = max(len(ids) - max(prompt - 1, 0) for ids, prompt in rows.rows.samples)
+    assert logits.shape[:2] == (len(QUESTIONS), longest)
+    assert_all_close(rows.answers_alone(logits), rows.answers(model(**rows.inputs).logits))
+
+
+def test_answers_only_without_numbers() -> None:
+    model = bitune()
+    rows = batch(ROWS, "left")
+    expected = rows.answers(model(**rows.inputs).logits)
+    logits = model(**rows.inputs, answers_only=True).logits
+    for row, answer, (_, prompt) in zip(logits, expected, rows.samples, strict=True):
+        assert prompt > 0
+        assert_close(row[: len(answer)], answer)
+
+
+def test_hidden_states_of_several_completions_have_the_length_of_the_input() -> None:
+    model = bitune()
+    rows = ragged("right")
+    outputs = model(**rows.inputs, output_hidden_states=True)
+    assert all(states.shape[:2] == rows.rows.input_ids.shape for states in outputs.hidden_states)
+
+
+def test_embeddings_of_several_completions_in_place_of_tokens() -> None:
+    model = bitune()
+    rows = ragged("left")
+    inputs = rows.inputs
+    embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
+    assert torch.equal(model(inputs_embeds=embeddings, **inputs).logits, model(**rows.inputs).logits)
+
+
+@CHECKPOINTING
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_checkpointing_changes_nothing_about_several_completions(architecture: str, reentrant: bool) -> None:
+    model, oracle = with_oracle(architecture)
+    assert_choices_agree(checkpointed(model, reentrant), oracle, ragged("left"))
+
+
+CHOICES = choices([question(6, 3, 2)])
+SINGLE = {**CHOICES.inputs, "completion_index": CHOICES.completion_index.clamp(max=1)}
+
+
+def numbers(*values: int) -> dict[str, Tensor]:
+    return {"completion_index": torch.tensor([values])}
+
+
+NO_PROMPT = r"`completion_index` has several completions in a row, but no prompt is read.*a row of its own"
+REFUSED_CHOICES: dict[str, tuple[dict, str]] = {
+    "a cache to fill": ({"use_cache": True}, "`completion_index` came with `use_cache=True`.*Pass `use_cache=False`"),
+    "a cache by default": ({"use_cache": None}, "`completion_index` came with `use_cache=True`"),
+    "no token is prompt": ({"prompt_mask": torch.zeros(1, 11).bool()}, NO_PROMPT),
+    "a prompt of one token": (
+        {"prompt_mask": torch.arange(11)[None] < 1, **numbers(0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2)},
+        NO_PROMPT,
+    ),
+    "numbers of another length": (numbers(0, 0, 1), r"`completion_index` has shape \[1, 3\].*1 row\(s\) of 11"),
+    "numbers of other rows": (
+        {"completion_index": CHOICES.completion_index.repeat(2, 1)},
+        r"`completion_index` has shape \[2, 11\].*1 row\(s\) of 11.*one value per token",
+    ),
+    "numbers of one dimension": (
+        {"completion_index": CHOICES.completion_index[0]},
+        r"`completion_index` has shape \[11\].*1 row\(s\) of 11",
+    ),
+    "numbers out of order": (numbers(0, 0, 0, 0, 0, 0, 2, 2, 2, 1, 1), r"not in order in row\(s\) \[0\].*1, 2, "),
+    "a numbered prompt": (numbers(1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2), r"not in order in row\(s\) \[0\].*tokens 0"),
+    "numbers and no prompt_mask": ({"prompt_mask": None}, r"`completion_index` is not in order in row\(s\) \[0\]"),
+    "positions": (
+        {"position_ids": torch.arange(11)[None]},
+        "`position_ids` came with `completion_index`. Leave it out",
+    ),
+    "labels": ({"labels": torch.arange(11)[None]}, "`labels` came with `completion_index`.*a row of its own"),
+    "a negative number": (
+        {"prompt_mask": torch.zeros(1, 11).bool(), **numbers(-1, -1, -1, 1, 1, 1, 1, 1, 1, 1, 1)},
+        r"not in order in row\(s\) \[0\]",
+    ),
+    "a list": ({"completion_index": CHOICES.completion_index.tolist()}, "`completion_index` is a list. Pass a tensor"),
+    "fractions": ({"completion_index": CHOICES.completion_index.float()}, "`completion_index` has dtype torch.float32"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED_CHOICES.values(), ids=REFUSED_CHOICES)
+def test_several_completions_are_refused_with_a_message(changes: dict, message: str) -> None:
+    model = bitune()
+    with unharmed(model), pytest.raises(LayoutError, match=f"(?s){message}"):
+        model(**{**CHOICES.inputs, **changes})
+
+
+def test_several_completions_need_the_adapter() -> None:
+    model = bitune()
+    with model.disable_adapter(), unharmed(model), pytest.raises(LayoutError, match=f"(?s){NO_PROMPT}"):
+        model(**CHOICES.inputs)
+
+
+def test_without_an_adapter_the_number_of_a_single_completion_is_ignored() -> None:
+    model = bitune()
+    with model.disable_adapter():
+        logits = model(**SINGLE).logits
+    assert torch.equal(logits, tiny()(input_ids=SINGLE["input_ids"]).logits)
+
+
+@pytest.mark.parametrize(
+    ("prompt_mask", "message"),
+    [(None, NO_PROMPT), (torch.tensor([[True, False, False]]), "`prompt_mask` came with a `past_key_values`")],
+    ids=["alone", "beside a prompt_mask"],
+)
+def test_several_completions_beside_a_filled_cache_are_refused(prompt_mask: Tensor | None, message: str) -> None:
+    model = bitune()
+    cache = model(**INPUTS, use_cache=True).past_key_values
+    inputs = {"input_ids": tokens(3)[None], **numbers(0, 1, 2), "prompt_mask": prompt_mask}
+    with pytest.raises(LayoutError, match=f"(?s){message}"):
+        model(**inputs, attention_mask=torch.ones(1, 14), past_key_values=cache)
+    assert cache.get_seq_length() == 11
 
 
 # --- Number formats --------------------------------------------------------------------------------------------------

@@ -406,6 +406,288 @@ def test_take_along_picks_for_every_row_its_own() -> None:
     assert take_along(tokens, torch.tensor([[5, 0], [1, 1]]), dim=2).flatten().tolist() == [5, 0, 7, 7]
 
 
+# --- Several completions of a prompt ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choices(Row):
+    """A row in which several completions follow one prompt, or one context where nothing is prompt.
+
+    Attributes:
+        index: which completion each token is part of, 0 for what all of them share. Anything on padding.
+    """
+
+    index: list[int]
+
+    def alone(self, token: int) -> Row:
+        """The row as it is with the completion of `token` alone: all the others are padding."""
+        with_it = (0, self.index[token])
+        kept = [attended and number in with_it for attended, number in zip(self.attended, self.index, strict=True)]
+        return Row(kept, self.prompt_length)
+
+
+@st.composite
+def questions(draw: st.DrawFn) -> list[Choices]:
+    """Rows as in `batches`, what follows a prompt in up to four pieces; a row may have a context and no prompt."""
+    rows = []
+    for row in draw(batches()):
+        after = len(row.tokens) - row.prompt_length
+        # A number may be left out, as that of a completion which consists of a single token to predict.
+        lowest = 0 if row.prompt_length == 0 else 1
+        numbers = iter([0] * row.prompt_length + sorted(draw(st.lists(st.integers(lowest, 4), **exactly(after)))))
+        anything = st.integers(-1, 9)
+        rows.append(
+            Choices(
+                row.attended,
+                row.prompt_length,
+                [next(numbers) if attended else draw(anything) for attended in row.attended],
+            )
+        )
+    return rows
+
+
+def exactly(size: int) -> dict[str, int]:
+    return {"min_size": size, "max_size": size}
+
+
+def choices(text: str) -> Choices:
+    """`".PPP112"`: padding, prompt, two completions; `"cc112"`: a context that is no prompt, and two completions."""
+    index = [int(letter) if letter.isdigit() else 0 for letter in text]
+    return Choices([letter != "." for letter in text], text.count("P"), index)
+
+
+def completions(rows: list[Choices]) -> Tensor:
+    return torch.tensor([row.index for row in rows])
+
+
+def choice_layout(rows: list[Choices]) -> PromptLayout:
+    layout = plan(*tensors(rows), completions(rows))
+    assert layout is not None
+    return layout
+
+
+MIXED = [
+    choices("PPPPP11223"),  # completions of unequal length
+    choices("PPPP1122.."),  # padded on the right,
+    choices("..PPPP1122"),  # on the left,
+    choices(".PP.P1.12."),  # and everywhere
+    choices("P112233444"),  # a prompt of one token
+    choices("cccc112233"),  # no prompt
+    choices("ccc1111..."),
+    choices("1122334444"),  # nothing that is shared
+    choices("PPPPPPP222"),  # the first completion is a single token, which nothing follows
+    choices("PPPPPPPPPP"),  # all of them are
+    choices(".........."),
+]
+
+
+@given(questions())
+@example(MIXED)
+def test_every_completion_starts_right_after_the_prompt(rows: list[Choices]) -> None:
+    positions = choice_layout(rows).positions.expand(len(rows), -1)
+    for index, row in enumerate(rows):
+        for token in row.tokens:
+            assert positions[index, token] == row.alone(token).tokens.index(token)
+    assert (positions >= 0).all()
+
+
+@given(questions(), windows)
+@example(MIXED, None)
+@example(MIXED, 1)
+@example(MIXED, 3)
+def test_a_token_of_a_completion_sees_what_it_would_if_there_were_no_other(
+    rows: list[Choices], window: int | None
+) -> None:
+    layout = choice_layout(rows)
+    mask = masks(layout, len(rows), window)["answer"]
+    for index, row in enumerate(rows):
+        of_answer = range(layout.encoded.size, layout.encoded.size + len(row.answer))
+        slots = [*range(len(row.encoded)), *of_answer]
+        for slot, token in enumerate(row.answer):
+            seen = visible(mask, index, slot, row.encoded + row.answer, slots)
+            assert seen == seen_by_answer(row.alone(token), token, window or FAR)
+
+
+@given(questions())
+@example(MIXED)
+def test_every_slot_of_an_answer_knows_its_completion(rows: list[Choices]) -> None:
+    layout = choice_layout(rows)
+    assert layout.completion.shape == layout.answer.index.shape
+    for index, row in enumerate(rows):
+        assert layout.completion[index, : len(row.answer)].tolist() == [row.index[token] for token in row.answer]
+
+
+@given(questions(), windows)
+@example(MIXED, 2)
+def test_completions_change_neither_slots_nor_how_prompts_are_read(rows: list[Choices], window: int | None) -> None:
+    several, one = choice_layout(rows), layout_of(rows)
+    for name in ("encoded", "answer"):
+        group, other = getattr(several, name), getattr(one, name)
+        assert group.span == other.span
+        assert torch.equal(group.index, other.index)
+        assert torch.equal(group.filled, other.filled)
+    assert (several.order is None and one.order is None) or torch.equal(several.order, one.order)
+    assert one.completion is None
+    before, after = masks(one, len(rows), window), masks(several, len(rows), window)
+    assert all(torch.equal(before[name], after[name]) for name in ("encoded", "copy"))
+
+
+@given(questions())
+@example(MIXED)
+def test_the_copy_of_a_prompt_has_its_positions_whatever_follows(rows: list[Choices]) -> None:
+    layout = choice_layout(rows)
+    positions = layout.lengthen_positions(layout.positions).expand(len(rows), -1)
+    for index, row in enumerate(rows):
+        assert positions[index, layout.tokens :][: len(row.encoded)].tolist() == list(range(len(row.encoded)))
+
+
+@given(questions(), windows)
+@example(MIXED, 1)
+@example(MIXED, 3)
+def test_no_query_of_several_completions_is_left_without_a_key(rows: list[Choices], window: int | None) -> None:
+    for name, mask in masks(choice_layout(rows), len(rows), window).items():
+        assert mask.any(dim=-1).all(), name
+
+
+@given(questions(), windows)
+@example(MIXED, 3)
+def test_a_single_completion_is_laid_out_as_without_a_number(rows: list[Choices], window: int | None) -> None:
+    rows = [Choices(row.attended, row.prompt_length, [min(n, 1) for n in row.index]) for row in rows]
+    one, plain = choice_layout(rows), layout_of(rows)
+    assert torch.equal(one.positions, plain.positions.expand_as(one.positions))
+    with_number, without = masks(one, len(rows), window), masks(plain, len(rows), window)
+    for index, row in enumerate(rows):
+        # Free slots hold no token; what they see has no meaning.
+        answer = slice(len(row.answer))
+        assert torch.equal(with_number["answer"][index, answer], without["answer"][index, answer])
+    assert all(torch.equal(with_number[name], without[name]) for name in ("encoded", "copy"))
+
+
+@given(questions(), windows, st.integers(-1, 9))
+def test_the_number_of_a_padding_token_means_nothing(rows: list[Choices], window: int | None, number: int) -> None:
+    others = [
+        Choices(
+            row.attended,
+            row.prompt_length,
+            [n if attended else number for n, attended in zip(row.index, row.attended, strict=True)],
+        )
+        for row in rows
+    ]
+    one, other = choice_layout(rows), choice_layout(others)
+    mask, other_mask = (masks(layout, len(rows), window)["answer"] for layout in (one, other))
+    for index, row in enumerate(rows):
+        assert torch.equal(one.positions[index, row.tokens], other.positions[index, row.tokens])
+        assert torch.equal(mask[index, : len(row.answer)], other_mask[index, : len(row.answer)])
+
+
+@given(st.integers(1, 3), st.data())
+def test_aligned_completions_are_laid_out_as_they_would_be_among_ragged_ones(count: int, data: st.DataObject) -> None:
+    length, after = data.draw(st.integers(2, 6)), data.draw(st.integers(0, 6))
+    window = data.draw(windows)
+    rows = [
+        Choices(
+            [True] * (length + after),
+            length,
+            [0] * length + sorted(data.draw(st.lists(st.integers(1, 3), **exactly(after)))),
+        )
+        for _ in range(count)
+    ]
+    aligned, ragged = choice_layout(rows), choice_layout([*rows, choices("PP".ljust(length + after, "."))])
+    assert aligned.order is None
+    assert torch.equal(aligned.positions.expand(count, -1), ragged.positions[:count])
+    assert torch.equal(aligned.completion, ragged.completion[:count])
+    short, long = masks(aligned, count, window), masks(ragged, count + 1, window)
+    assert all(torch.equal(short[name], long[name][:count]) for name in short)
+
+
+@pytest.mark.parametrize(
+    ("text", "positions"),
+    [
+        ("PPP112233", [0, 1, 2, 3, 4, 3, 4, 3, 4]),
+        ("PPP1", [0, 1, 2, 3]),
+        ("PPP22", [0, 1, 2, 3, 4]),
+        ("PPP1222", [0, 1, 2, 3, 3, 4, 5]),
+        ("cc1122", [0, 1, 2, 3, 2, 3]),
+        ("P1122", [0, 1, 2, 1, 2]),
+        ("1122", [0, 1, 0, 1]),
+    ],
+)
+@pytest.mark.parametrize("other", ["PP", "PPPPPPPPPPP"])
+def test_positions_of_completions_by_example(text: str, positions: list[int], other: str) -> None:
+    size = max(len(text), len(other))
+    for row in (choices(text.ljust(size, ".")), choices(text.rjust(size, "."))):
+        layout = choice_layout([row, choices(other.ljust(size, "."))])
+        assert layout.positions[0, row.tokens].tolist() == positions
+
+
+def test_the_answers_of_a_question_by_example() -> None:
+    seen = choice_layout([choices("PPP1123")]).answer_mask()[0, 0].int().tolist()
+    assert seen == [
+        # P  P | P  1  1  2  3
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 0, 0, 1, 0],
+        [1, 1, 1, 0, 0, 0, 1],
+    ]
+
+
+def test_a_window_slides_over_the_prompt_for_each_completion_anew() -> None:
+    seen = choice_layout([choices("PPP1122")]).answer_mask(3)[0, 0].int().tolist()
+    assert seen == [
+        # P  P | P  1  1  2  2
+        [1, 1, 1, 0, 0, 0, 0],
+        [0, 1, 1, 1, 0, 0, 0],
+        [0, 0, 1, 1, 1, 0, 0],
+        [0, 1, 1, 0, 0, 1, 0],
+        [0, 0, 1, 0, 0, 1, 1],
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
+def test_any_integers_number_completions(dtype: torch.dtype) -> None:
+    numbers = completions(MIXED).to(dtype)
+    one, other = choice_layout(MIXED), plan(*tensors(MIXED), numbers)
+    assert torch.equal(one.positions, other.positions)
+    assert torch.equal(one.answer_mask(4), other.answer_mask(4))
+
+
+def test_the_numbers_of_completions_are_left_as_they_were() -> None:
+    numbers = completions(MIXED)
+    before = numbers.clone()
+    plan(*tensors(MIXED), numbers).answer_mask(3)
+    assert torch.equal(numbers, before)
+
+
+@pytest.mark.parametrize("text", ["P1122", "cc112", "11223"])
+def test_without_anything_to_encode_completions_have_no_layout_either(text: str) -> None:
+    rows = [choices(text)] * 2
+    assert plan(*tensors(rows), completions(rows)) is None
+
+
+OUT_OF_ORDER = {
+    "counted down": ("PPP__", [0, 0, 0, 2, 1]),
+    "taken up again": ("PPP___", [0, 0, 0, 1, 2, 1]),
+    "prompt after a completion": ("cc____", [0, 0, 1, 0, 1, 1]),
+    "negative": ("PPP__", [0, 0, 0, -1, -1]),
+    "prompt numbered": ("PPP__", [1, 1, 1, 1, 1]),
+    "end of the prompt numbered": ("PPP__", [0, 0, 1, 1, 2]),
+    "prompt of one token numbered": ("P____", [1, 1, 1, 2, 2]),
+    "counted down over padding": ("PP_._", [0, 0, 2, 9, 1]),
+}
+
+
+@pytest.mark.parametrize("among_others", [False, True], ids=["alone", "among others"])
+@pytest.mark.parametrize(("text", "index"), OUT_OF_ORDER.values(), ids=OUT_OF_ORDER)
+def test_completions_out_of_order_are_refused_by_row(text: str, index: list[int], among_others: bool) -> None:
+    wrong = Choices([letter != "." for letter in text], text.count("P"), index)
+    fine = choices("PP1".ljust(len(text), "."))
+    rows = [fine, wrong, fine] if among_others else [wrong]
+    message = rf"`completion_index` is not in order in row\(s\) \[{int(among_others)}\]. Number the .* its own tokens 0"
+    with pytest.raises(LayoutError, match=message):
+        plan(*tensors(rows), completions(rows))
+
+
 # --- The prompt from labels -------------------------------------------------------------------------------------------
 
 

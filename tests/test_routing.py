@@ -37,6 +37,8 @@ SECOND = bidirectional("default")
 
 ADAPTERS: dict[str, PeftConfig] = {
     "lora": LoraConfig(r=2, target_modules=["linear"]),
+    "lora-scaled": LoraConfig(r=3, lora_alpha=5, use_rslora=True, target_modules=["linear"]),
+    "lora-bias": LoraConfig(r=2, lora_bias=True, target_modules=["linear"]),
     "dora": LoraConfig(r=2, target_modules=["linear"], use_dora=True),
     "ia3": IA3Config(target_modules=["linear"], feedforward_modules=[]),
     "ia3-feedforward": IA3Config(target_modules=["linear"], feedforward_modules=["linear"]),
@@ -107,6 +109,85 @@ def test_with_a_shared_adapter_every_token_sees_the_causal_one() -> None:
     extend(layer, TwoAdapterLayer)
     with reading_in_progress(Reading(parts, "default", share_adapter=True)):
         assert torch.equal(layer(tokens), before)
+
+
+def by_peft(layer: BaseTunerLayer, parts: PromptLayout, tokens: Tensor) -> Tensor:
+    """What PEFT's own layer makes of each part."""
+    second = with_active_adapter(layer, SECOND)
+    return torch.cat([layer(tokens[:, : parts.tokens]), second(tokens[:, parts.tokens :])], dim=1)
+
+
+def count_calls(module: nn.Module) -> list[int]:
+    calls = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_plain_lora_multiplies_all_tokens_by_the_base_weight_at_once() -> None:
+    layer, parts = adapted(), layout()
+    extend(layer, TwoAdapterLayer)
+    calls = count_calls(layer.base_layer)
+    with reading_in_progress(Reading(parts, "default")):
+        layer(lengthened(parts))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("base", "adapter"), [("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32")]
+)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_plain_lora_has_pefts_number_formats(base: str, adapter: str, autocast: bool) -> None:
+    layer, parts = adapted(), layout()
+    layer.to(getattr(torch, adapter)).base_layer.to(getattr(torch, base))
+    tokens = lengthened(parts).to(getattr(torch, base))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = by_peft(layer, parts, tokens)
+        extend(layer, TwoAdapterLayer)
+        with reading_in_progress(Reading(parts, "default")):
+            got = layer(tokens)
+    assert got.dtype == expected.dtype
+    rounding = 3e-2 if HALF in (base, adapter) or autocast else 1e-6
+    torch.testing.assert_close(got, expected, rtol=rounding, atol=rounding)
+
+
+def disable_weight(layer: BaseTunerLayer) -> None:
+    """As offloading and ZeRO do: the weight is there only while its module is called."""
+    module = layer.lora_A[SECOND]
+    weight = module.weight.data.clone()
+    module.weight.data.fill_(torch.nan)
+
+    def load(*_: Any) -> None:
+        module.weight.data.copy_(weight)
+
+    def unload(*_: Any) -> None:
+        module.weight.data.fill_(torch.nan)
+
+    module.register_forward_pre_hook(load)
+    module.register_forward_hook(unload)
+
+
+def drop_out_nothing(layer: BaseTunerLayer) -> None:
+    layer.train()
+    for name in ("default", SECOND):
+        layer.lora_dropout[name] = nn.Dropout(1e-9)
+
+
+def another_format(layer: BaseTunerLayer) -> None:
+    layer.lora_A[SECOND].double()
+    layer.lora_B[SECOND].double()
+
+
+@pytest.mark.parametrize("change", [disable_weight, drop_out_nothing, another_format])
+def test_lora_that_is_not_plain_goes_through_pefts_own_layer(change: Callable[[BaseTunerLayer], None]) -> None:
+    layer, parts = adapted(), layout()
+    change(layer)
+    tokens = lengthened(parts)
+    expected = by_peft(layer, parts, tokens)
+    extend(layer, TwoAdapterLayer)
+    calls = count_calls(layer.base_layer)
+    with reading_in_progress(Reading(parts, "default")):
+        torch.testing.assert_close(layer(tokens), expected)
+    assert len(calls) == 2
 
 
 def test_gradients_of_each_part_stay_with_its_adapter() -> None:

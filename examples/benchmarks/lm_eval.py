@@ -95,7 +95,7 @@ def measure(arguments: argparse.Namespace, model: str, shape: str) -> list[dict[
             **summary(per_question[contender]),
             "questions_per_second": 1 / summary(per_question[contender])["seconds"],
             "speed": ratio(per_question["hf with LoRA"], per_question[contender]),
-            "memory": peak_memory(arguments, model, shape, contender) if arguments.memory else None,
+            "memory": peak_memory(arguments, model, shape, contender) if shape in arguments.memory_shapes else None,
         }
         for contender in CONTENDERS
     ]
@@ -130,7 +130,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", default=shapes, help="PxL, tokens of a context and of a choice")
     parser.add_argument("--questions", type=int, default=4, help="in a round, and in a batch")
     parser.add_argument("--rounds", type=int, default=3, help="rounds that count")
-    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave peak memory out")
+    parser.add_argument("--memory-shapes", nargs="*", default=["128x4"], help="shapes to measure peak memory of")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="also write the results here")
     parser.add_argument("--only-memory", choices=CONTENDERS, help=argparse.SUPPRESS)

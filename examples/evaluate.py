@@ -1,0 +1,94 @@
+"""Trains LoRA and Bitune on multiple choice, and scores both with lm-eval, beside the untouched model. Needs no hub.
+
+python examples/evaluate.py
+python examples/evaluate.py --model smollm2-135m --task syllogism --samples 2000
+
+Questions and answers are of a reasoning-gym dataset; the wrong choices are right answers of other questions. The
+adapters, the questions and lm-eval's results stay in the output folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from datasets import Dataset
+from quickstart import console, phase, train
+from rich.table import Table
+
+from pretrained import resolve
+from tasks import held_out, training, with_choices
+
+HOSTS = {"untouched": "hf", "lora": "hf", "bitune": "bitune"}
+"""lm-eval's model for each contender."""
+
+TASK = "reasoning_choice"
+TASKS = Path(__file__).resolve().parent / "data"
+
+
+def score(arguments: argparse.Namespace, contender: str, adapter: Path | None) -> dict:
+    """Runs lm-eval's command line in the output folder, and returns what it wrote."""
+    results = arguments.output.resolve() / f"results-{contender}"
+    model = f"pretrained={resolve(arguments.model)},dtype=float32"
+    model += "" if adapter is None else f",peft={adapter.resolve()}"
+    command = [sys.executable, "-m", "lm_eval", "--model", HOSTS[contender], "--model_args", model]
+    command += ["--tasks", TASK, "--include_path", str(TASKS), "--batch_size", str(arguments.batch_size)]
+    command += ["--output_path", str(results)]
+    console.print(" ".join(command), style="dim", highlight=False)
+    subprocess.run(command, check=True, cwd=arguments.output)
+    return json.loads(max(results.rglob("results_*.json")).read_text())
+
+
+def write_questions(arguments: argparse.Namespace, questions: Dataset) -> None:
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    questions.select_columns(["question", "choices", "gold"]).to_json(arguments.output / "questions.jsonl")
+
+
+def print_results(results: dict[str, dict], questions: Dataset) -> None:
+    table = Table("", "accuracy", "standard error", title=f"{len(questions)} held-out questions")
+    for contender, written in results.items():
+        scores = written["results"][TASK]
+        table.add_row(contender, f"{scores['acc,none']:.1%}", f"{scores['acc_stderr,none']:.1%}")
+    chance = sum(1 / len(choices) for choices in questions["choices"]) / len(questions)
+    table.add_row("guessing", f"{chance:.1%}", "")
+    console.print(table)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="gemma-3-270m", help="a name in pretrained.py, a hub id, or a path")
+    parser.add_argument("--task", default="family_relationships", help="name of a reasoning-gym dataset")
+    parser.add_argument("--samples", type=int, default=640, help="to train on")
+    parser.add_argument("--questions", type=int, default=200, help="to measure on")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--output", type=Path, default=Path("outputs/evaluate"), help="folder for all that is made")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    with phase(f"Model {arguments.model}, task {arguments.task}"):
+        resolve(arguments.model)
+        questions = held_out(arguments.task, arguments.questions)
+        samples = with_choices(training(arguments.task, arguments.samples, arguments.seed, questions))
+        questions = with_choices(questions)
+        write_questions(arguments, questions)
+    results = {}
+    with phase("Untouched"):
+        results["untouched"] = score(arguments, "untouched", adapter=None)
+    for method in ("lora", "bitune"):
+        folder = arguments.output / method
+        with phase(f"Training {method} on {len(samples)} samples"):
+            train(argparse.Namespace(**{**vars(arguments), "method": method, "output": folder}), samples)
+        with phase(f"Scoring {method}"):
+            results[method] = score(arguments, method, folder)
+    print_results(results, questions)
+
+
+if __name__ == "__main__":
+    main()
