@@ -132,14 +132,15 @@ def test_plain_lora_multiplies_all_tokens_by_the_base_weight_at_once() -> None:
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize(
-    ("base", "adapter"), [("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32")]
-)
+FULL, HALF = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize(("base", "adapter"), [(HALF, FULL), (HALF, HALF), (FULL, FULL)])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_plain_lora_has_pefts_number_formats(base: str, adapter: str, autocast: bool) -> None:
+def test_plain_lora_has_pefts_number_formats(base: torch.dtype, adapter: torch.dtype, autocast: bool) -> None:
     layer, parts = adapted(), layout()
-    layer.to(getattr(torch, adapter)).base_layer.to(getattr(torch, base))
-    tokens = lengthened(parts).to(getattr(torch, base))
+    layer.to(adapter).base_layer.to(base)
+    tokens = lengthened(parts).to(base)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = by_peft(layer, parts, tokens)
         extend(layer, TwoAdapterLayer)
