@@ -417,10 +417,13 @@ def _problems(model: nn.Module, config: BituneConfig, adapter_name: str, remappe
         for key in _filter_state_dict_by_key_prefixes(parameters, _get_tuner_state_dict_key_prefixes(model, name))
         if name in key.split(".")
     }
+    # If the vocabulary was resized, PEFT saves what was trained of it twice: once more without the adapter's name.
+    without_name = {key.replace(f".{adapter_name}", "", 1).removeprefix(prefix) for key in in_model}
     problems = [f"missing: {key}" for key in sorted(expected - given.keys())]
     for key, value in given.items():
         if key not in in_model:
-            problems.append(f"unknown: {key}")
+            if key.removeprefix(prefix) not in without_name:
+                problems.append(f"unknown: {key}")
         elif value.shape != in_model[key].shape:
             problems.append(f"shape {list(value.shape)} where the model has {list(in_model[key].shape)}: {key}")
         elif value.is_floating_point() and not torch.isfinite(value).all():

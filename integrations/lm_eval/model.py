@@ -27,7 +27,7 @@ from bitune_plugin.config import BituneConfig
 from bitune_plugin.forward import active_adapter
 from bitune_plugin.tuner import BituneModel
 
-from .scoring import Request, Row, Score, batch_of, rows_of, scores_of
+from .scoring import Request, Row, Score, batch_of, dearest, rows_of, scores_of
 
 
 class BituneLM(HFLM):
@@ -62,14 +62,19 @@ class BituneLM(HFLM):
         self._adapter_revision = str(revision)
         if not isinstance(pretrained, str):
             _check_ready(pretrained, peft)
-        elif peft is None:
+            with _tied_as_it_is(pretrained):
+                super().__init__(pretrained, revision=revision, tokenizer=tokenizer, **arguments)
+            return
+        if peft is None:
             config = _adapter_config(pretrained, revision, missing=_PEFT_MISSING.format(pretrained=pretrained))
             tokenizer = tokenizer or _tokenizer_of(pretrained, revision)
             pretrained, peft, revision = _base_of(config, pretrained), pretrained, config.revision or "main"
         else:
             config = _adapter_config(peft, revision, missing=f"`peft={peft}` holds no adapter_config.json.")
             _warn_about_other_base(config, pretrained)
+        self.peft = peft
         super().__init__(pretrained, peft=peft, revision=revision, tokenizer=tokenizer, **arguments)
+        self._put_on(peft)
         if hasattr(self, "accelerator"):
             # The stock model divides the work only where it finds several GPUs (lm-eval 0.4.13).
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -84,17 +89,30 @@ class BituneLM(HFLM):
                 "Bitune is for decoders. Use `--model hf` for it."
             )
 
+    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, revision: str = "main", **arguments: Any) -> None:
+        revision = self._adapter_revision if isinstance(tokenizer, str) and tokenizer == self.peft else revision
+        super()._create_tokenizer(pretrained, tokenizer, revision=revision, **arguments)
+
     def _create_model(self, pretrained: str, peft: str | None = None, **arguments: Any) -> None:
+        # The base alone: the stock model ties its weights afterwards, which would undo trained embeddings.
         super()._create_model(pretrained, **arguments)
+
+    def _put_on(self, peft: str) -> None:
+        if "disk" in getattr(self._model, "hf_device_map", {}).values():
+            raise ValueError(
+                f"Not all of `pretrained={self.pretrained}` fits into memory, and PEFT would write the adapter into the "
+                "model's own files to keep the rest on disk. Raise `max_memory_per_gpu` or `max_cpu_memory`, or leave "
+                "`parallelize` out."
+            )
         weights = load_peft_weights(peft, device="cpu", revision=self._adapter_revision)
         _resize_vocabulary(self._model, weights)
         try:
-            self._model = PeftModel.from_pretrained(self._model, peft, revision=self._adapter_revision)
+            self._model = PeftModel.from_pretrained(self._model, peft, revision=self._adapter_revision).eval()
         except UnsupportedModelError:
             raise
         except ValueError as error:
             raise ValueError(
-                f"The adapter `peft={peft}` does not fit the base model `pretrained={pretrained}`: {error}"
+                f"The adapter `peft={peft}` does not fit the base model `pretrained={self.pretrained}`: {error}"
             ) from error
 
     def get_model_info(self) -> dict[str, Any]:
@@ -156,6 +174,8 @@ class BituneLM(HFLM):
             tokens = len(self.tok_encode(max((request.args[0] for request in requests), key=len)))
             return Row((0,), is_prompt=False, requests={(0,) * min(max(tokens, 1), self.max_length): [0]})
 
+        if not requests:
+            return []
         with self._batch_size_for(longest):
             return super().loglikelihood_rolling(requests, disable_tqdm)
 
@@ -167,6 +187,8 @@ class BituneLM(HFLM):
             tokens += max(normalize_gen_kwargs(r.args[1], self.max_gen_toks)["max_gen_toks"] for r in requests)
             return Row((0,) * min(tokens, self.max_length), is_prompt=True, requests={(0,): [0]})
 
+        if not requests:
+            return []
         with self._batch_size_for(longest):
             return super().generate_until(requests, disable_tqdm)
 
@@ -183,14 +205,19 @@ class BituneLM(HFLM):
             self.batch_size_per_gpu = given
 
     def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Row]) -> int:
-        if len(n_reordered_requests) < self.batch_schedule:
-            return self._detect_batch_size(n_reordered_requests, pos)
-        return super()._batch_scheduler(pos, n_reordered_requests)
+        """The batch size from row `pos` on: `batch_size="auto:N"` finds it out N times on the way."""
+        part = int(pos * self.batch_schedule / len(n_reordered_requests))
+        if part not in self.batch_sizes:
+            largest_yet = max(self.batch_sizes.values(), default=0)
+            if largest_yet < self.max_batch_size:
+                largest_yet = self._detect_batch_size(n_reordered_requests, pos)
+            self.batch_sizes[part] = largest_yet
+        return self.batch_sizes[part]
 
     def _detect_batch_size(self, requests: Sequence[Row] | None = None, pos: int = 0) -> int:
-        """How many rows such as `requests[pos]` fit into memory, `max_batch_size` at most. Each process finds its own:
-        none waits for the others while it scores."""
-        row = requests[pos]
+        """How many rows like those from `requests[pos]` on fit into memory, `max_batch_size` at most. Each process
+        finds its own: none waits for the others while it scores."""
+        row = dearest(requests[pos:])
 
         @find_executable_batch_size(starting_batch_size=self.max_batch_size)
         def fitting(batch_size: int) -> int:
@@ -254,14 +281,16 @@ def _adapter_config(adapter: str, revision: str, missing: str) -> BituneConfig:
     """
     try:
         config = PeftConfig.from_pretrained(adapter, revision=str(revision))
-    except ValueError as error:
-        raise ValueError(missing) from error
-    if not isinstance(config, BituneConfig):
-        raise ValueError(
-            f"{adapter} is a {getattr(config.peft_type, 'value', config.peft_type)} adapter, not a Bitune adapter. Use "
-            f"`--model hf --model_args pretrained={config.base_model_name_or_path},peft={adapter}` for it."
-        )
-    return config
+        if isinstance(config, BituneConfig):
+            return BituneConfig.from_pretrained(adapter, revision=str(revision))  # looks at the weights too
+    except (ValueError, KeyError) as error:
+        if "Can't find" in str(error):  # PEFT 0.21.2
+            raise ValueError(missing) from error
+        raise ValueError(f"The adapter {adapter} cannot be read: {error}") from error
+    raise ValueError(
+        f"{adapter} is a {getattr(config.peft_type, 'value', config.peft_type)} adapter, not a Bitune adapter. Use "
+        f"`--model hf --model_args pretrained={config.base_model_name_or_path or 'BASE'},peft={adapter}` for it."
+    )
 
 
 def _base_of(config: BituneConfig, adapter: str) -> str:
@@ -294,9 +323,24 @@ def _resize_vocabulary(model: PreTrainedModel, weights: dict[str, torch.Tensor])
     padded."""
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)
-    brought = weights.get(f"base_model.model.{name}.weight")
-    if brought is not None and brought.shape[0] != embedding.weight.shape[0]:
-        model.resize_token_embeddings(brought.shape[0], mean_resizing=False)
+    # However it was trained, the whole matrix is saved with an adapter when its size has changed.
+    brought = [
+        matrix.shape[0]
+        for key, matrix in weights.items()
+        if key.startswith(f"base_model.model.{name}.") and key.endswith(".weight") and "lora_" not in key
+    ]
+    if brought and max(brought) != embedding.weight.shape[0]:
+        model.resize_token_embeddings(max(brought), mean_resizing=False)
+
+
+@contextmanager
+def _tied_as_it_is(model: PeftModel) -> Iterator[None]:
+    """The stock model ties the weights of a model once more, which would undo embeddings that an adapter trained."""
+    model.tie_weights = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del model.tie_weights
 
 
 def _sha256(adapter: str | None) -> str | None:

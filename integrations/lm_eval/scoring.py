@@ -53,6 +53,11 @@ class Row:
         return sum(len(continuation) - 1 for continuation in self.requests)
 
     @property
+    def answer_slots(self) -> int:
+        """Tokens that the LM head works on."""
+        return len(self.context) - self.encoded + self.continuation_tokens
+
+    @property
     def tokens(self) -> list[int]:
         return [*self.context, *(token for continuation in self.requests for token in continuation[:-1])]
 
@@ -60,6 +65,10 @@ class Row:
     def cost(self) -> int:
         """Tokens that go through the model."""
         return len(self.context) + self.encoded + self.continuation_tokens
+
+    def has_room_for(self, continuation: tuple[int, ...], max_length: int) -> bool:
+        """Whether it is there already, or all continuations together stay within `max_length` tokens."""
+        return continuation in self.requests or self.continuation_tokens + len(continuation) <= max_length
 
     def completion_index(self) -> list[int]:
         index = [0] * len(self.context)
@@ -96,7 +105,7 @@ def rows_of(requests: Sequence[Request], max_length: int, share: bool = True) ->
         _check_lengths(texts, context, continuation, max_length)
         context = tuple(context[-(max_length + 1 - len(continuation)) :])
         row = open_rows.get(context) if texts is not None else None
-        if row is None or row.continuation_tokens + len(continuation) > max_length:
+        if row is None or not row.has_room_for(tuple(continuation), max_length):
             # A context of one token has nothing to encode, and nothing to share.
             row = Row(context, is_prompt=texts is not None and len(context) > 1)
             rows.append(row)
@@ -104,6 +113,13 @@ def rows_of(requests: Sequence[Request], max_length: int, share: bool = True) ->
                 open_rows[context] = row
         row.requests.setdefault(tuple(continuation), []).append(index)
     return sorted(rows, key=lambda row: (-row.cost, row.context))
+
+
+def dearest(rows: Sequence[Row]) -> Row:
+    """A row that needs as much memory as any of `rows`, for the layers and for the LM head."""
+    context = (0,) * (max(row.encoded for row in rows) + 1)
+    continuation = (0,) * max(row.answer_slots for row in rows)
+    return Row(context, is_prompt=True, requests={continuation: [0]})
 
 
 def batch_of(rows: Sequence[Row], device: torch.device | str) -> dict[str, Tensor]:
