@@ -32,7 +32,7 @@ format: $(VENV)/dev
 
 benchmarks: $(VENV)/demo
 	$(BIN)/python examples/benchmarks/train_step.py --models smollm2-135m gemma-3-270m --shapes 128x64 256x128 256x64 --rounds 4 --json examples/benchmarks/results/train_step.json
-	$(BIN)/python examples/benchmarks/lm_eval.py --models gemma-3-270m smollm2-135m --json examples/benchmarks/results/lm_eval.json
+	$(BIN)/python examples/benchmarks/lm_eval.py --models gemma-3-270m smollm2-135m --rounds 2 --json examples/benchmarks/results/lm_eval.json
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info

@@ -1,4 +1,4 @@
-"""Makes Bitune adapters load in programs that never import Bitune.
+"""Makes Bitune adapters load, and lm-eval know `--model bitune`, in programs that never import Bitune.
 
 `torch` calls every entry point of the group `torch.backends` at the end of its own import. Ours only asks to be told
 when a host library is imported. It stands outside the package, because importing the package imports PEFT, for which
@@ -41,12 +41,12 @@ def offer_model(module: ModuleType) -> None:
         _complain(error, "lm-eval will not know `--model bitune`")
 
 
-HOSTS = {"peft.mapping_func": announce, "lm_eval.models": offer_model}
+ON_IMPORT = {"peft.mapping_func": announce, "lm_eval.models": offer_model}
 """The module whose import completes a host library, and what is called then.
 
 Not `peft` itself: PEFT imports torch, so that its own import has already begun when we are called, and wrapt takes a
 module whose import has begun for imported. `peft.mapping_func` comes after all tuners are there. `lm_eval.models`
-fills lm-eval's registry, and would not if it found something in it.
+fills lm-eval's registry; lm-eval imports it only while that is empty, so nothing may be entered before.
 """
 
 
@@ -57,7 +57,7 @@ def autoload() -> None:
     try:
         from wrapt import register_post_import_hook
 
-        for module, call in HOSTS.items():
+        for module, call in ON_IMPORT.items():
             register_post_import_hook(call, module)
     except Exception as error:  # and so must `import torch`
         _complain(error, "Bitune adapters will not load")
@@ -66,6 +66,6 @@ def autoload() -> None:
 def _complain(error: Exception, consequence: str) -> None:
     print(
         f"bitune-plugin could not register itself ({type(error).__name__}: {error}); {consequence}. "
-        "Reinstall it, or set BITUNE_AUTOLOAD=0 to silence this.",
+        "Reinstall it and the library (README, 'Install', has the versions), or set BITUNE_AUTOLOAD=0 to silence this.",
         file=sys.stderr,
     )

@@ -22,7 +22,7 @@ __all__ = ["BituneConfig", "BituneLM", "BituneModel", "BituneSFTConfig", "Bitune
 _plugin_manager().hook.bitune_register(host=_peft.__name__)
 
 
-_ELSEWHERE = {
+_OPTIONAL = {
     "BituneSFTConfig": ("integrations.trl", "trl"),
     "BituneSFTTrainer": ("integrations.trl", "trl"),
     "BituneLM": ("integrations.lm_eval.model", "lm-eval"),
@@ -31,9 +31,9 @@ _ELSEWHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ELSEWHERE:
+    if name not in _OPTIONAL:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, extra = _ELSEWHERE[name]
+    module, extra = _OPTIONAL[name]
     try:
         return getattr(import_module(f".{module}", __name__), name)
     except ModuleNotFoundError as error:

@@ -270,7 +270,7 @@ def _start_reading(
             implementation_for(architecture.backbone.config._attn_implementation)
         )
     cache = _cache_to_fill(architecture.backbone, kwargs)
-    if cache is not None and layout.completion is not None:
+    if cache is not None and layout.completion_index is not None:
         raise LayoutError(
             "`completion_index` came with `use_cache=True`: no text follows several completions at once. Pass "
             "`use_cache=False`."

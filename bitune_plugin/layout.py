@@ -82,8 +82,8 @@ class PromptLayout:
             `None` when the slots already are in the order of the tokens.
         positions: int64 `[B, T]` (`[1, T]` when all rows agree), each token's place among the tokens that it belongs
             with: padding and other completions of its prompt are not counted.
-        completion: int64 `[B, A]`, which completion the token in each slot of `answer` is part of, 0 for what all of
-            them share; `None` unless `completion_index` was given.
+        completion_index: `[B, A]`, which completion the token in each slot of `answer` is part of, 0 for what all of
+            them share; `None` unless it was given.
     """
 
     tokens: int
@@ -91,7 +91,7 @@ class PromptLayout:
     answer: TokenGroup
     order: Tensor | None
     positions: Tensor
-    completion: Tensor | None = None
+    completion_index: Tensor | None = None
     _masks: dict[tuple, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -179,9 +179,9 @@ class PromptLayout:
         slots = self._slots(self.answer)
         # Free slots come last, so the causal mask hides them from the answer and leaves each one itself.
         own = (slots[:, None] >= slots[None, :])[None]
-        if self.completion is not None:
-            seen = self.completion[:, None, :]
-            own = own & ((seen == self.completion[:, :, None]) | (seen == 0))
+        if self.completion_index is not None:
+            seen = self.completion_index[:, None, :]
+            own = own & ((seen == self.completion_index[:, :, None]) | (seen == 0))
         filled = self.encoded.filled if self.encoded.span is None else self.encoded.filled[:1]
         prompt = filled[:, None, :].expand(-1, self.answer.size, -1)
         if window is not None:
@@ -237,19 +237,29 @@ def plan(
         )
     if completion_index is not None:
         _check_completions(completion_index, prompt, attended)
-        place = _place_in_completion(completion_index, place, attended)
     if encoded_size == 0:
         return None
     if aligned:
-        split = slice(0, encoded_size), slice(encoded_size, prompt.shape[1])
-        encoded_group, answer_group = (_aligned_group(steps, span, prompt.shape[0]) for span in split)
-        order, positions = None, steps[None] if completion_index is None else place
+        encoded_group = _aligned_group(steps, slice(0, encoded_size), prompt.shape[0])
+        answer_group = _aligned_group(steps, slice(encoded_size, prompt.shape[1]), prompt.shape[0])
+        order = None
+        positions = steps[None]
     else:
-        encoded_group, answer_group = _ragged_group(encoded, encoded_size), _ragged_group(answer, answer_size)
-        order = torch.where(encoded, prompt_place, encoded_size + answer.cumsum(dim=1) - 1)
-        order, positions = torch.where(attended, order, 0), place.clamp(min=0)
-    completion = None if completion_index is None else answer_group.take(completion_index)
-    return PromptLayout(prompt.shape[1], encoded_group, answer_group, order, positions, completion)
+        encoded_group = _ragged_group(encoded, encoded_size)
+        answer_group = _ragged_group(answer, answer_size)
+        order = _order(encoded, answer, encoded_size)
+        positions = place.clamp(min=0)
+    if completion_index is None:
+        return PromptLayout(prompt.shape[1], encoded_group, answer_group, order, positions)
+    positions = _positions_in_completion(completion_index, place, attended)
+    index = answer_group.take(completion_index)
+    return PromptLayout(prompt.shape[1], encoded_group, answer_group, order, positions, index)
+
+
+def _order(encoded: Tensor, answer: Tensor, encoded_size: int) -> Tensor:
+    """For each token its slot in `[encoded | answer]`, 0 for padding. All `[B, T]`."""
+    order = torch.where(encoded, encoded.cumsum(dim=1) - 1, encoded_size + answer.cumsum(dim=1) - 1)
+    return torch.where(encoded | answer, order, 0)
 
 
 def _check_completions(completion_index: Tensor, prompt: Tensor, attended: Tensor) -> None:
@@ -265,13 +275,13 @@ def _check_completions(completion_index: Tensor, prompt: Tensor, attended: Tenso
         )
 
 
-def _place_in_completion(completion_index: Tensor, place: Tensor, attended: Tensor) -> Tensor:
+def _positions_in_completion(completion_index: Tensor, place: Tensor, attended: Tensor) -> Tensor:
     """Each token's place in its row as if its completion were the only one. All int64 `[B, T]`."""
     index = torch.where(attended, completion_index, 0)
     before = torch.nn.functional.pad(index, (1, 0))[:, :-1].cummax(dim=1).values
     start = torch.where(index > before, place, 0).cummax(dim=1).values
     shared = (attended & (index == 0)).sum(dim=1, keepdim=True)
-    return torch.where(index > 0, shared + place - start, place)
+    return torch.where(index > 0, shared + place - start, place).clamp(min=0)
 
 
 def prompt_from_labels(labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:

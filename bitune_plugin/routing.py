@@ -107,7 +107,7 @@ class TwoAdapterLayer(Extension):
                 "out of the adapter's `target_modules` (`exclude_modules=...`)."
             )
         second_name = bidirectional(reading.adapter)
-        if not args and not kwargs and _is_plain_lora(self, reading.adapter, second_name):
+        if tokens.dim() == 3 and not args and not kwargs and _is_plain_lora(self, reading.adapter, second_name):
             return both_loras(self, tokens, layout.tokens, reading.adapter, second_name)
         # Contiguous, because that is what a linear layer makes of them anyhow, and some demand.
         rows, copies = tokens[:, : layout.tokens].contiguous(), tokens[:, layout.tokens :].contiguous()
@@ -133,8 +133,7 @@ def both_loras(layer: lora.Linear, tokens: Tensor, split: int, first: str, secon
     """`W x + scaling * B A x` with LoRA `first` before token `split` and `second` from there on.
 
     Both low-rank updates are one of twice the rank, in which every token has the other adapter's half set to zero, and
-    it is added by the matrix product itself: a step costs about a tenth less than with PEFT's own passes over the
-    output.
+    it is added by the matrix product itself, which spares PEFT's own passes over the output.
 
     Args:
         layer: plain LoRA, see `_is_plain_lora`.
@@ -158,7 +157,12 @@ def both_loras(layer: lora.Linear, tokens: Tensor, split: int, first: str, secon
 
 def _is_plain_lora(layer: BaseTunerLayer, *names: str) -> bool:
     """Whether PEFT would add `scaling * B A x` to the base layer's output for these adapters, and do nothing else."""
-    if type(layer).__bases__[-1] is not lora.Linear or layer.disable_adapters or layer.merged:
+    if (
+        type(layer).__bases__[-1] is not lora.Linear
+        or layer.disable_adapters
+        or layer.merged
+        or not layer.cast_input_dtype_enabled
+    ):
         return False
     if any(name not in layer.lora_A or name in layer.lora_variant for name in names):
         return False

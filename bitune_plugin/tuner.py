@@ -418,7 +418,7 @@ def _problems(model: nn.Module, config: BituneConfig, adapter_name: str, remappe
         if name in key.split(".")
     }
     # If the vocabulary was resized, PEFT saves what was trained of it twice: once more without the adapter's name.
-    without_name = {key.replace(f".{adapter_name}", "", 1).removeprefix(prefix) for key in in_model}
+    without_name = {_without_part(key, adapter_name).removeprefix(prefix) for key in in_model}
     problems = [f"missing: {key}" for key in sorted(expected - given.keys())]
     for key, value in given.items():
         if key not in in_model:
@@ -431,6 +431,10 @@ def _problems(model: nn.Module, config: BituneConfig, adapter_name: str, remappe
     if len(problems) > 8:
         problems = [*problems[:8], f"and {len(problems) - 8} more"]
     return problems
+
+
+def _without_part(key: str, part: str) -> str:
+    return ".".join(other for other in key.split(".") if other != part)
 
 
 def _take_off(model: nn.Module, adapter_name: str) -> None:

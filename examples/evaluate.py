@@ -16,14 +16,14 @@ import sys
 from pathlib import Path
 
 from datasets import Dataset
-from quickstart import console, phase, train
 from rich.table import Table
 
 from pretrained import resolve
+from quickstart import console, phase, train
 from tasks import held_out, training, with_choices
 
-HOSTS = {"untouched": "hf", "lora": "hf", "bitune": "bitune"}
-"""lm-eval's model for each contender."""
+LM_EVAL_MODELS = {"untouched": "hf", "lora": "hf", "bitune": "bitune"}
+"""What `lm_eval --model` is told for each contender."""
 
 TASK = "reasoning_choice"
 TASKS = Path(__file__).resolve().parent / "data"
@@ -32,14 +32,16 @@ TASKS = Path(__file__).resolve().parent / "data"
 def score(arguments: argparse.Namespace, contender: str, adapter: Path | None) -> dict:
     """Runs lm-eval's command line in the output folder, and returns what it wrote."""
     results = arguments.output.resolve() / f"results-{contender}"
-    model = f"pretrained={resolve(arguments.model)},dtype=float32"
+    base = resolve(arguments.model)
+    model = f"pretrained={Path(base).resolve() if Path(base).exists() else base},dtype=float32"
     model += "" if adapter is None else f",peft={adapter.resolve()}"
-    command = [sys.executable, "-m", "lm_eval", "--model", HOSTS[contender], "--model_args", model]
+    command = [sys.executable, "-m", "lm_eval", "--model", LM_EVAL_MODELS[contender], "--model_args", model]
     command += ["--tasks", TASK, "--include_path", str(TASKS), "--batch_size", str(arguments.batch_size)]
     command += ["--output_path", str(results)]
     console.print(" ".join(command), style="dim", highlight=False)
     subprocess.run(command, check=True, cwd=arguments.output)
-    return json.loads(max(results.rglob("results_*.json")).read_text())
+    newest = max(results.rglob("results_*.json"), key=lambda path: path.name)  # the name is the time
+    return json.loads(newest.read_text())
 
 
 def write_questions(arguments: argparse.Namespace, questions: Dataset) -> None:

@@ -309,8 +309,10 @@ def test_a_broken_registry_does_not_keep_adapters_from_loading(code: str, hosts:
 def test_a_host_that_is_there_already_is_announced_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[str] = []
     monkeypatch.delenv("BITUNE_AUTOLOAD", raising=False)
-    for name in bitune_autoload.HOSTS:
+    for name in bitune_autoload.ON_IMPORT:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
-        monkeypatch.setitem(bitune_autoload.HOSTS, name, lambda host, name=name: heard.append((name, host.__name__)))
+        monkeypatch.setitem(
+            bitune_autoload.ON_IMPORT, name, lambda host, name=name: heard.append((name, host.__name__))
+        )
     bitune_autoload.autoload()
-    assert heard == [(name, name) for name in bitune_autoload.HOSTS]
+    assert heard == [(name, name) for name in bitune_autoload.ON_IMPORT]

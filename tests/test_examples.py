@@ -80,6 +80,68 @@ def test_train_step_measures_all_contenders(model: Path, tmp_path: Path) -> None
     assert all(entry["seconds"] > 0 and entry["memory"] is not None for entry in measured)
 
 
+def test_evaluate_scores_the_model_it_was_given_beside_lora_and_bitune(model: Path, tmp_path: Path) -> None:
+    """Twice, with another model first: what it left behind must not be read."""
+    output = Path("run")
+    other = tmp_path / "zebra"
+    tiny(seed=5).save_pretrained(other)
+    word_tokenizer().save_pretrained(other)
+    settings = ["--samples", 4, "--questions", 6, "--batch-size", 2, "--output", output]
+    for name in (other.name, model.name):
+        printed = run("evaluate.py", "--model", name, *settings, cwd=tmp_path)
+    assert all(word in printed for word in ("untouched", "lora", "bitune", "guessing", "25.0%", "6 held-out questions"))
+    written = {folder.name: sorted(folder.iterdir()) for folder in (tmp_path / output).glob("results-*")}
+    assert {name: len(folders) for name, folders in written.items()} == {
+        "results-untouched": 2,
+        "results-lora": 1,
+        "results-bitune": 1,
+    }
+    used = [line for line in printed.splitlines() if "pretrained=" in line]
+    assert used
+    assert "zebra" not in printed
+
+
+def test_choices_are_the_right_answer_among_others() -> None:
+    from datasets import Dataset
+
+    from tasks import CHOICE_TEMPLATE, with_choices
+
+    answers = ["one", "two", "three", "four", "five", "one"]
+    rows = [{"question": f"q{i}", "answer": a, "prompt": "", "completion": f" {a}"} for i, a in enumerate(answers)]
+    asked = with_choices(Dataset.from_list(rows))
+    for row, answer in zip(asked, answers, strict=True):
+        assert row["choices"][row["gold"]] == answer
+        assert len(set(row["choices"])) == 4
+        assert row["prompt"] == CHOICE_TEMPLATE.format(question=row["question"], choices="\n".join(row["choices"]))
+        assert row["completion"] == f" {answer}"
+    assert len(set(asked["gold"])) > 1
+    with pytest.raises(ValueError, match="nothing to choose from"):
+        with_choices(Dataset.from_list(rows[:1]))
+
+
+def test_the_prompts_to_train_on_are_those_that_are_scored() -> None:
+    """The template of `tasks.py`, and that of the task file."""
+    from jinja2 import Template
+    from yaml import safe_load
+
+    from tasks import CHOICE_TEMPLATE
+
+    task = safe_load((EXAMPLES / "data" / "reasoning_choice.yaml").read_text())
+    scored = Template(task["doc_to_text"]).render(question="q", choices=["a", "b"])
+    assert scored == CHOICE_TEMPLATE.format(question="q", choices="a\nb")
+
+
+def test_scoring_measures_all_contenders(model: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results.json"
+    run("benchmarks/lm_eval.py", "--models", model, "--shapes", "12x1", "12x4", "--memory-shapes", "12x4",
+        "--rounds", 1, "--questions", 2, "--json", results)  # fmt: skip
+
+    measured = json.loads(results.read_text())
+    assert [entry["contender"] for entry in measured] == ["hf with LoRA", "bitune", "one by one"] * 2
+    assert all(entry["questions_per_second"] > 0 for entry in measured)
+    assert [entry["memory"] is not None for entry in measured] == [False] * 3 + [True] * 3
+
+
 def test_an_answer_is_right_by_its_first_line() -> None:
     from tasks import exact_match
 

@@ -512,9 +512,9 @@ def test_a_token_of_a_completion_sees_what_it_would_if_there_were_no_other(
 @example(MIXED)
 def test_every_slot_of_an_answer_knows_its_completion(rows: list[Choices]) -> None:
     layout = choice_layout(rows)
-    assert layout.completion.shape == layout.answer.index.shape
+    assert layout.completion_index.shape == layout.answer.index.shape
     for index, row in enumerate(rows):
-        assert layout.completion[index, : len(row.answer)].tolist() == [row.index[token] for token in row.answer]
+        assert layout.completion_index[index, : len(row.answer)].tolist() == [row.index[token] for token in row.answer]
 
 
 @given(questions(), windows)
@@ -527,7 +527,7 @@ def test_completions_change_neither_slots_nor_how_prompts_are_read(rows: list[Ch
         assert torch.equal(group.index, other.index)
         assert torch.equal(group.filled, other.filled)
     assert (several.order is None and one.order is None) or torch.equal(several.order, one.order)
-    assert one.completion is None
+    assert one.completion_index is None
     before, after = masks(one, len(rows), window), masks(several, len(rows), window)
     assert all(torch.equal(before[name], after[name]) for name in ("encoded", "copy"))
 
@@ -595,7 +595,7 @@ def test_aligned_completions_are_laid_out_as_they_would_be_among_ragged_ones(cou
     aligned, ragged = choice_layout(rows), choice_layout([*rows, choices("PP".ljust(length + after, "."))])
     assert aligned.order is None
     assert torch.equal(aligned.positions.expand(count, -1), ragged.positions[:count])
-    assert torch.equal(aligned.completion, ragged.completion[:count])
+    assert torch.equal(aligned.completion_index, ragged.completion_index[:count])
     short, long = masks(aligned, count, window), masks(ragged, count + 1, window)
     assert all(torch.equal(short[name], long[name][:count]) for name in short)
 

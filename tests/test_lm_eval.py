@@ -365,10 +365,10 @@ def _number(response: Any) -> float:
 def test_two_processes_give_the_results_of_one(
     from_command_line: Path, saved: Saved, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # `accelerate launch --cpu --num_processes 2` starts a single process (accelerate 1.15); this is what it does on
-    # GPUs.
+    # `accelerate launch --cpu --num_processes 2` starts a single process (accelerate 1.15).
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     folder = run(launcher, saved, tasks, tmp_path, *FEW_SHOT_CHAT)
 
     one, two = read_results(from_command_line), read_results(folder)
@@ -710,12 +710,12 @@ def score_in_rows(requests: list[Request], max_length: int, share: bool, batch_s
     scores: dict[int, Score] = {}
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        for row, of_row in zip(batch, scores_of(batch, imagined_model(**batch_of(batch, "cpu"))), strict=True):
-            for places, score in zip(row.requests.values(), of_row, strict=True):
-                for place in places:
-                    assert place not in scores
-                    scores[place] = score
-    return [scores[place] for place in range(len(requests))]
+        asked = [indices for row in batch for indices in row.requests.values()]
+        for indices, score in zip(asked, scores_of(batch, imagined_model(**batch_of(batch, "cpu"))), strict=True):
+            for index in indices:
+                assert index not in scores
+                scores[index] = score
+    return [scores[index] for index in range(len(requests))]
 
 
 def score_literally(request: Request, max_length: int) -> Score:
@@ -761,10 +761,10 @@ def test_the_order_of_requests_does_not_matter(requests: list[Request], max_leng
 @given(requests_of_all_kinds)
 def test_a_context_has_one_row_and_a_rolling_window_one_of_its_own(requests: list[Request]) -> None:
     rows = rows_of(requests, max_length=100)
-    prompts = [row.context for row in rows if row.is_prompt]
+    prompts = [row.context for row in rows if row.context_is_prompt]
     assert Counter(prompts) == Counter({tuple(c) for texts, c, _ in requests if texts is not None and len(c) > 1})
     for row in rows:
-        if not row.is_prompt:
+        if not row.context_is_prompt:
             assert [len(places) for places in row.requests.values()] == [1]
 
 
@@ -1133,6 +1133,30 @@ def test_what_is_wrong_with_a_config_is_said(other_adapter: Path, saved: Saved, 
     with pytest.raises(ValueError, match="mixing") as error:
         saved.model(**arguments)
     assert "tanh" in str(error.value)
+
+
+def test_damaged_weights_are_refused(other_adapter: Path, saved: Saved) -> None:
+    weights = other_adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    with pytest.raises(ValueError, match=rf"adapter {other_adapter} cannot be read: .*damaged"):
+        saved.model(peft=str(other_adapter))
+
+
+def test_an_adapter_of_an_unknown_kind_is_refused(other_adapter: Path, saved: Saved) -> None:
+    change_config(other_adapter, peft_type="NEW")
+    with pytest.raises(ValueError, match=rf"adapter {other_adapter} cannot be read: .*NEW"):
+        saved.model(peft=str(other_adapter))
+
+
+def test_a_base_that_is_partly_on_disk_is_refused_and_left_alone(saved: Saved, tmp_path: Path) -> None:
+    """PEFT would write the adapter into the files of the base."""
+    base = shutil.copytree(saved.base, tmp_path / "base")
+    weights = base / "model.safetensors"
+    before = weights.read_bytes()
+    settings = {"parallelize": True, "max_cpu_memory": "100KB", "offload_folder": str(tmp_path / "offload")}
+    with pytest.raises(ValueError, match=rf"`pretrained={base}` fits into memory.*`max_cpu_memory`"):
+        saved.model(pretrained=str(base), **settings)
+    assert weights.read_bytes() == before
 
 
 @pytest.mark.parametrize(

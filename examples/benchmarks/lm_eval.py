@@ -4,8 +4,9 @@
 
 A shape `PxL` is a question whose context has P tokens and whose four choices have L tokens each; all tokens are random.
 All contenders run in one process, in turn, in float32, with adapters of the same rank; `hf` and `bitune` through the
-method that lm-eval's requests arrive at after tokenisation. `one by one` is Bitune's forward pass for each choice
-alone, with `prompt_mask`. Peak memory is that of a process of its own, less what it held before the first question.
+method that lm-eval's requests arrive at after tokenisation, with the same batch size: for `hf` that counts choices, for
+Bitune questions. `one by one` is Bitune's forward pass for each choice alone, with `prompt_mask`. Peak memory is that
+of a process of its own, less what it held before the first question.
 """
 
 from __future__ import annotations
@@ -43,15 +44,15 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 
 
 def make_run(contender: str, model: str, shape: str, questions: int, device: torch.device) -> Callable[[], object]:
-    """Scores all choices of `questions` questions, in one batch of that many."""
+    """Scores all choices of `questions` questions, with a batch size of that many."""
     adapter = lora_config() if contender == "hf with LoRA" else BituneConfig(adapter=lora_config())
     peft = get_peft_model(load_model(model).to(device), adapter)
     asked = requests(peft, shape, questions)
     if contender == "one by one":
         return lambda: [score_alone(peft.eval(), context, choice) for _, context, choice in asked]
     tokenizer = AutoTokenizer.from_pretrained(resolve(model))
-    host = HFLM if contender == "hf with LoRA" else BituneLM
-    lm = host(peft, tokenizer=tokenizer, batch_size=questions)
+    lm_class = HFLM if contender == "hf with LoRA" else BituneLM
+    lm = lm_class(peft, tokenizer=tokenizer, batch_size=questions)
     return lambda: lm._loglikelihood_tokens(asked, disable_tqdm=True)
 
 
@@ -114,13 +115,20 @@ def print_own_peak_memory(arguments: argparse.Namespace) -> None:
 
 
 def print_table(results: list[dict[str, object]]) -> None:
-    print("\n| model | P x L | | questions/s (min-max) | speed to hf | peak MiB |")
-    print("|---|---|---|---|---|---|")
-    for r in results:
-        memory = "" if r["memory"] is None else f"{r['memory']:.0f}"
-        rates = [r["questions_per_second"], 1 / r["slowest"], 1 / r["fastest"]]
-        speed = "{:.2f} ({:.2f}-{:.2f})".format(*rates)
-        print(f"| {r['model']} | {r['shape']} | {r['contender']} | {speed} | {r['speed']:.2f} | {memory} |")
+    """A line for each model and shape: questions per second, their ratio to `hf`, and peak memory."""
+    print("\n| model | P x L | hf with LoRA, questions/s (min-max) | bitune | to hf | one by one | to hf | peak MiB |")
+    print("|---|---|---|---|---|---|---|---|")
+    for start in range(0, len(results), len(CONTENDERS)):
+        lora, bitune, alone = results[start : start + len(CONTENDERS)]
+        memory = [f"{r['memory']:.0f}" for r in (lora, bitune, alone) if r["memory"] is not None]
+        cells = [lora["model"], lora["shape"], _rate(lora), _rate(bitune), f"**{bitune['speed']:.2f}**"]
+        cells += [_rate(alone), f"{alone['speed']:.2f}", " / ".join(memory)]
+        print("| " + " | ".join(map(str, cells)) + " |")
+
+
+def _rate(result: dict[str, object]) -> str:
+    rates = result["questions_per_second"], 1 / result["slowest"], 1 / result["fastest"]
+    return "{:.2f} ({:.2f}-{:.2f})".format(*rates)
 
 
 def parse_arguments() -> argparse.Namespace:

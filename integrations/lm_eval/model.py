@@ -15,11 +15,12 @@ from lm_eval.models.huggingface import HFLM, eval_logger
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.models.utils_hf import clear_torch_cache
 from peft import PeftConfig, PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
-from peft.utils.other import check_file_exists_on_hf_hub
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import cached_file
 
 import bitune_plugin
 from bitune_plugin.architectures import UnsupportedModelError
@@ -27,17 +28,18 @@ from bitune_plugin.config import BituneConfig
 from bitune_plugin.forward import active_adapter
 from bitune_plugin.tuner import BituneModel
 
-from .scoring import Request, Row, Score, batch_of, dearest, rows_of, scores_of
+from .scoring import Request, Row, Score, batch_of, largest_row, rows_of, scores_of
 
 
 class BituneLM(HFLM):
     """`lm_eval --model bitune`: scores and generates with a Bitune adapter (arXiv 2405.14862).
 
-    A request's context is the prompt and is read twice; what is scored or generated after it is the answer. Rolling
-    likelihoods and empty contexts have no prompt, and are scored with the causal adapter alone.
+    A request's context is the prompt and is read twice; what is scored or generated after it is the completion.
+    Rolling likelihoods and empty contexts have no prompt, and are scored with the causal adapter alone.
 
-    Takes the arguments of lm-eval's `hf` model, and gives them the same meaning; `batch_size` counts contexts, each
-    with all of its continuations.
+    Takes the arguments of lm-eval's `hf` model, and gives them the same meaning, but for `delta` and `tp_plan`, which
+    it refuses. `batch_size` counts contexts, each with all of its continuations; with `logits_cache=False` no two
+    requests share anything.
 
     Args:
         pretrained: base model, hub id or path; or an adapter, which names its base itself; or a ready `PeftModel`.
@@ -59,22 +61,25 @@ class BituneLM(HFLM):
         **arguments: Any,
     ) -> None:
         _check_arguments(arguments)
-        self._adapter_revision = str(revision)
-        if not isinstance(pretrained, str):
+        self.peft, self._adapter_revision = peft, str(revision)
+        if isinstance(pretrained, str):
+            self._load(pretrained, revision, tokenizer, arguments)
+        else:
             _check_ready(pretrained, peft)
             with _tied_as_it_is(pretrained):
                 super().__init__(pretrained, revision=revision, tokenizer=tokenizer, **arguments)
-            return
-        if peft is None:
+
+    def _load(self, pretrained: str, revision: str, tokenizer: Any, arguments: dict[str, Any]) -> None:
+        if self.peft is None:
+            self.peft = pretrained
             config = _adapter_config(pretrained, revision, missing=_PEFT_MISSING.format(pretrained=pretrained))
-            tokenizer = tokenizer or _tokenizer_of(pretrained, revision)
-            pretrained, peft, revision = _base_of(config, pretrained), pretrained, config.revision or "main"
+            pretrained, revision = _base_of(config, pretrained), config.revision or "main"
+            tokenizer = tokenizer or _tokenizer_of(self.peft, self._adapter_revision)
         else:
-            config = _adapter_config(peft, revision, missing=f"`peft={peft}` holds no adapter_config.json.")
+            config = _adapter_config(self.peft, revision, missing=f"`peft={self.peft}` holds no adapter_config.json")
             _warn_about_other_base(config, pretrained)
-        self.peft = peft
-        super().__init__(pretrained, peft=peft, revision=revision, tokenizer=tokenizer, **arguments)
-        self._put_on(peft)
+        super().__init__(pretrained, peft=self.peft, revision=revision, tokenizer=tokenizer, **arguments)
+        self._put_on(self.peft)
         if hasattr(self, "accelerator"):
             # The stock model divides the work only where it finds several GPUs (lm-eval 0.4.13).
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -100,12 +105,11 @@ class BituneLM(HFLM):
     def _put_on(self, peft: str) -> None:
         if "disk" in getattr(self._model, "hf_device_map", {}).values():
             raise ValueError(
-                f"Not all of `pretrained={self.pretrained}` fits into memory, and PEFT would write the adapter into the "
-                "model's own files to keep the rest on disk. Raise `max_memory_per_gpu` or `max_cpu_memory`, or leave "
-                "`parallelize` out."
+                f"Not all of `pretrained={self.pretrained}` fits into memory, and to keep the rest on disk, PEFT would "
+                "write the adapter into the model's own files. Raise `max_memory_per_gpu` or `max_cpu_memory`, or "
+                "leave `parallelize` out."
             )
-        weights = load_peft_weights(peft, device="cpu", revision=self._adapter_revision)
-        _resize_vocabulary(self._model, weights)
+        self._resize_vocabulary(peft)
         try:
             self._model = PeftModel.from_pretrained(self._model, peft, revision=self._adapter_revision).eval()
         except UnsupportedModelError:
@@ -115,20 +119,38 @@ class BituneLM(HFLM):
                 f"The adapter `peft={peft}` does not fit the base model `pretrained={self.pretrained}`: {error}"
             ) from error
 
+    def _resize_vocabulary(self, peft: str) -> None:
+        """Makes room for the embeddings that an adapter brings, if it was trained with tokens added. The stock model
+        resizes to the length of the tokenizer for every adapter, which changes the softmax of models whose vocabulary
+        is padded."""
+        embedding = self._model.get_input_embeddings()
+        rows = _rows_of_embedding(_weights_file(peft, self._adapter_revision), self._model)
+        if rows is None or rows == embedding.weight.shape[0]:
+            return
+        self._model.resize_token_embeddings(rows, mean_resizing=False)
+        if len(self.tokenizer) < rows:
+            eval_logger.warning(
+                f"The adapter was trained with a vocabulary of {rows}, and the tokenizer has {len(self.tokenizer)} "
+                f"tokens. If tokens were added, pass their tokenizer: `tokenizer={peft}`."
+            )
+
     def get_model_info(self) -> dict[str, Any]:
         """As lm-eval's `hf` model; under `"bitune"` what it takes to trace a result: adapter, config, alpha."""
         tuner: BituneModel = self.model.base_model
         name = active_adapter(tuner.architecture)
-        alphas = {kind: [alpha.tolist() for alpha in layers] for kind, layers in tuner.alphas(name).items()}
-        description = {
+        weights = None if self.peft is None else _weights_file(self.peft, self._adapter_revision)
+        info = super().get_model_info()
+        if "peft_sha" in info and self.revision != self._adapter_revision:
+            del info["peft_sha"]  # of another revision
+        info["bitune"] = {
             "version": bitune_plugin.__version__,
             "adapter": self.peft or name,
-            "adapter_revision": self._adapter_revision,
-            "adapter_sha256": _sha256(self.peft),
+            "adapter_revision": None if self.peft is None or Path(self.peft).is_dir() else self._adapter_revision,
+            "adapter_sha256": None if weights is None else _sha256(weights),
             "config": tuner.peft_config[name].to_dict(),
-            "alpha": alphas,
+            "alpha": {kind: [alpha.tolist() for alpha in layers] for kind, layers in tuner.alphas(name).items()},
         }
-        return {**super().get_model_info(), "bitune": description}
+        return info
 
     # Scoring.
 
@@ -140,13 +162,13 @@ class BituneLM(HFLM):
         bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests")
         with bar:
             for batch in self._batches(rows, override_bs):
-                for row, row_scores in zip(batch, self._score(batch), strict=True):
-                    for places, score in zip(row.requests.values(), row_scores, strict=True):
-                        for place in places:
-                            scores[place] = score
-                            if requests[place][0] is not None:
-                                self.cache_hook.add_partial("loglikelihood", requests[place][0], score)
-                        bar.update(len(places))
+                asked = [indices for row in batch for indices in row.requests.values()]
+                for indices, score in zip(asked, self._score(batch), strict=True):
+                    for index in indices:
+                        scores[index] = score
+                        if requests[index][0] is not None:
+                            self.cache_hook.add_partial("loglikelihood", requests[index][0], score)
+                    bar.update(len(indices))
         return scores
 
     def _batches(self, rows: list[Row], size: int | None) -> Iterator[list[Row]]:
@@ -157,71 +179,75 @@ class BituneLM(HFLM):
             yield rows[start : start + step]
             start += step
 
-    def _score(self, rows: Sequence[Row]) -> list[list[Score]]:
+    def _score(self, rows: Sequence[Row], use_cache: bool = False) -> list[Score]:
         autocast = torch.autocast(
             self.device.type, dtype=self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
         )
         with torch.no_grad(), autocast:
-            logits = self.model(**batch_of(rows, self.device), answers_only=True, use_cache=False).logits
-            return scores_of(rows, logits, self.softmax_dtype)
-
-    # Batch sizes.
+            outputs = self.model(**batch_of(rows, self.device), answers_only=True, use_cache=use_cache)
+            return scores_of(rows, outputs.logits, self.softmax_dtype)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """As lm-eval's `hf` model, with the causal adapter alone."""
 
-        def longest() -> Row:
-            tokens = len(self.tok_encode(max((request.args[0] for request in requests), key=len)))
-            return Row((0,), is_prompt=False, requests={(0,) * min(max(tokens, 1), self.max_length): [0]})
+        def longest_window() -> Row:
+            tokens = max(len(self.tok_encode(request.args[0])) for request in requests)
+            continuation = (0,) * max(1, min(tokens, self.max_length))
+            return Row((0,), context_is_prompt=False, requests={continuation: [0]})
 
         if not requests:
             return []
-        with self._batch_size_for(longest):
+        with self._batch_size_for(longest_window):
             return super().loglikelihood_rolling(requests, disable_tqdm)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """As lm-eval's `hf` model; the context is the prompt."""
 
-        def longest() -> Row:
-            tokens = len(self.tok_encode(max((request.args[0] for request in requests), key=len)))
-            tokens += max(normalize_gen_kwargs(r.args[1], self.max_gen_toks)["max_gen_toks"] for r in requests)
-            return Row((0,) * min(tokens, self.max_length), is_prompt=True, requests={(0,): [0]})
+        def longest_text() -> Row:
+            # All of it as prompt, which needs no less than a prompt and what is generated after it.
+            tokens = max(
+                len(self.tok_encode(text)) + normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
+                for text, settings in (request.args for request in requests)
+            )
+            return Row((0,) * min(tokens, self.max_length), context_is_prompt=True, requests={(0,): [0]})
 
         if not requests:
             return []
-        with self._batch_size_for(longest):
+        with self._batch_size_for(longest_text, use_cache=True):
             return super().generate_until(requests, disable_tqdm)
 
+    # Batch sizes, for `batch_size="auto"`.
+
     @contextmanager
-    def _batch_size_for(self, longest: Callable[[], Row]) -> Iterator[None]:
-        """Within the block, `batch_size="auto"` is how many rows such as `longest` fit; the stock model takes rows of
-        `max_length` tokens for it."""
+    def _batch_size_for(self, longest: Callable[[], Row], use_cache: bool = False) -> Iterator[None]:
+        """Within the block, `auto` is how many rows such as `longest` fit; the stock model takes rows of `max_length`
+        tokens for it."""
         given = self.batch_size_per_gpu
         if given == "auto":
-            self.batch_size_per_gpu = self._detect_batch_size([longest()])
+            self.batch_size_per_gpu = self._largest_batch(longest(), use_cache)
         try:
             yield
         finally:
             self.batch_size_per_gpu = given
 
     def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Row]) -> int:
-        """The batch size from row `pos` on: `batch_size="auto:N"` finds it out N times on the way."""
+        """The batch size from row `pos` on: `auto:N` finds it out N times on the way."""
         part = int(pos * self.batch_schedule / len(n_reordered_requests))
         if part not in self.batch_sizes:
-            largest_yet = max(self.batch_sizes.values(), default=0)
-            if largest_yet < self.max_batch_size:
-                largest_yet = self._detect_batch_size(n_reordered_requests, pos)
-            self.batch_sizes[part] = largest_yet
+            reached = max(self.batch_sizes.values(), default=0) == self.max_batch_size
+            row = largest_row(n_reordered_requests[pos:])
+            self.batch_sizes[part] = self.max_batch_size if reached else self._largest_batch(row)
         return self.batch_sizes[part]
 
-    def _detect_batch_size(self, requests: Sequence[Row] | None = None, pos: int = 0) -> int:
-        """How many rows like those from `requests[pos]` on fit into memory, `max_batch_size` at most. Each process
-        finds its own: none waits for the others while it scores."""
-        row = dearest(requests[pos:])
+    def _largest_batch(self, row: Row, use_cache: bool = False) -> int:
+        """How many rows like `row` fit into memory, `max_batch_size` at most. Each process finds its own: none waits
+        for the others while it scores."""
+        # Rows of one length need no masks; real batches do.
+        shorter = Row(row.context[1:] or row.context, row.context_is_prompt, row.requests)
 
         @find_executable_batch_size(starting_batch_size=self.max_batch_size)
         def fitting(batch_size: int) -> int:
-            self._score([row] * batch_size)
+            self._score([shorter, *[row] * (batch_size - 1)] if batch_size > 1 else [row], use_cache)
             return batch_size
 
         try:
@@ -236,7 +262,7 @@ class BituneLM(HFLM):
 
 _PEFT_MISSING = (
     "`peft=` is missing, and `pretrained={pretrained}` is not an adapter. Pass `pretrained=BASE,peft=ADAPTER`, or the "
-    "adapter alone as `pretrained=ADAPTER`; use `--model hf` for a model without a Bitune adapter."
+    "adapter alone as `pretrained=ADAPTER`; use `--model hf` for a model without a Bitune adapter"
 )
 
 
@@ -282,11 +308,12 @@ def _adapter_config(adapter: str, revision: str, missing: str) -> BituneConfig:
     try:
         config = PeftConfig.from_pretrained(adapter, revision=str(revision))
         if isinstance(config, BituneConfig):
-            return BituneConfig.from_pretrained(adapter, revision=str(revision))  # looks at the weights too
+            return BituneConfig.from_pretrained(adapter, revision=str(revision))  # looks at local weights, too
     except (ValueError, KeyError) as error:
-        if "Can't find" in str(error):  # PEFT 0.21.2
-            raise ValueError(missing) from error
-        raise ValueError(f"The adapter {adapter} cannot be read: {error}") from error
+        if "Can't find" not in str(error):  # so PEFT 0.21.2 begins when there is no such file, or no connection
+            raise ValueError(f"The adapter {adapter} cannot be read: {error}") from error
+        reason = "" if Path(adapter).is_dir() else f" Revision {revision} on the hub: {error.__cause__}"
+        raise ValueError(f"{missing}.{reason}") from error
     raise ValueError(
         f"{adapter} is a {getattr(config.peft_type, 'value', config.peft_type)} adapter, not a Bitune adapter. Use "
         f"`--model hf --model_args pretrained={config.base_model_name_or_path or 'BASE'},peft={adapter}` for it."
@@ -303,9 +330,23 @@ def _base_of(config: BituneConfig, adapter: str) -> str:
 
 def _tokenizer_of(adapter: str, revision: str) -> str | None:
     """The adapter, if a tokenizer was saved with it, as TRL does."""
-    if Path(adapter).is_dir():
-        return adapter if Path(adapter, TOKENIZER_CONFIG_FILE).is_file() else None
-    return adapter if check_file_exists_on_hf_hub(adapter, TOKENIZER_CONFIG_FILE, revision=str(revision)) else None
+    return adapter if _file(adapter, TOKENIZER_CONFIG_FILE, revision) else None
+
+
+def _weights_file(adapter: str, revision: str) -> Path | None:
+    return _file(adapter, SAFETENSORS_WEIGHTS_NAME, revision)
+
+
+def _file(repository: str, name: str, revision: str) -> Path | None:
+    """A file of a local folder or the hub, from the cache if it is there."""
+    found = cached_file(
+        repository,
+        name,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
 
 
 def _warn_about_other_base(config: BituneConfig, pretrained: str) -> None:
@@ -317,20 +358,20 @@ def _warn_about_other_base(config: BituneConfig, pretrained: str) -> None:
         )
 
 
-def _resize_vocabulary(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
-    """Makes room for the embeddings that an adapter brings, if it was trained with tokens added. The stock model
-    resizes to the length of the tokenizer for every adapter, which changes the softmax of models whose vocabulary is
-    padded."""
+def _rows_of_embedding(weights: Path | None, model: PreTrainedModel) -> int | None:
+    """Rows of the input embedding among an adapter's weights, if it is there: PEFT saves the whole matrix, however it
+    was trained, when its size has changed."""
+    if weights is None:
+        return None
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)
-    # However it was trained, the whole matrix is saved with an adapter when its size has changed.
-    brought = [
-        matrix.shape[0]
-        for key, matrix in weights.items()
-        if key.startswith(f"base_model.model.{name}.") and key.endswith(".weight") and "lora_" not in key
-    ]
-    if brought and max(brought) != embedding.weight.shape[0]:
-        model.resize_token_embeddings(max(brought), mean_resizing=False)
+    with safe_open(weights, framework="pt") as file:
+        rows = [
+            file.get_slice(key).get_shape()[0]
+            for key in file.keys()  # noqa: SIM118  not a dict
+            if key.startswith(f"base_model.model.{name}.") and key.endswith(".weight") and "lora_" not in key
+        ]
+    return max(rows, default=None)
 
 
 @contextmanager
@@ -343,10 +384,6 @@ def _tied_as_it_is(model: PeftModel) -> Iterator[None]:
         del model.tie_weights
 
 
-def _sha256(adapter: str | None) -> str | None:
-    """Of the weights, where they are a local file."""
-    weights = Path(adapter or "", SAFETENSORS_WEIGHTS_NAME)
-    if adapter is None or not weights.is_file():
-        return None
-    with weights.open("rb") as file:
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,7 @@
 """From requests to rows of a batch, and from the logits of a batch to scores.
 
-A request is a context and a continuation: a prompt and one completion of it. Requests with the same context share a
-row, so that the prompt is read once, both ways, and each completion sees it and itself alone:
+A request is a context and a continuation, in lm-eval's words: a prompt and one completion of it. Requests with the
+same context share a row, so that the prompt is read once, both ways, and each completion sees it and itself alone:
 
     tokens              [ context | continuation 1 | continuation 2 | ... ]    without the last token of each
     prompt_mask         [ True    | False          | False          | ... ]
@@ -13,12 +13,15 @@ boundary have other logits, so nothing but the whole context may be shared.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
+
+logger = logging.getLogger(__name__)
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 """As lm-eval hands it over: the texts, or `None` for a window of a rolling likelihood; then the token ids of context
@@ -34,18 +37,18 @@ class Row:
 
     Attributes:
         context: token ids, one or more.
-        is_prompt: read it as a prompt; otherwise all is plainly causal.
-        requests: the continuations, each with the requests that ask for it, by their place among all.
+        context_is_prompt: read it as a prompt; otherwise all is plainly causal.
+        requests: the continuations, each with the requests that ask for it, by their index.
     """
 
     context: tuple[int, ...]
-    is_prompt: bool
+    context_is_prompt: bool
     requests: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
 
     @property
     def encoded(self) -> int:
         """Tokens of the context that are read twice."""
-        return len(self.context) - 1 if self.is_prompt else 0
+        return len(self.context) - 1 if self.context_is_prompt else 0
 
     @property
     def continuation_tokens(self) -> int:
@@ -67,7 +70,8 @@ class Row:
         return len(self.context) + self.encoded + self.continuation_tokens
 
     def has_room_for(self, continuation: tuple[int, ...], max_length: int) -> bool:
-        """Whether it is there already, or all continuations together stay within `max_length` tokens."""
+        """Whether it is there already, or all continuations together stay within `max_length` tokens, which bounds the
+        memory that a row needs."""
         return continuation in self.requests or self.continuation_tokens + len(continuation) <= max_length
 
     def completion_index(self) -> list[int]:
@@ -92,8 +96,8 @@ def rows_of(requests: Sequence[Request], max_length: int, share: bool = True) ->
 
     Args:
         requests: what is to be scored.
-        max_length: tokens that the model takes; what is too long loses tokens on the left, so that the boundary stays
-            where it was. The continuations that share a row have at most as many tokens together.
+        max_length: tokens that the model takes; what is too long loses tokens on the left, with a warning, so that
+            the boundary stays where it was. The continuations that share a row have at most as many tokens together.
         share: requests with the same context may share a row.
 
     Raises:
@@ -101,25 +105,30 @@ def rows_of(requests: Sequence[Request], max_length: int, share: bool = True) ->
     """
     open_rows: dict[tuple[int, ...], Row] = {}
     rows: list[Row] = []
+    cut = 0
     for index, (texts, context, continuation) in enumerate(requests):
         _check_lengths(texts, context, continuation, max_length)
-        context = tuple(context[-(max_length + 1 - len(continuation)) :])
+        room = max_length + 1 - len(continuation)  # the last token is scored, and never read
+        cut += len(context) > room
+        context = tuple(context[-room:])
         row = open_rows.get(context) if texts is not None else None
         if row is None or not row.has_room_for(tuple(continuation), max_length):
             # A context of one token has nothing to encode, and nothing to share.
-            row = Row(context, is_prompt=texts is not None and len(context) > 1)
+            row = Row(context, context_is_prompt=texts is not None and len(context) > 1)
             rows.append(row)
-            if share and row.is_prompt:
+            if share and row.context_is_prompt:
                 open_rows[context] = row
         row.requests.setdefault(tuple(continuation), []).append(index)
+    if cut:
+        logger.warning(f"{cut} of {len(requests)} contexts lose tokens on the left: the model takes {max_length}.")
     return sorted(rows, key=lambda row: (-row.cost, row.context))
 
 
-def dearest(rows: Sequence[Row]) -> Row:
-    """A row that needs as much memory as any of `rows`, for the layers and for the LM head."""
+def largest_row(rows: Sequence[Row]) -> Row:
+    """A row of one continuation that needs as much memory as any of `rows`, in the layers and in the LM head."""
     context = (0,) * (max(row.encoded for row in rows) + 1)
     continuation = (0,) * max(row.answer_slots for row in rows)
-    return Row(context, is_prompt=True, requests={continuation: [0]})
+    return Row(context, context_is_prompt=True, requests={continuation: [0]})
 
 
 def batch_of(rows: Sequence[Row], device: torch.device | str) -> dict[str, Tensor]:
@@ -132,15 +141,15 @@ def batch_of(rows: Sequence[Row], device: torch.device | str) -> dict[str, Tenso
     batch = {
         "input_ids": padded(row.tokens for row in rows),
         "attention_mask": padded([1] * len(row.tokens) for row in rows),
-        "prompt_mask": padded([int(row.is_prompt)] * len(row.context) for row in rows).bool(),
+        "prompt_mask": padded([int(row.context_is_prompt)] * len(row.context) for row in rows).bool(),
     }
     if any(len(row.requests) > 1 for row in rows):
         batch["completion_index"] = padded(row.completion_index() for row in rows)
     return batch
 
 
-def scores_of(rows: Sequence[Row], logits: Tensor, dtype: torch.dtype | None = None) -> list[list[Score]]:
-    """Scores of the continuations of each row.
+def scores_of(rows: Sequence[Row], logits: Tensor, dtype: torch.dtype | None = None) -> list[Score]:
+    """Scores of the continuations of the first row, then of the second, and so on.
 
     Args:
         rows: the batch.
@@ -153,9 +162,8 @@ def scores_of(rows: Sequence[Row], logits: Tensor, dtype: torch.dtype | None = N
     likelihood = log_probabilities[b, slot, token].cpu()
     greedy = (log_probabilities.argmax(dim=-1)[b, slot] == token).cpu()
     lengths = [len(continuation) for row in rows for continuation in row.requests]
-    scores = zip(likelihood.split(lengths), greedy.split(lengths), strict=True)
-    flat = iter([(part.sum().item(), bool(same.all())) for part, same in scores])
-    return [[next(flat) for _ in row.requests] for row in rows]
+    parts = zip(likelihood.split(lengths), greedy.split(lengths), strict=True)
+    return [(part.sum().item(), bool(same.all())) for part, same in parts]
 
 
 def _check_lengths(texts: tuple[str, str] | None, context: list[int], continuation: list[int], max_length: int) -> None:
