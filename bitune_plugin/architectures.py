@@ -50,6 +50,11 @@ class Architecture:
     layers: list[nn.Module]
     attentions: list[nn.Module]
 
+    def flattening_blocks(self) -> list[nn.Module]:
+        """Blocks of the decoder layers that flatten their tokens to `[B * T, ...]`: mixtures of experts."""
+        blocks = [block for layer in self.layers for block in layer.children() if block not in self.attentions]
+        return [block for block in blocks if any(_has_experts(module) for module in block.modules())]
+
     def key_value_heads(self, attention: nn.Module) -> int:
         """Number of key/value heads of an attention module."""
         config = getattr(attention, "config", self.backbone.config)
@@ -132,6 +137,11 @@ def _check_attention_alone(name: str, layers: list[nn.Module], attentions: list[
     convolves = any(isinstance(module, nn.Conv1d) for layer in layers for module in layer.modules())
     if len(attentions) < len(layers) or not layers or convolves:
         raise UnsupportedModelError(f"{found}{', and convolutions beside' if convolves else ''}. {ATTENTION_ALONE}")
+
+
+def _has_experts(module: nn.Module) -> bool:
+    # So transformers names the parts of a mixture of experts (5.23).
+    return any(name in ("experts", "router") for name, _ in module.named_children())
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -264,6 +264,11 @@ def _start_reading(
             "`output_attentions=True`: a prompt that is read twice has no single attention matrix. Leave it unset, "
             "or look at the base model's inside `with model.disable_adapter():`."
         )
+    if kwargs.get("output_router_logits") and architecture.flattening_blocks():
+        raise ValueError(
+            "`output_router_logits=True`: the routers see the copy of the prompt too, and a balancing loss would count "
+            "its tokens. Set `output_router_logits=False`."
+        )
     if not architecture.backbone.config._attn_implementation.startswith(PREFIX):
         # `set_attn_implementation` was called after the adapter was put on.
         architecture.backbone.set_attn_implementation(

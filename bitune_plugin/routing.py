@@ -4,6 +4,9 @@ In a lengthened row the first `T` tokens belong to the causal stream, the copy b
 Every PEFT layer runs its own `forward` on the first part with the causal adapter and on the second with the
 bidirectional adapter, so any PEFT method that works token by token works here, unchanged. Plain LoRA, by far the most
 used, has a shorter way to the same numbers (`both_loras`).
+
+A mixture of experts flattens and sorts its tokens before they reach the adapters inside; it runs, as a whole, once on
+each part.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import Enum, auto
 from functools import cache
 from typing import Any
 
@@ -29,6 +33,13 @@ KEYWORD = "bitune_reading"
 """The keyword under which a reading travels from the backbone to its decoder and attention layers."""
 
 
+class Stream(Enum):
+    """The two ways in which a prompt is read."""
+
+    CAUSAL = auto()
+    BIDIRECTIONAL = auto()
+
+
 @dataclass(frozen=True)
 class Reading:
     """One lengthened forward pass: how the prompts of a batch are read.
@@ -38,6 +49,7 @@ class Reading:
         adapter: name of the active Bitune adapter.
         second_pass_causal: the copy attends causally (ablation "only causal").
         share_adapter: the copy uses the causal adapter too (ablation "shared weights").
+        stream: within a block that runs once on each part, the part; `None` where the parts are together.
         cache: filled with the mixed keys and values, layer by layer; `None` to keep none.
         seen: how often the attention of each layer took part so far, by `layer_idx`.
     """
@@ -46,6 +58,7 @@ class Reading:
     adapter: str
     second_pass_causal: bool = False
     share_adapter: bool = False
+    stream: Stream | None = None
     cache: Cache | None = None
     seen: Counter[int] = field(default_factory=Counter, compare=False)
 
@@ -97,8 +110,12 @@ class TwoAdapterLayer(Extension):
             RuntimeError: tokens of another shape, so that they cannot be told apart.
         """
         reading = _current.get()
-        if reading is None or reading.share_adapter:
+        if reading is None or reading.share_adapter or reading.stream is Stream.CAUSAL:
             return super().forward(tokens, *args, **kwargs)
+        second_name = bidirectional(reading.adapter)
+        if reading.stream is Stream.BIDIRECTIONAL:
+            second = with_active_adapter(self, second_name)
+            return super(TwoAdapterLayer, second).forward(tokens, *args, **kwargs)
         layout = reading.layout
         if tokens.dim() < 2 or tokens.shape[1] != layout.length:
             raise RuntimeError(
@@ -106,7 +123,6 @@ class TwoAdapterLayer(Extension):
                 f"[rows, {layout.length}, ...]: it cannot tell which token belongs to which stream. Leave this module "
                 "out of the adapter's `target_modules` (`exclude_modules=...`)."
             )
-        second_name = bidirectional(reading.adapter)
         if tokens.dim() == 3 and not args and not kwargs and _is_plain_lora(self, reading.adapter, second_name):
             return both_loras(self, tokens, layout.tokens, reading.adapter, second_name)
         # Contiguous, because that is what a linear layer makes of them anyhow, and some demand.
@@ -119,6 +135,33 @@ class TwoAdapterLayer(Extension):
             ],
             dim=1,
         )
+
+
+class SeparateStreams(Extension):
+    """A block of a decoder layer that flattens its tokens, as a mixture of experts does: it runs once on each part."""
+
+    def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """`tokens` is `[B, T + E, ...]` in a reading."""
+        reading = _current.get()
+        if reading is None or reading.share_adapter:
+            return super().forward(tokens, *args, **kwargs)
+        parts = tokens.split([reading.layout.tokens, reading.layout.encoded.size], dim=1)
+        outputs = []
+        for stream, part in zip(Stream, parts, strict=True):
+            with reading_in_progress(replace(reading, stream=stream)):
+                outputs.append(super().forward(part.contiguous(), *args, **kwargs))
+        return _join(*outputs, rows=tokens.shape[0])
+
+
+def _join(first: Any, second: Any, rows: int) -> Any:
+    """Puts the outputs for two parts of the tokens behind each other, row by row: `[B, n, ...]` or `[B * n, ...]`."""
+    if isinstance(first, tuple):
+        return tuple(_join(*pair, rows) for pair in zip(first, second, strict=True))
+    if first is None:
+        return None
+    if first.dim() > 2 and first.shape[0] == rows:
+        return torch.cat([first, second], dim=1)
+    return torch.cat([first.unflatten(0, (rows, -1)), second.unflatten(0, (rows, -1))], dim=1).flatten(0, 1)
 
 
 def with_active_adapter(layer: BaseTunerLayer, adapter_name: str) -> BaseTunerLayer:
@@ -157,12 +200,9 @@ def both_loras(layer: lora.Linear, tokens: Tensor, split: int, first: str, secon
 
 def _is_plain_lora(layer: BaseTunerLayer, *names: str) -> bool:
     """Whether PEFT would add `scaling * B A x` to the base layer's output for these adapters, and do nothing else."""
-    if (
-        type(layer).__bases__[-1] is not lora.Linear
-        or layer.disable_adapters
-        or layer.merged
-        or not layer.cast_input_dtype_enabled
-    ):
+    if type(layer).__bases__[-1] is not lora.Linear:
+        return False
+    if layer.disable_adapters or layer.merged or not layer.cast_input_dtype_enabled:
         return False
     if any(name not in layer.lora_A or name in layer.lora_variant for name in names):
         return False

@@ -32,7 +32,7 @@ from .config import NO_MIXING, BituneConfig
 from .forward import attach, detach
 from .mixing import mix
 from .plugins import mixings
-from .routing import TwoAdapterLayer, bidirectional, extend
+from .routing import SeparateStreams, TwoAdapterLayer, bidirectional, extend, restore
 
 BIDIRECTIONAL = "bidirectional"
 """What stands in the keys of a saved adapter where the inner adapter's name stands in the model."""
@@ -243,6 +243,8 @@ class BituneModel(BaseTuner):
         if merge:
             self._check_merge_allowed()
         detach(self.model, self.architecture)
+        for block in self.architecture.flattening_blocks():
+            restore(block, SeparateStreams)
         for module in self.model.modules():
             if isinstance(module, ModulesToSaveWrapper):
                 module._active_adapter = []  # so that the original comes back, and not the trained copy
@@ -325,6 +327,9 @@ class BituneModel(BaseTuner):
                 extend(layer, TwoAdapterLayer)
             else:
                 layer.delete_adapter(name)
+        for block in self.architecture.flattening_blocks():
+            if any(isinstance(module, TwoAdapterLayer) for module in block.modules()):
+                extend(block, SeparateStreams)
 
     def _tuner_layers(self) -> list[BaseTunerLayer]:
         return [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]

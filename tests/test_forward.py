@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ from helpers import (
     unharmed,
     with_oracle,
 )
-from models import ARCHITECTURES, tiny
+from models import ARCHITECTURES, EXPERTS, tiny
 from three_pass import ThreePass
 
 ROWS = samples(*SHAPES)
@@ -59,14 +60,14 @@ def assert_same_gradients(oracle: ThreePass, model: PeftModel, tolerance: float 
     assert sum(bool(expected.grad is not None and expected.grad.any()) for expected, _ in pairs) > len(pairs) / 2
 
 
-def assert_agrees(model: PeftModel, oracle: ThreePass, rows: Batch) -> None:
+def assert_agrees(model: PeftModel, oracle: ThreePass, rows: Batch, tolerance: float = 2e-5) -> None:
     """Logits of every answer, and all gradients."""
     logits = model(**rows.inputs).logits
     for answer, (ids, prompt) in zip(rows.answers(logits), rows.samples, strict=True):
         assert_close(answer, oracle(ids, prompt))
     loss(logits, rows).backward()
     oracle_loss(oracle, rows).backward()
-    assert_same_gradients(oracle, model)
+    assert_same_gradients(oracle, model, tolerance)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -711,6 +712,76 @@ def test_several_completions_beside_a_filled_cache_are_refused(prompt_mask: Tens
     with pytest.raises(LayoutError, match=f"(?s){message}"):
         model(**inputs, attention_mask=torch.ones(1, 14), past_key_values=cache)
     assert cache.get_seq_length() == 11
+
+
+# --- Mixtures of experts ---------------------------------------------------------------------------------------------
+
+EXPERT_WEIGHTS = ["experts.gate_up_proj", "experts.down_proj"]
+INSIDE_EXPERTS = {"gpt_oss": {"target_modules": ["q_proj"], "target_parameters": EXPERT_WEIGHTS}}
+"""Adapters, where `all-linear` reaches none of the experts."""
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("architecture", EXPERTS)
+def test_adapters_inside_experts_see_the_tokens_of_their_stream(architecture: str, side: str) -> None:
+    model, oracle = with_oracle(tiny(architecture, "eager"), lora(**INSIDE_EXPERTS.get(architecture, {})))
+    assert_agrees(model, oracle, batch(ROWS, side), ROUNDING)
+
+
+@pytest.mark.parametrize("architecture", EXPERTS)
+def test_experts_generate_as_three_passes(architecture: str) -> None:
+    model, oracle = with_oracle(tiny(architecture, "eager"))
+    rows = batch([(ids[:prompt], prompt) for ids, prompt in ROWS], "left")
+    inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask}
+    got = model.generate(**inputs, max_new_tokens=5, do_sample=False, eos_token_id=None)[:, rows.input_ids.shape[1] :]
+    for answer, (ids, prompt) in zip(got, rows.samples, strict=True):
+        assert torch.equal(answer, oracle.generate(ids, 5)[prompt:])
+
+
+@CHECKPOINTING
+def test_experts_under_checkpointing(reentrant: bool) -> None:
+    model = bitune(tiny("mixtral", "eager"))
+    rows = batch(ROWS, "left")
+    model(**rows.inputs).logits.square().mean().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    model = checkpointed(model, reentrant)
+    model(**rows.inputs).logits.square().mean().backward()
+    for name, gradient in gradients(model).items():
+        assert_close(gradient, expected[name])
+
+
+def test_experts_without_adapters_inside_run_once_on_all_tokens() -> None:
+    model = bitune(tiny("mixtral", "eager"), lora(target_modules=["q_proj", "v_proj"]))
+    calls = []
+    model.base_model.model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    model.base_model.model.model.layers[0].mlp.experts.register_forward_hook(lambda *_: calls.append(2))
+    model(**batch(ROWS).inputs)
+    assert calls == [2, 1]
+
+
+def test_the_logits_of_routers_are_refused() -> None:
+    model = bitune(tiny("mixtral", "eager"))
+    with pytest.raises(ValueError, match=r"`output_router_logits=True`.*Set `output_router_logits=False`"):
+        model(**batch(ROWS).inputs, output_router_logits=True)
+
+
+def test_experts_come_back_as_they_were() -> None:
+    base = tiny("mixtral", "eager")
+    block = type(base.model.layers[0].mlp)
+    model = bitune(base)
+    assert type(base.model.layers[0].mlp) is not block
+    assert type(model.unload().model.layers[0].mlp) is block
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
+def test_adapters_inside_experts_are_saved_and_loaded(architecture: str, tmp_path: Path) -> None:
+    adapter = lora(**INSIDE_EXPERTS.get(architecture, {}))
+    model = bitune(tiny(architecture, "eager"), adapter)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny(architecture, "eager"), tmp_path).eval()
+    rows = batch(ROWS)
+    assert torch.equal(loaded(**rows.inputs).logits, model(**rows.inputs).logits)
 
 
 # --- Number formats --------------------------------------------------------------------------------------------------
