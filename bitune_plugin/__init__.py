@@ -1,5 +1,4 @@
-"""Bitune (bidirectional instruction-tuning, arXiv 2405.14862) for PEFT, TRL, Transformers, Accelerate and
-lm-eval."""
+"""Bitune (bidirectional instruction-tuning, arXiv 2405.14862) for PEFT, TRL, Transformers, Accelerate and lm-eval."""
 
 from __future__ import annotations
 

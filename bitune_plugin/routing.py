@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import types
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -125,16 +125,7 @@ class TwoAdapterLayer(Extension):
             )
         if tokens.dim() == 3 and not args and not kwargs and _is_plain_lora(self, reading.adapter, second_name):
             return both_loras(self, tokens, layout.tokens, reading.adapter, second_name)
-        # Contiguous, because that is what a linear layer makes of them anyhow, and some demand.
-        rows, copies = tokens[:, : layout.tokens].contiguous(), tokens[:, layout.tokens :].contiguous()
-        second = with_active_adapter(self, second_name)
-        return torch.cat(
-            [
-                super().forward(rows, *args, **kwargs),
-                super(TwoAdapterLayer, second).forward(copies, *args, **kwargs),
-            ],
-            dim=1,
-        )
+        return torch.cat(list(_on_each_part(self.forward, reading, tokens, *args, **kwargs)), dim=1)
 
 
 class SeparateStreams(Extension):
@@ -145,12 +136,18 @@ class SeparateStreams(Extension):
         reading = _current.get()
         if reading is None or reading.share_adapter:
             return super().forward(tokens, *args, **kwargs)
-        parts = tokens.split([reading.layout.tokens, reading.layout.encoded.size], dim=1)
-        outputs = []
-        for stream, part in zip(Stream, parts, strict=True):
-            with reading_in_progress(replace(reading, stream=stream)):
-                outputs.append(super().forward(part.contiguous(), *args, **kwargs))
-        return _join(*outputs, rows=tokens.shape[0])
+        return _join(*_on_each_part(super().forward, reading, tokens, *args, **kwargs), rows=tokens.shape[0])
+
+
+def _on_each_part(
+    run: Callable[..., Any], reading: Reading, tokens: Tensor, *args: Any, **kwargs: Any
+) -> Iterator[Any]:
+    """What `run` makes of the first `T` tokens as the causal stream, and of the copy as the bidirectional one."""
+    for stream, part in zip(Stream, tokens.split([reading.layout.tokens, reading.layout.encoded.size], 1), strict=True):
+        with reading_in_progress(replace(reading, stream=stream)):
+            # Contiguous, because that is what a linear layer makes of them anyhow, and some demand.
+            output = run(part.contiguous(), *args, **kwargs)
+        yield output
 
 
 def _join(first: Any, second: Any, rows: int) -> Any:

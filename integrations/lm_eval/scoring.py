@@ -133,14 +133,15 @@ def largest_row(rows: Sequence[Row]) -> Row:
 
 def batch_of(rows: Sequence[Row], device: torch.device | str) -> dict[str, Tensor]:
     """Arguments of the model, each `[B, T]`, padded on the right."""
-    length = max(len(row.tokens) for row in rows)
+    tokens = [row.tokens for row in rows]
+    length = max(map(len, tokens))
 
     def padded(values: Iterable[list[int]]) -> Tensor:
         return torch.tensor([row + [0] * (length - len(row)) for row in values], device=device)
 
     batch = {
-        "input_ids": padded(row.tokens for row in rows),
-        "attention_mask": padded([1] * len(row.tokens) for row in rows),
+        "input_ids": padded(tokens),
+        "attention_mask": padded([1] * len(row) for row in tokens),
         "prompt_mask": padded([int(row.context_is_prompt)] * len(row.context) for row in rows).bool(),
     }
     if any(len(row.requests) > 1 for row in rows):
