@@ -19,7 +19,7 @@ from datasets import Dataset
 from rich.table import Table
 
 from pretrained import resolve
-from quickstart import console, phase, train
+from quickstart import console, parser_for, phase, train
 from tasks import held_out, training, with_choices
 
 LM_EVAL_MODELS = {"untouched": "hf", "lora": "hf", "bitune": "bitune"}
@@ -59,21 +59,8 @@ def print_results(results: dict[str, dict], questions: Dataset) -> None:
     console.print(table)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="gemma-3-270m", help="a name in pretrained.py, a hub id, or a path")
-    parser.add_argument("--task", default="family_relationships", help="name of a reasoning-gym dataset")
-    parser.add_argument("--samples", type=int, default=640, help="to train on")
-    parser.add_argument("--questions", type=int, default=200, help="to measure on")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--output", type=Path, default=Path("outputs/evaluate"), help="folder for all that is made")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
-
-
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = parser_for(__doc__, questions=200, output="outputs/evaluate").parse_args()
     with phase(f"Model {arguments.model}, task {arguments.task}"):
         resolve(arguments.model)
         questions = held_out(arguments.task, arguments.questions)

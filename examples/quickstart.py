@@ -137,17 +137,23 @@ def phase(title: str) -> Iterator[None]:
     console.print(f"[dim]{title}: {time.perf_counter() - start:.0f} s[/dim]")
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_for(description: str, questions: int, output: str) -> argparse.ArgumentParser:
+    """The arguments of an example that trains on a task; `questions` and `output` are defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="gemma-3-270m", help="a name in pretrained.py, a hub id, or a path")
     parser.add_argument("--task", default="family_relationships", help="name of a reasoning-gym dataset")
-    parser.add_argument("--method", choices=METHODS, default="bitune")
     parser.add_argument("--samples", type=int, default=640, help="to train on")
-    parser.add_argument("--questions", type=int, default=100, help="to measure on")
+    parser.add_argument("--questions", type=int, default=questions, help="to measure on")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"), help="folder for the adapter")
+    parser.add_argument("--output", type=Path, default=Path(output), help="folder for all that is made")
     parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = parser_for(__doc__, questions=100, output="outputs/quickstart")
+    parser.add_argument("--method", choices=METHODS, default="bitune")
     return parser.parse_args()
 
 

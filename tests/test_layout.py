@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -191,12 +192,15 @@ def test_a_lengthened_row_is_the_row_and_then_its_encoded_prompt(rows: list[Row]
         assert copy[: len(row.encoded)] == ids[index, row.encoded].tolist()
 
 
-@given(batches())
-def test_the_copy_has_the_positions_of_what_it_copies(rows: list[Row]) -> None:
-    layout = layout_of(rows)
+def assert_copy_keeps_positions(layout: PromptLayout, rows: list[Row]) -> None:
     positions = layout.lengthen_positions(layout.positions).expand(len(rows), -1)
     for index, row in enumerate(rows):
         assert positions[index, layout.tokens :][: len(row.encoded)].tolist() == list(range(len(row.encoded)))
+
+
+@given(batches())
+def test_the_copy_has_the_positions_of_what_it_copies(rows: list[Row]) -> None:
+    assert_copy_keeps_positions(layout_of(rows), rows)
 
 
 @given(batches(), windows)
@@ -223,18 +227,22 @@ def test_a_copied_token_sees_its_prompt_on_both_sides(rows: list[Row], window: i
             assert visible(mask, index, slot, row.encoded, slots) == seen_by_copy(row, token, window or FAR)
 
 
-@given(batches(), windows)
-@example(RAGGED, 2)
-@example(RAGGED, 4)
-def test_an_answer_token_sees_all_that_is_behind_it(rows: list[Row], window: int | None) -> None:
-    layout = layout_of(rows)
+def assert_answers_see(
+    layout: PromptLayout, rows: list[Row], window: int | None, expected: Callable[[Row, int], set[int]]
+) -> None:
     mask = masks(layout, len(rows), window)["answer"]
     for index, row in enumerate(rows):
         of_answer = range(layout.encoded.size, layout.encoded.size + len(row.answer))
         slots = [*range(len(row.encoded)), *of_answer]
         for slot, token in enumerate(row.answer):
-            seen = visible(mask, index, slot, row.encoded + row.answer, slots)
-            assert seen == seen_by_answer(row, token, window or FAR)
+            assert visible(mask, index, slot, row.encoded + row.answer, slots) == expected(row, token)
+
+
+@given(batches(), windows)
+@example(RAGGED, 2)
+@example(RAGGED, 4)
+def test_an_answer_token_sees_all_that_is_behind_it(rows: list[Row], window: int | None) -> None:
+    assert_answers_see(layout_of(rows), rows, window, lambda row, token: seen_by_answer(row, token, window or FAR))
 
 
 @given(batches(), windows)
@@ -498,14 +506,10 @@ def test_every_completion_starts_right_after_the_prompt(rows: list[Choices]) -> 
 def test_a_token_of_a_completion_sees_what_it_would_if_there_were_no_other(
     rows: list[Choices], window: int | None
 ) -> None:
-    layout = choice_layout(rows)
-    mask = masks(layout, len(rows), window)["answer"]
-    for index, row in enumerate(rows):
-        of_answer = range(layout.encoded.size, layout.encoded.size + len(row.answer))
-        slots = [*range(len(row.encoded)), *of_answer]
-        for slot, token in enumerate(row.answer):
-            seen = visible(mask, index, slot, row.encoded + row.answer, slots)
-            assert seen == seen_by_answer(row.alone(token), token, window or FAR)
+    def alone(row: Choices, token: int) -> set[int]:
+        return seen_by_answer(row.alone(token), token, window or FAR)
+
+    assert_answers_see(choice_layout(rows), rows, window, alone)
 
 
 @given(questions())
@@ -535,10 +539,7 @@ def test_completions_change_neither_slots_nor_how_prompts_are_read(rows: list[Ch
 @given(questions())
 @example(MIXED)
 def test_the_copy_of_a_prompt_has_its_positions_whatever_follows(rows: list[Choices]) -> None:
-    layout = choice_layout(rows)
-    positions = layout.lengthen_positions(layout.positions).expand(len(rows), -1)
-    for index, row in enumerate(rows):
-        assert positions[index, layout.tokens :][: len(row.encoded)].tolist() == list(range(len(row.encoded)))
+    assert_copy_keeps_positions(choice_layout(rows), rows)
 
 
 @given(questions(), windows)

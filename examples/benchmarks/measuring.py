@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -9,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +27,36 @@ def restart_with_malloc_settings() -> None:
     """Starts the script again with the environment that it needs. glibc reads it when a process begins."""
     if not MALLOC.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
+
+
+def parser_for(description: str, contenders: Sequence[str], rounds: int) -> argparse.ArgumentParser:
+    """The arguments that all benchmarks take."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["gemma-3-270m", "smollm2-135m"], help="names, hub ids or paths")
+    parser.add_argument("--rounds", type=int, default=rounds, help="rounds that count")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    parser.add_argument("--only-memory", choices=contenders, help=argparse.SUPPRESS)
+    return parser
+
+
+def run_benchmark(
+    arguments: argparse.Namespace,
+    measure: Callable[[argparse.Namespace, str, str], list[dict[str, object]]],
+    print_table: Callable[[list[dict[str, object]]], None],
+    print_own_peak_memory: Callable[[argparse.Namespace], None],
+) -> None:
+    """Measures every model and shape; or, in a process started for that, one contender's memory."""
+    restart_with_malloc_settings()
+    if arguments.only_memory:
+        print_own_peak_memory(arguments)
+        return
+    results: list[dict[str, object]] = []
+    for model in arguments.models:
+        for shape in arguments.shapes:
+            results += measure(arguments, model, shape)
+            write_json(arguments.json, results)  # after each shape: it takes long, and may be stopped
+    print_table(results)
 
 
 def lora_config() -> LoraConfig:

@@ -22,12 +22,12 @@ import torch
 from benchmarks.measuring import (
     in_own_process,
     lora_config,
+    parser_for,
     peak_memory_of,
     ratio,
-    restart_with_malloc_settings,
+    run_benchmark,
     summary,
     time_in_turn,
-    write_json,
 )
 from peft import get_peft_model
 from torch.nn.functional import cross_entropy
@@ -154,32 +154,13 @@ def print_table(results: list[dict[str, object]]) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["gemma-3-270m", "smollm2-135m"], help="names, hub ids or paths")
+    parser = parser_for(__doc__, CONTENDERS, rounds=7)
     parser.add_argument("--shapes", nargs="+", default=["128x64", "256x128", "512x256"], help="TxP, tokens and prompt")
     parser.add_argument("--rows", type=int, default=4, help="rows of a batch")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds that count")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing for LoRA and Bitune")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave peak memory out")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="also write the results here")
-    parser.add_argument("--only-memory", choices=CONTENDERS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    restart_with_malloc_settings()
-    if arguments.only_memory:
-        print_own_peak_memory(arguments)
-        return
-    results: list[dict[str, object]] = []
-    for model in arguments.models:
-        for shape in arguments.shapes:
-            results += measure(arguments, model, shape)
-            write_json(arguments.json, results)  # after each shape: it takes long, and may be stopped
-    print_table(results)
-
-
 if __name__ == "__main__":
-    main()
+    run_benchmark(parse_arguments(), measure, print_table, print_own_peak_memory)
