@@ -1,7 +1,6 @@
 """The attention function: three groups of queries over one base function.
 
-`bitune_<base>` stands in for transformers' attention implementation `<base>`. Without a reading in its keywords it
-is `<base>`, unchanged: decoding, a disabled adapter, a plain forward. With one, each layer computes
+`bitune_<base>` stands in for transformers' attention implementation `<base>`. Outside a reading it is `<base>`, unchanged: decoding, a disabled adapter, a plain forward. With one, each layer computes
 
     encoded prompt  ->  encoded prompt (causal keys), causally
     copy            ->  copy (bidirectional keys), fully
@@ -23,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .routing import KEYWORD, Reading
+from .routing import Reading, current_reading
 
 PREFIX = "bitune_"
 SUPPORTED = ("sdpa", "eager")
@@ -74,7 +73,7 @@ def bitune_attention(
         The attended values, `[B, N, heads, head size]`, and `None` during a reading in place of the weights.
     """
     attend = _base_function(base, module)
-    reading: Reading | None = kwargs.pop(KEYWORD, None)
+    reading = current_reading()
     if reading is None:
         return attend(module, query, key, value, attention_mask, **kwargs)
     reading.seen[module.layer_idx] += 1

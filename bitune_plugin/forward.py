@@ -3,11 +3,13 @@
 Three kinds of modules are touched, from the outside in:
 
 1. the causal language model: `generate` remembers what was prompt, and a forward pre-hook turns `labels` into
-   `prompt_mask`, which travels on as a keyword;
+   `prompt_mask`;
 2. the backbone: its inputs are lengthened by the copy of the encoded prompts, its outputs cut to length again;
-3. every decoder layer: tells its PEFT layers, for the length of its `forward`, which reading they are part of.
+3. every decoder layer: its attention and PEFT layers follow, for the length of its `forward`, the reading that they
+   are part of.
 
-The backbone, not the causal language model, because callers such as TRL's fused LM head go around the latter.
+The backbone, not the causal language model, because callers such as TRL's fused LM head go around the latter. Nothing
+is handed down as a keyword: not every model of transformers passes on what it does not know.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import inspect
 import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
 
@@ -28,13 +30,40 @@ from transformers.utils import ModelOutput
 from .architectures import Architecture
 from .attention import MIXING, PREFIX, implementation_for
 from .layout import LayoutError, PromptLayout, plan, prompt_from_labels
-from .routing import KEYWORD, Extension, FollowingLayer, Reading, extend, reading_in_progress, restore
+from .routing import Extension, FollowingLayer, Reading, extend, reading_in_progress, restore
 
 UNREADABLE = {
     "cu_seq_lens_q": "rows that hold several documents (packing, padding-free batches)",
     "seq_idx": "rows that hold several documents (packing, padding-free batches)",
 }
 """Keywords of the backbone under which one row is not one prompt and its completion, and what they stand for."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a caller says of the prompts in a batch, beside the arguments of the model itself.
+
+    Attributes:
+        prompt_mask: bool `[B, T]`, True on every prompt token, the last one included. Without it, inside `generate`
+            the prompt is what `generate` was given; otherwise all of the input is prompt.
+        completion_index: int `[B, T]`, for rows in which several completions follow one prompt; see `layout.plan`.
+            Nothing can be generated from such a row: it needs `use_cache=False`.
+        answers_only: leave the encoded prompts out of `last_hidden_state`, so that the head has less to do. All `T`
+            tokens stay where no row has anything to encode.
+    """
+
+    prompt_mask: Tensor | None = None
+    completion_index: Tensor | None = None
+    answers_only: bool = False
+
+    @classmethod
+    def taken_from(cls, kwargs: dict[str, Any], otherwise: Prompts) -> Prompts:
+        """Takes its attributes out of `kwargs`; those that are not among them are as in `otherwise`."""
+        given = {field.name: kwargs.pop(field.name) for field in fields(cls) if field.name in kwargs}
+        return replace(otherwise, **{name: value for name, value in given.items() if value is not None})
+
+
+_prompts: ContextVar[Prompts] = ContextVar("bitune_prompts", default=Prompts())  # noqa: B039, it is frozen
 
 
 @dataclass(frozen=True)
@@ -147,23 +176,9 @@ class TwoWayBackbone(Extension):
 
     bitune_architecture: Architecture
 
-    def forward(
-        self,
-        *args: Any,
-        prompt_mask: Tensor | None = None,
-        completion_index: Tensor | None = None,
-        answers_only: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Takes the backbone's own arguments, and
-
-        Args:
-            prompt_mask: bool `[B, T]`, True on every prompt token, the last one included. Without it, inside
-                `generate` the prompt is what `generate` was given; otherwise all of the input is prompt.
-            completion_index: int `[B, T]`, for rows in which several completions follow one prompt; see `layout.plan`.
-                Nothing can be generated from such a row: it needs `use_cache=False`.
-            answers_only: leave the encoded prompts out of `last_hidden_state`, so that the head has less to do. All
-                `T` tokens stay where no row has anything to encode.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes the backbone's own arguments, and those of `Prompts`, which count before what the causal language
+        model was given.
 
         Returns:
             What the backbone returns, for the `T` tokens given, or the `A` slots of `PromptLayout.answer`; the cache
@@ -174,15 +189,16 @@ class TwoWayBackbone(Extension):
             RuntimeError: an attention layer took no part, so that it would have been plainly causal.
         """
         kwargs = _by_name(super().forward, args, kwargs)
-        reading = _start_reading(self.bitune_architecture, prompt_mask, completion_index, kwargs)
+        prompts = Prompts.taken_from(kwargs, otherwise=_prompts.get())
+        reading = _start_reading(self.bitune_architecture, prompts, kwargs)
         if reading is None:
-            _check_one_completion(completion_index)
+            _check_one_completion(prompts.completion_index)
             return super().forward(**kwargs)
         with reading_in_progress(reading):
             outputs = super().forward(**_lengthen(reading, kwargs))
         _check_all_took_part(self.bitune_architecture, reading)
         outputs = _cut(reading, outputs)
-        if answers_only:
+        if prompts.answers_only:
             outputs["last_hidden_state"] = reading.layout.answer.take(outputs["last_hidden_state"])
         return outputs.to_tuple() if kwargs.get("return_dict") is False else outputs
 
@@ -192,7 +208,8 @@ def attach(model: PreTrainedModel, architecture: Architecture) -> None:
     if isinstance(architecture.backbone, TwoWayBackbone):
         return
     model.set_attn_implementation(implementation_for(model.config._attn_implementation))
-    model.register_forward_pre_hook(prompt_mask_from_labels, with_kwargs=True)
+    model.register_forward_pre_hook(take_prompts, with_kwargs=True)
+    model.register_forward_hook(forget_prompts, always_call=True)
     extend(model, GeneratingModel)
     model.bitune_architecture = architecture
     extend(architecture.backbone, TwoWayBackbone)
@@ -204,9 +221,8 @@ def attach(model: PreTrainedModel, architecture: Architecture) -> None:
 def detach(model: PreTrainedModel, architecture: Architecture) -> None:
     """Takes it off again: classes, hooks and attention implementation are as before `attach`."""
     model.set_attn_implementation(model.config._attn_implementation.removeprefix(PREFIX))
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if hook is prompt_mask_from_labels:
-            del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+    _remove_hook(model._forward_pre_hooks, take_prompts, model._forward_pre_hooks_with_kwargs)
+    _remove_hook(model._forward_hooks, forget_prompts, model._forward_hooks_always_called)
     for layer in architecture.layers:
         restore(layer, FollowingLayer)
     del architecture.backbone.bitune_architecture, model.bitune_architecture
@@ -214,22 +230,35 @@ def detach(model: PreTrainedModel, architecture: Architecture) -> None:
     restore(model, GeneratingModel)
 
 
-def prompt_mask_from_labels(
+def _remove_hook(hooks: dict[int, Callable[..., Any]], hook: Callable[..., Any], marks: dict[int, bool]) -> None:
+    for key in [key for key, other in hooks.items() if other is hook]:
+        del hooks[key], marks[key]
+
+
+def take_prompts(
     model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook of the causal language model: the leading ignored labels of a row are its prompt."""
-    kwargs = _by_name(type(model).forward, (model, *args), kwargs) if args else kwargs
+    """Forward pre-hook of the causal language model: keeps what is said of the prompts until the backbone is called.
+    Without `prompt_mask`, the leading ignored labels of a row are its prompt."""
+    kwargs = _by_name(type(model).forward, (model, *args), kwargs) if args else dict(kwargs)
     kwargs.pop("self", None)
+    prompts = Prompts.taken_from(kwargs, otherwise=Prompts())
     labels = kwargs.get("labels")
-    if labels is not None and kwargs.get("completion_index") is not None:
+    if labels is not None and prompts.completion_index is not None:
         raise LayoutError(
             "`labels` came with `completion_index`: the loss would take the first token of a completion for what "
             "follows the one before. Compute the loss from the logits, or give every completion a row of its own."
         )
     adapter = active_adapter(model.bitune_architecture)
-    if labels is not None and kwargs.get("prompt_mask") is None and adapter is not None:
-        kwargs["prompt_mask"] = prompt_from_labels(labels, _padding_mask(kwargs))
+    if labels is not None and prompts.prompt_mask is None and adapter is not None:
+        prompts = replace(prompts, prompt_mask=prompt_from_labels(labels, _padding_mask(kwargs)))
+    _prompts.set(prompts)
     return (), kwargs
+
+
+def forget_prompts(*_: Any) -> None:
+    """Forward hook of the causal language model: what was said of the prompts was for this forward pass alone."""
+    _prompts.set(Prompts())
 
 
 def active_adapter(architecture: Architecture) -> str | None:
@@ -238,9 +267,7 @@ def active_adapter(architecture: Architecture) -> str | None:
     return None if mixing.disable_adapters or not mixing.active_adapters else mixing.active_adapters[0]
 
 
-def _start_reading(
-    architecture: Architecture, prompt_mask: Tensor | None, completion_index: Tensor | None, kwargs: dict[str, Any]
-) -> Reading | None:
+def _start_reading(architecture: Architecture, prompts: Prompts, kwargs: dict[str, Any]) -> Reading | None:
     """The reading that these arguments of the backbone ask for; `None` for a plain forward pass."""
     adapter = active_adapter(architecture)
     if adapter is None:
@@ -253,10 +280,10 @@ def _start_reading(
             )
     past = kwargs.get("past_key_values")
     if _holds_tokens(past):
-        if prompt_mask is not None:
+        if prompts.prompt_mask is not None:
             _check_unread(past)
         return None
-    layout = _plan(architecture, prompt_mask, completion_index, kwargs)
+    layout = _plan(architecture, prompts, kwargs)
     if layout is None:
         return None
     if kwargs.get("output_attentions") or getattr(architecture.backbone.config, "output_attentions", False):
@@ -291,9 +318,8 @@ def _start_reading(
     )
 
 
-def _plan(
-    architecture: Architecture, prompt_mask: Tensor | None, completion_index: Tensor | None, kwargs: dict[str, Any]
-) -> PromptLayout | None:
+def _plan(architecture: Architecture, prompts: Prompts, kwargs: dict[str, Any]) -> PromptLayout | None:
+    prompt_mask, completion_index = prompts.prompt_mask, prompts.completion_index
     tokens = _tokens(kwargs)
     attention_mask = _padding_mask(kwargs)
     generation = _generation.get()
@@ -332,7 +358,6 @@ def _lengthen(reading: Reading, kwargs: dict[str, Any]) -> dict[str, Any]:
         "past_key_values": None,
         "use_cache": False,
         "return_dict": True,
-        KEYWORD: reading,
     }
 
 
@@ -364,8 +389,8 @@ def _check_all_took_part(architecture: Architecture, reading: Reading) -> None:
     if missing:
         raise RuntimeError(
             f"The attention of layer(s) {missing} of {name} never saw where the prompt ends, and would have been "
-            "plainly causal: the model does not hand keywords down to its attention function. Bitune does not support "
-            "this architecture; a plugin can (hook `bitune_architecture`)."
+            "plainly causal: it did not call the function that transformers' AttentionInterface holds. Bitune does not "
+            "support this architecture; a plugin can (hook `bitune_architecture`)."
         )
     if max(reading.seen.values()) > 1:
         raise RuntimeError(

@@ -30,7 +30,7 @@ from transformers import Cache
 from .layout import PromptLayout
 
 KEYWORD = "bitune_reading"
-"""The keyword under which a reading travels from the backbone to its decoder and attention layers."""
+"""The keyword under which a decoder layer is given the reading that it is part of."""
 
 
 class Stream(Enum):
@@ -66,9 +66,14 @@ class Reading:
 _current: ContextVar[Reading | None] = ContextVar(KEYWORD, default=None)
 
 
+def current_reading() -> Reading | None:
+    """The reading that this thread is in, if any."""
+    return _current.get()
+
+
 @contextmanager
 def reading_in_progress(reading: Reading | None) -> Iterator[None]:
-    """Makes `reading` the one that PEFT layers of this thread follow, for the length of the block."""
+    """Makes `reading` the one that attention and PEFT layers of this thread follow, for the length of the block."""
     token = _current.set(reading)
     try:
         yield
@@ -91,12 +96,15 @@ class Extension:
 
 
 class FollowingLayer(Extension):
-    """A decoder layer whose PEFT layers follow the reading among its keywords."""
+    """A decoder layer that remembers which reading it is part of: activation checkpointing runs its `forward` again,
+    perhaps in another thread and after other forward passes."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # What checkpointing keeps are the arguments of `forward`.
+        return super().__call__(*args, **kwargs, **{KEYWORD: _current.get()})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # Here and not in a hook: activation checkpointing runs `forward` again, without hooks, perhaps in another
-        # thread and after other forward passes.
-        with reading_in_progress(kwargs.get(KEYWORD)):
+        with reading_in_progress(kwargs.pop(KEYWORD, None)):
             return super().forward(*args, **kwargs)
 
 

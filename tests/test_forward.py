@@ -14,7 +14,7 @@ import torch
 from peft import IA3Config, PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 from bitune_plugin import forward as engine
 from bitune_plugin.layout import LayoutError
@@ -904,13 +904,32 @@ class Forgetful(nn.Module):
         return self.layer(hidden_states, **{name: keywords[name] for name in known if name in keywords})
 
 
-def test_attention_that_never_sees_the_prompt_is_an_error() -> None:
-    model = bitune(adapter=lora(target_modules=["up_proj"], layers_to_transform=[0]))
+def test_a_layer_that_hands_no_keywords_on_reads_both_ways_too() -> None:
+    model = bitune()
+    expected = model(**INPUTS).logits
     layers = model.get_base_model().model.layers
     layers[1] = Forgetful(layers[1])
+    assert torch.equal(model(**INPUTS).logits, expected)
+
+
+class Attentive(nn.Module):
+    """An attention module that has another in front of its own."""
+
+    def __init__(self, attention: LlamaAttention) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, hidden_states: Tensor, **keywords: object) -> tuple[Tensor, None]:
+        return hidden_states, None
+
+
+def test_attention_that_takes_no_part_is_an_error() -> None:
+    model = bitune(adapter=lora(target_modules=["up_proj"], layers_to_transform=[0]))
+    layers = model.get_base_model().model.layers
+    layers[1].self_attn = Attentive(layers[1].self_attn)
 
     with pytest.raises(RuntimeError, match=r"layer\(s\) \[1\].*plainly causal.*bitune_architecture"):
-        model(**{**INPUTS, "attention_mask": None})
+        model(**INPUTS)
 
 
 def test_attention_can_be_set_after_the_adapter() -> None:

@@ -327,20 +327,21 @@ class Decoder(nn.Module):
         return self.linear(states)
 
 
-def test_a_decoder_layer_follows_the_reading_in_its_keywords() -> None:
+def test_a_decoder_layer_follows_the_reading_that_it_was_called_in() -> None:
     decoder, parts = Decoder(), layout()
     extend(decoder, FollowingLayer)
     tokens, reading = lengthened(parts), Reading(parts, "default")
     with reading_in_progress(reading):
         expected = decoder.linear(tokens)
-    assert torch.equal(decoder(tokens, **{KEYWORD: reading}), expected)
+        assert torch.equal(decoder(tokens), expected)
+    assert torch.equal(decoder.forward(tokens, **{KEYWORD: reading}), expected)
 
 
-def test_a_decoder_layer_without_a_reading_in_its_keywords_is_plain_whatever_goes_on_around_it() -> None:
+def test_a_decoder_layer_computed_again_is_plain_if_it_was_whatever_goes_on_around_it() -> None:
     decoder = Decoder()
     extend(decoder, FollowingLayer)
     with reading_in_progress(Reading(layout(), "default")):
-        decoder(torch.zeros(1, 2, SIZE))
+        decoder.forward(torch.zeros(1, 2, SIZE))
 
 
 # --- Extending a module that is already built, and restoring it -------------------------------------------------------
