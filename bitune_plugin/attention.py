@@ -1,6 +1,7 @@
 """The attention function: three groups of queries over one base function.
 
-`bitune_<base>` stands in for transformers' attention implementation `<base>`. Outside a reading it is `<base>`, unchanged: decoding, a disabled adapter, a plain forward. With one, each layer computes
+`bitune_<base>` stands in for transformers' attention implementation `<base>`. Outside a reading it is
+`<base>`, unchanged: decoding, a disabled adapter, a plain forward. In a reading, each layer computes
 
     encoded prompt  ->  encoded prompt (causal keys), causally
     copy            ->  copy (bidirectional keys), fully
@@ -22,7 +23,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .routing import Reading, current_reading
+from .layout import Chunk, PromptLayout, Reach, Window
+from .routing import Extension, Reading, current_reading
 
 PREFIX = "bitune_"
 SUPPORTED = ("sdpa", "eager")
@@ -30,6 +32,14 @@ SUPPORTED = ("sdpa", "eager")
 
 MIXING = "bitune_mixing"
 """Name of the mixing layer inside every attention module."""
+
+
+class PlacedQueries(Extension):
+    """An attention module that scales its queries by where they stand in a row."""
+
+    def in_their_places(self, query: Tensor, layout: PromptLayout) -> Tensor:
+        """Queries of lengthened rows, `[B, heads, T + E, head size]`, scaled by the places of what they stand for."""
+        raise NotImplementedError
 
 
 def implementation_for(base: str) -> str:
@@ -76,8 +86,10 @@ def bitune_attention(
     reading = current_reading()
     if reading is None:
         return attend(module, query, key, value, attention_mask, **kwargs)
-    reading.seen[module.layer_idx] += 1
+    reading.seen[module] += 1
     kwargs.pop("is_causal", None)
+    if isinstance(module, PlacedQueries):
+        query = module.in_their_places(query, reading.layout)
     return _attend_in_groups(partial(_attend, base, attend, module, kwargs), module, query, key, value, reading, kwargs)
 
 
@@ -91,7 +103,7 @@ def _attend_in_groups(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, None]:
     layout = reading.layout
-    window = _window(module, kwargs)
+    reach = reach_of(module, kwargs)
     rows, copies = (slice(0, layout.tokens), slice(layout.tokens, layout.length))
     (query_rows, query_copy), (key_rows, key_copy), (value_rows, value_copy) = (
         (states[:, :, rows], states[:, :, copies]) for states in (query, key, value)
@@ -102,7 +114,7 @@ def _attend_in_groups(
     key_mixed, value_mixed = getattr(module, MIXING)(
         (key_encoded, key_copy), (value_encoded, value_copy), reading.adapter
     )
-    if reading.cache is not None:
+    if reading.cache is not None and not shares_keys(module):
         reading.cache.update(
             layout.in_token_order(key_mixed, key_answer, dim=2),
             layout.in_token_order(value_mixed, value_answer, dim=2),
@@ -110,41 +122,52 @@ def _attend_in_groups(
         )
 
     encoded = attend(
-        layout.encoded.take(query_rows, dim=2), key_encoded, value_encoded, layout.encoded_mask(window), causal=True
+        layout.encoded.take(query_rows, dim=2), key_encoded, value_encoded, layout.encoded_mask(reach), causal=True
     )
     copy = attend(
         query_copy,
         key_copy,
         value_copy,
-        layout.copy_mask(window, reading.second_pass_causal),
+        layout.copy_mask(reach, reading.second_pass_causal),
         causal=reading.second_pass_causal,
     )
     answer = attend(
         layout.answer.take(query_rows, dim=2),
         torch.cat([key_mixed, key_answer], dim=2),
         torch.cat([value_mixed, value_answer], dim=2),
-        layout.answer_mask(window),
+        layout.answer_mask(reach),
         causal=False,
     )
     return torch.cat([layout.in_token_order(encoded, answer, dim=1), copy], dim=1), None
 
 
-def _window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
-    """The sliding window of a layer, in tokens.
+def reach_of(module: nn.Module, kwargs: dict[str, Any]) -> Reach | None:
+    """How far the tokens of an attention module see.
+
+    Args:
+        module: the attention module.
+        kwargs: what it gave to its attention function.
 
     Raises:
-        RuntimeError: the layer has one, but does not tell its attention function; its own mask would have.
+        RuntimeError: the layer has a sliding window, but does not tell its attention function; its own mask would have.
     """
     window = kwargs.get("sliding_window")
     config = getattr(module, "config", None)
     types = getattr(config, "layer_types", None)
+    if types and types[module.layer_idx] == "chunked_attention":
+        return Chunk(config.attention_chunk_size)
     slides = types[module.layer_idx] == "sliding_attention" if types else getattr(config, "sliding_window", None)
     if slides and window is None:
         raise RuntimeError(
             f"Layer {module.layer_idx} has a sliding window that {type(module).__name__} does not pass to its "
             "attention function, so Bitune would attend too far. This architecture is not supported."
         )
-    return window
+    return None if window is None else Window(window)
+
+
+def shares_keys(module: nn.Module) -> bool:
+    """Whether a layer attends to keys and values of an earlier one; then the cache holds them already."""
+    return getattr(module, "is_kv_shared_layer", False)
 
 
 def _attend(
@@ -160,7 +183,7 @@ def _attend(
 ) -> Tensor:
     """One group of queries. `mask` is bool, True where a query sees a key; without one, `causal` decides."""
     if base == "eager":
-        mask = _additive(mask if mask is not None else _written_out(query, key, causal), query.dtype)
+        mask = additive(mask if mask is not None else _written_out(query, key, causal), query.dtype)
     return function(module, query, key, value, mask, is_causal=causal and mask is None, **kwargs)[0]
 
 
@@ -169,7 +192,8 @@ def _written_out(query: Tensor, key: Tensor, causal: bool) -> Tensor:
     return (mask.tril() if causal else mask)[None, None]
 
 
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask, True where a query sees a key, as a number to be added to their score."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 

@@ -2,8 +2,7 @@
 
 Three kinds of modules are touched, from the outside in:
 
-1. the causal language model: `generate` remembers what was prompt, and a forward pre-hook turns `labels` into
-   `prompt_mask`;
+1. the causal language model: `generate` remembers what was prompt, and `labels` become a `prompt_mask`;
 2. the backbone: its inputs are lengthened by the copy of the encoded prompts, its outputs cut to length again;
 3. every decoder layer: its attention and PEFT layers follow, for the length of its `forward`, the reading that they
    are part of.
@@ -14,11 +13,9 @@ is handed down as a keyword: not every model of transformers passes on what it d
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any
 
@@ -30,7 +27,7 @@ from transformers.utils import ModelOutput
 from .architectures import Architecture
 from .attention import MIXING, PREFIX, implementation_for
 from .layout import LayoutError, PromptLayout, plan, prompt_from_labels
-from .routing import Extension, FollowingLayer, Reading, extend, reading_in_progress, restore
+from .routing import Extension, FollowingLayer, Reading, by_name, extend, reading_in_progress, restore
 
 UNREADABLE = {
     "cu_seq_lens_q": "rows that hold several documents (packing, padding-free batches)",
@@ -57,13 +54,21 @@ class Prompts:
     answers_only: bool = False
 
     @classmethod
-    def taken_from(cls, kwargs: dict[str, Any], otherwise: Prompts) -> Prompts:
+    def taken_from(cls, kwargs: dict[str, Any], otherwise: Prompts | None = None) -> Prompts:
         """Takes its attributes out of `kwargs`; those that are not among them are as in `otherwise`."""
-        given = {field.name: kwargs.pop(field.name) for field in fields(cls) if field.name in kwargs}
-        return replace(otherwise, **{name: value for name, value in given.items() if value is not None})
+        given = {attribute.name: kwargs.pop(attribute.name, None) for attribute in fields(cls)}
+        return replace(otherwise or cls(), **{name: value for name, value in given.items() if value is not None})
 
 
-_prompts: ContextVar[Prompts] = ContextVar("bitune_prompts", default=Prompts())  # noqa: B039, it is frozen
+@dataclass
+class Call:
+    """One call of a causal language model: what it says of the prompts, on its way to the backbone."""
+
+    prompts: Prompts = field(default_factory=Prompts)
+    reached_backbone: bool = False
+
+
+_call: ContextVar[Call | None] = ContextVar("bitune_call", default=None)
 
 
 @dataclass(frozen=True)
@@ -99,14 +104,52 @@ class Generation:
 _generation: ContextVar[Generation | None] = ContextVar("bitune_generation", default=None)
 
 
-class GeneratingModel(Extension):
-    """A causal language model whose `generate` knows the prompt from the text that follows it.
+class CausalModel(Extension):
+    """A causal language model that knows the prompt from the text that follows it, in training and in `generate`.
 
     Attributes:
         bitune_architecture: the parts of the model.
     """
 
     bitune_architecture: Architecture
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes the model's own arguments, and those of `Prompts`. With `labels` and no `prompt_mask`, the leading
+        ignored labels of a row are its prompt.
+
+        Raises:
+            LayoutError: it cannot be told where a prompt ends.
+            RuntimeError: the model went around its backbone, and so around Bitune.
+        """
+        # Not in `forward`, which TRL's fused LM head puts its own in place of.
+        kwargs = by_name(super().forward, args, kwargs)
+        call = Call(self._prompts_of(kwargs))
+        token = _call.set(call)
+        try:
+            outputs = super().__call__(**kwargs)
+        finally:
+            _call.reset(token)
+        if not call.reached_backbone:
+            raise RuntimeError(
+                f"{type(self).__name__} did not call its {type(self.bitune_architecture.backbone).__name__}, so its "
+                "answer is plainly causal. Bitune does not support this architecture; a plugin can name the right "
+                "backbone (hook `bitune_architecture`)."
+            )
+        return outputs
+
+    def _prompts_of(self, kwargs: dict[str, Any]) -> Prompts:
+        prompts = Prompts.taken_from(kwargs)
+        labels = kwargs.get("labels")
+        if labels is None:
+            return prompts
+        if prompts.completion_index is not None:
+            raise LayoutError(
+                "`labels` came with `completion_index`: the loss would take the first token of a completion for what "
+                "follows the one before. Compute the loss from the logits, or give every completion a row of its own."
+            )
+        if prompts.prompt_mask is None and active_adapter(self.bitune_architecture) is not None:
+            return replace(prompts, prompt_mask=prompt_from_labels(labels, _padding_mask(kwargs)))
+        return prompts
 
     def generate(self, *args: Any, prompt_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """`generate` of transformers, with one argument more.
@@ -188,14 +231,16 @@ class TwoWayBackbone(Extension):
             LayoutError: it cannot be told where a prompt ends.
             RuntimeError: an attention layer took no part, so that it would have been plainly causal.
         """
-        kwargs = _by_name(super().forward, args, kwargs)
-        prompts = Prompts.taken_from(kwargs, otherwise=_prompts.get())
+        kwargs = by_name(super().forward, args, kwargs)
+        call = _call.get() or Call()
+        call.reached_backbone = True
+        prompts = Prompts.taken_from(kwargs, otherwise=call.prompts)
         reading = _start_reading(self.bitune_architecture, prompts, kwargs)
         if reading is None:
             _check_one_completion(prompts.completion_index)
             return super().forward(**kwargs)
         with reading_in_progress(reading):
-            outputs = super().forward(**_lengthen(reading, kwargs))
+            outputs = super().forward(**_lengthen(self.bitune_architecture, reading, kwargs))
         _check_all_took_part(self.bitune_architecture, reading)
         outputs = _cut(reading, outputs)
         if prompts.answers_only:
@@ -207,64 +252,37 @@ def attach(model: PreTrainedModel, architecture: Architecture) -> None:
     """Puts the forward pass of Bitune on a model. Does nothing where it already is."""
     if isinstance(architecture.backbone, TwoWayBackbone):
         return
-    model.set_attn_implementation(implementation_for(model.config._attn_implementation))
-    model.register_forward_pre_hook(take_prompts, with_kwargs=True)
-    model.register_forward_hook(forget_prompts, always_call=True)
-    extend(model, GeneratingModel)
+    if not architecture.does_own_arithmetic:
+        model.set_attn_implementation(implementation_for(model.config._attn_implementation))
+    extend(model, CausalModel)
     model.bitune_architecture = architecture
     extend(architecture.backbone, TwoWayBackbone)
     architecture.backbone.bitune_architecture = architecture
     for layer in architecture.layers:
         extend(layer, FollowingLayer)
+    if architecture.attention_extension is not None:
+        for attention in architecture.attentions:
+            extend(attention, architecture.attention_extension)
 
 
 def detach(model: PreTrainedModel, architecture: Architecture) -> None:
     """Takes it off again: classes, hooks and attention implementation are as before `attach`."""
-    model.set_attn_implementation(model.config._attn_implementation.removeprefix(PREFIX))
-    _remove_hook(model._forward_pre_hooks, take_prompts, model._forward_pre_hooks_with_kwargs)
-    _remove_hook(model._forward_hooks, forget_prompts, model._forward_hooks_always_called)
+    if not architecture.does_own_arithmetic:
+        model.set_attn_implementation(model.config._attn_implementation.removeprefix(PREFIX))
+    if architecture.attention_extension is not None:
+        for attention in architecture.attentions:
+            restore(attention, architecture.attention_extension)
     for layer in architecture.layers:
         restore(layer, FollowingLayer)
     del architecture.backbone.bitune_architecture, model.bitune_architecture
     restore(architecture.backbone, TwoWayBackbone)
-    restore(model, GeneratingModel)
-
-
-def _remove_hook(hooks: dict[int, Callable[..., Any]], hook: Callable[..., Any], marks: dict[int, bool]) -> None:
-    for key in [key for key, other in hooks.items() if other is hook]:
-        del hooks[key], marks[key]
-
-
-def take_prompts(
-    model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook of the causal language model: keeps what is said of the prompts until the backbone is called.
-    Without `prompt_mask`, the leading ignored labels of a row are its prompt."""
-    kwargs = _by_name(type(model).forward, (model, *args), kwargs) if args else dict(kwargs)
-    kwargs.pop("self", None)
-    prompts = Prompts.taken_from(kwargs, otherwise=Prompts())
-    labels = kwargs.get("labels")
-    if labels is not None and prompts.completion_index is not None:
-        raise LayoutError(
-            "`labels` came with `completion_index`: the loss would take the first token of a completion for what "
-            "follows the one before. Compute the loss from the logits, or give every completion a row of its own."
-        )
-    adapter = active_adapter(model.bitune_architecture)
-    if labels is not None and prompts.prompt_mask is None and adapter is not None:
-        prompts = replace(prompts, prompt_mask=prompt_from_labels(labels, _padding_mask(kwargs)))
-    _prompts.set(prompts)
-    return (), kwargs
-
-
-def forget_prompts(*_: Any) -> None:
-    """Forward hook of the causal language model: what was said of the prompts was for this forward pass alone."""
-    _prompts.set(Prompts())
+    restore(model, CausalModel)
 
 
 def active_adapter(architecture: Architecture) -> str | None:
     """The Bitune adapter that is switched on, if any."""
     mixing = getattr(architecture.attentions[0], MIXING)
-    return None if mixing.disable_adapters or not mixing.active_adapters else mixing.active_adapters[0]
+    return mixing.active_adapters[0] if mixing.is_on else None
 
 
 def _start_reading(architecture: Architecture, prompts: Prompts, kwargs: dict[str, Any]) -> Reading | None:
@@ -296,11 +314,10 @@ def _start_reading(architecture: Architecture, prompts: Prompts, kwargs: dict[st
             "`output_router_logits=True`: the routers see the copy of the prompt too, and a balancing loss would count "
             "its tokens. Set `output_router_logits=False`."
         )
-    if not architecture.backbone.config._attn_implementation.startswith(PREFIX):
+    implementation = architecture.backbone.config._attn_implementation
+    if not architecture.does_own_arithmetic and not implementation.startswith(PREFIX):
         # `set_attn_implementation` was called after the adapter was put on.
-        architecture.backbone.set_attn_implementation(
-            implementation_for(architecture.backbone.config._attn_implementation)
-        )
+        architecture.backbone.set_attn_implementation(implementation_for(implementation))
     cache = _cache_to_fill(architecture.backbone, kwargs)
     if cache is not None and layout.completion_index is not None:
         raise LayoutError(
@@ -343,18 +360,21 @@ def _plan(architecture: Architecture, prompts: Prompts, kwargs: dict[str, Any]) 
     return plan(prompt_mask.to(device=tokens.device, dtype=torch.bool), attention_mask, completion_index)
 
 
-def _lengthen(reading: Reading, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _lengthen(architecture: Architecture, reading: Reading, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the backbone for `T + E` tokens; the cache is taken out, the attention function fills it."""
     layout = reading.layout
     lengthened = {name: layout.lengthen(kwargs[name]) for name in ("input_ids", "inputs_embeds") if _has(kwargs, name)}
     positions = kwargs["position_ids"] if _has(kwargs, "position_ids") else layout.positions
-    tokens = _tokens(kwargs)
+    # The attention modules get masks of their own in a reading. transformers hands 4-D masks on as they are, which
+    # spares it making another.
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=_tokens(kwargs).device)
+    lengthened["attention_mask"] = None if architecture.does_own_arithmetic else mask
+    if "logits_to_keep" in kwargs:  # counted from the end of the row, where the copy is now
+        lengthened["logits_to_keep"] = 0
     return {
         **kwargs,
         **lengthened,
         "position_ids": layout.lengthen_positions(positions),
-        # transformers hands 4-D masks on as they are; the attention function makes its own during a reading.
-        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device),
         "past_key_values": None,
         "use_cache": False,
         "return_dict": True,
@@ -385,7 +405,7 @@ def _cache_to_fill(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> Cache |
 
 def _check_all_took_part(architecture: Architecture, reading: Reading) -> None:
     name = type(architecture.backbone).__name__
-    missing = sorted({attention.layer_idx for attention in architecture.attentions} - reading.seen.keys())
+    missing = [layer for layer, module in enumerate(architecture.attentions) if module not in reading.seen]
     if missing:
         raise RuntimeError(
             f"The attention of layer(s) {missing} of {name} never saw where the prompt ends, and would have been "
@@ -484,8 +504,3 @@ def _tokens(kwargs: dict[str, Any]) -> Tensor:
 
 def _has(kwargs: dict[str, Any], name: str) -> bool:
     return kwargs.get(name) is not None
-
-
-def _by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by their names."""
-    return {**inspect.signature(function).bind_partial(*args).arguments, **kwargs} if args else kwargs

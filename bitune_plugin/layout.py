@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 IGNORED = -100
 """Label of a token that does not count for the loss."""
@@ -35,6 +35,33 @@ IGNORED = -100
 
 class LayoutError(ValueError):
     """A batch in which the prompt of a row cannot be told from its completion."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Sliding window attention: of all that a token may see, only what is less than `size` tokens away, behind or
+    ahead."""
+
+    size: int
+
+    def reaches(self, query: Tensor, key: Tensor) -> Tensor:
+        """bool, from the places of queries and keys in their rows, broadcast."""
+        return (query - key).abs() < self.size
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Chunked attention: of all that a token may see, only what is in the same chunk of `size` tokens."""
+
+    size: int
+
+    def reaches(self, query: Tensor, key: Tensor) -> Tensor:
+        """bool, from the places of queries and keys in their rows, broadcast."""
+        return query // self.size == key // self.size
+
+
+Reach = Window | Chunk
+"""How far the tokens of a layer see."""
 
 
 @dataclass(frozen=True)
@@ -105,52 +132,66 @@ class PromptLayout:
 
     def lengthen_positions(self, positions: Tensor) -> Tensor:
         """As `lengthen`, for positions that all rows may share: `[1 or B, T]` to `[1 or B, T + E]`."""
-        if positions.shape[0] == 1 and self.encoded.span is None:
-            positions = positions.expand(self.encoded.index.shape[0], -1)
-        return self.lengthen(positions)
+        return self.lengthen(self._all_rows(positions))
 
     def in_token_order(self, encoded: Tensor, answer: Tensor, dim: int) -> Tensor:
         """Undoes `take`: `E` and `A` slots back to `T` tokens. What lands on padding has no meaning."""
         slots = torch.cat([encoded, answer], dim=dim)
         return slots if self.order is None else take_along(slots, self.order, dim)
 
-    def encoded_mask(self, window: int | None = None) -> Tensor | None:
+    def encoded_mask(self, reach: Reach | None = None) -> Tensor | None:
         """Causal stream: encoded prompt to encoded prompt, causally.
 
         Returns:
             bool `[1, 1, E, E]`, or `None` when it is the plain causal mask.
         """
-        if window is None or window >= self.encoded.size:
+        if reach is None or reach.size >= self.encoded.size:
             return None
-        return self._cached(("encoded", window), lambda: self._causal(window)[None, None])
+        return self._cached(("encoded", reach), lambda: self._causal(reach)[None, None])
 
-    def copy_mask(self, window: int | None = None, causal: bool = False) -> Tensor | None:
+    def copy_mask(self, reach: Reach | None = None, causal: bool = False) -> Tensor | None:
         """Bidirectional stream: copy to copy, fully; within a sliding window, as far back as ahead.
 
         Args:
-            window: tokens at this distance or further are out of sight.
+            reach: how far the layer sees.
             causal: the ablation whose second reading is causal too.
 
         Returns:
             bool `[B or 1, 1, E or 1, E]`, or `None` when every token sees all the others.
         """
         if causal:
-            return self.encoded_mask(window)
-        if window is not None and window >= self.encoded.size:
-            window = None
-        if window is None and self.encoded.span is not None:
+            return self.encoded_mask(reach)
+        if reach is not None and reach.size >= self.encoded.size:
+            reach = None
+        if reach is None and self.encoded.span is not None:
             return None
-        return self._cached(("copy", window), lambda: self._copy_mask(window))
+        return self._cached(("copy", reach), lambda: self._copy_mask(reach))
 
-    def answer_mask(self, window: int | None = None) -> Tensor:
+    def answer_mask(self, reach: Reach | None = None) -> Tensor:
         """Answer to `[mixed encoded prompt | answer]`: all of its prompt, and causally itself.
 
         Returns:
             bool `[B or 1, 1, A, E + A]`.
         """
-        if window is not None and window >= self.tokens:
-            window = None
-        return self._cached(("answer", window), lambda: self._answer_mask(window))
+        if reach is not None and reach.size >= self.tokens:
+            reach = None
+        return self._cached(("answer", reach), lambda: self._answer_mask(reach))
+
+    def joint_mask(self, reach: Reach | None = None, causal: bool = False) -> Tensor:
+        """All three masks in one, for attention that cannot be asked three times.
+
+        Args:
+            reach, causal: as in `copy_mask`.
+
+        Returns:
+            bool `[B or 1, 1, T + E, 2T + E]`: the queries of a lengthened row, to its own keys and, behind them, to the
+            keys that stay in the cache: `in_token_order(mixed, answer)`. Padding sees itself.
+        """
+        return self._cached(("joint", reach, causal), lambda: self._joint_mask(reach, causal))
+
+    def joint_positions(self) -> Tensor:
+        """Positions of the keys that `joint_mask` is for, int64 `[B or 1, 2T + E]`."""
+        return torch.cat([self.lengthen_positions(self.positions), self._all_rows(self.positions)], dim=1)
 
     def _cached(self, key: tuple, build) -> Tensor:
         if key not in self._masks:
@@ -160,22 +201,28 @@ class PromptLayout:
     def _slots(self, group: TokenGroup) -> Tensor:
         return torch.arange(group.size, device=group.index.device)
 
-    def _causal(self, window: int | None) -> Tensor:
-        slots = self._slots(self.encoded)
-        distance = slots[:, None] - slots[None, :]
-        return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    def _all_rows(self, positions: Tensor) -> Tensor:
+        """`[1 or B, T]`, for every row where rows differ."""
+        if positions.shape[0] == 1 and self.encoded.span is None:
+            return positions.expand(self.encoded.index.shape[0], -1)
+        return positions
 
-    def _copy_mask(self, window: int | None) -> Tensor:
+    def _causal(self, reach: Reach | None) -> Tensor:
+        slots = self._slots(self.encoded)
+        query, key = slots[:, None], slots[None, :]
+        return (query >= key) if reach is None else (query >= key) & reach.reaches(query, key)
+
+    def _copy_mask(self, reach: Reach | None) -> Tensor:
         filled = self.encoded.filled if self.encoded.span is None else self.encoded.filled[:1]
         mask = _at_least_one(filled)[:, None, None, :]
-        if window is None:
+        if reach is None:
             return mask
         slots = self._slots(self.encoded)
-        distance = (slots[:, None] - slots[None, :]).abs()
+        query, key = slots[:, None], slots[None, :]
         # A free slot keeps sight of itself: no query may be left without any key.
-        return (mask & (distance < window)) | (distance == 0)
+        return (mask & reach.reaches(query, key)) | (query == key)
 
-    def _answer_mask(self, window: int | None) -> Tensor:
+    def _answer_mask(self, reach: Reach | None) -> Tensor:
         slots = self._slots(self.answer)
         # Free slots come last, so the causal mask hides them from the answer and leaves each one itself.
         own = (slots[:, None] >= slots[None, :])[None]
@@ -184,13 +231,45 @@ class PromptLayout:
             own = own & ((seen == self.completion_index[:, :, None]) | (seen == 0))
         filled = self.encoded.filled if self.encoded.span is None else self.encoded.filled[:1]
         prompt = filled[:, None, :].expand(-1, self.answer.size, -1)
-        if window is not None:
+        if reach is not None:
             place = self.answer.take(self.positions)
-            distance = place[:, :, None] - place[:, None, :]
-            own = own & (distance < window)
-            prompt = prompt & (place[:, :, None] - self._slots(self.encoded) < window)
+            own = own & reach.reaches(place[:, :, None], place[:, None, :])
+            prompt = prompt & reach.reaches(place[:, :, None], self._slots(self.encoded))
         rows = max(own.shape[0], prompt.shape[0])
         return torch.cat([prompt.expand(rows, -1, -1), own.expand(rows, -1, -1)], dim=2)[:, None]
+
+    def _joint_mask(self, reach: Reach | None, causal: bool) -> Tensor:
+        place = self.positions
+        near = torch.ones_like(place, dtype=torch.bool)[:, :, None]
+        if reach is not None:
+            near = reach.reaches(place[:, :, None], place[:, None, :])
+        encoded, answer = self._members(self.encoded), self._members(self.answer)
+        tokens = torch.arange(self.tokens, device=place.device)
+        behind = tokens[:, None] >= tokens[None, :]
+        own = answer[:, None, :] & behind
+        if self.completion_index is not None:
+            prompt = self.completion_index.new_zeros(self.encoded.index.shape)
+            part = self.in_token_order(prompt, self.completion_index, dim=1)
+            own = own & ((part[:, None, :] == part[:, :, None]) | (part[:, None, :] == 0))
+        causally = encoded[:, :, None] & encoded[:, None, :] & behind & near
+        padding = ~(encoded | answer)[:, :, None] & (tokens[:, None] == tokens[None, :])
+        from_mixture = answer[:, :, None] & (encoded[:, None, :] | own) & near
+        rows, size = encoded.shape[0], self.encoded.size
+        copy = self._copy_or_causal_mask(reach, causal).expand(rows, 1, size, size)[:, 0]
+        first = torch.cat([causally | padding, causally.new_zeros(rows, self.tokens, size), from_mixture], dim=2)
+        return torch.cat([first, nn.functional.pad(copy, (self.tokens, self.tokens))], dim=1)[:, None]
+
+    def _copy_or_causal_mask(self, reach: Reach | None, causal: bool) -> Tensor:
+        mask = self.copy_mask(reach, causal)
+        if mask is None:
+            slots = self._slots(self.encoded)
+            mask = ((slots[:, None] >= slots[None, :]) | (not causal))[None, None]
+        return mask
+
+    def _members(self, group: TokenGroup) -> Tensor:
+        """bool `[B, T]`, True on the tokens of a group."""
+        filled = group.filled.int()
+        return filled.new_zeros(filled.shape[0], self.tokens).scatter_reduce(1, group.index, filled, "amax").bool()
 
 
 def plan(
@@ -278,7 +357,7 @@ def _check_completions(completion_index: Tensor, prompt: Tensor, attended: Tenso
 def _positions_in_completion(completion_index: Tensor, place: Tensor, attended: Tensor) -> Tensor:
     """Each token's place in its row as if its completion were the only one. All int64 `[B, T]`."""
     index = torch.where(attended, completion_index, 0)
-    before = torch.nn.functional.pad(index, (1, 0))[:, :-1].cummax(dim=1).values
+    before = nn.functional.pad(index, (1, 0))[:, :-1].cummax(dim=1).values
     start = torch.where(index > before, place, 0).cummax(dim=1).values
     shared = (attended & (index == 0)).sum(dim=1, keepdim=True)
     return torch.where(index > 0, shared + place - start, place).clamp(min=0)

@@ -55,11 +55,12 @@ def bitune_mixings() -> dict[str, AlphaFunction]:
 @cache
 def plugin_manager() -> pluggy.PluginManager:
     """The plugins of this process: Bitune's own, and all that are installed."""
-    from . import mixing
+    from . import mixing, quirks
 
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(sys.modules[__name__])
     manager.register(mixing)
+    manager.register(quirks)
     manager.load_setuptools_entrypoints(GROUP)
     return manager
 

@@ -11,6 +11,7 @@ each part.
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -51,7 +52,7 @@ class Reading:
         share_adapter: the copy uses the causal adapter too (ablation "shared weights").
         stream: within a block that runs once on each part, the part; `None` where the parts are together.
         cache: filled with the mixed keys and values, layer by layer; `None` to keep none.
-        seen: how often the attention of each layer took part so far, by `layer_idx`.
+        seen: how often each attention module took part so far.
     """
 
     layout: PromptLayout
@@ -60,7 +61,7 @@ class Reading:
     share_adapter: bool = False
     stream: Stream | None = None
     cache: Cache | None = None
-    seen: Counter[int] = field(default_factory=Counter, compare=False)
+    seen: Counter[nn.Module] = field(default_factory=Counter, compare=False)
 
 
 _current: ContextVar[Reading | None] = ContextVar(KEYWORD, default=None)
@@ -112,7 +113,7 @@ class TwoAdapterLayer(Extension):
     """A PEFT layer: the causal adapter on the first `T` tokens of a reading, the bidirectional one on the copy."""
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Any `tokens` outside a reading, `[B, T + E, ...]` in one.
+        """Any `tokens` outside a reading, `[B, T + E, ...]` or `[B, 1, T + E, ...]` in one.
 
         Raises:
             RuntimeError: tokens of another shape, so that they cannot be told apart.
@@ -125,6 +126,8 @@ class TwoAdapterLayer(Extension):
             second = with_active_adapter(self, second_name)
             return super(TwoAdapterLayer, second).forward(tokens, *args, **kwargs)
         layout = reading.layout
+        if tokens.dim() == 4 and tokens.shape[1] == 1:  # states of latent attention, in the shape of a cache
+            return self.forward(tokens.squeeze(1), *args, **kwargs).unsqueeze(1)
         if tokens.dim() < 2 or tokens.shape[1] != layout.length:
             raise RuntimeError(
                 f"A {type(self).__name__} adapter received tokens of shape {list(tokens.shape)}, where Bitune expects "
@@ -134,6 +137,17 @@ class TwoAdapterLayer(Extension):
         if tokens.dim() == 3 and not args and not kwargs and _is_plain_lora(self, reading.adapter, second_name):
             return both_loras(self, tokens, layout.tokens, reading.adapter, second_name)
         return torch.cat(list(_on_each_part(self.forward, reading, tokens, *args, **kwargs)), dim=1)
+
+
+class FlattenedTokens(TwoAdapterLayer):
+    """A PEFT layer that gets its tokens flattened, row by row."""
+
+    def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Any `tokens` outside a reading, `[B * (T + E), ...]` in one."""
+        reading = _current.get()
+        if reading is None:
+            return super().forward(tokens, *args, **kwargs)
+        return super().forward(tokens.unflatten(0, (-1, reading.layout.length)), *args, **kwargs).flatten(0, 1)
 
 
 class SeparateStreams(Extension):
@@ -172,9 +186,19 @@ def _join(first: Any, second: Any, rows: int) -> Any:
 def with_active_adapter(layer: BaseTunerLayer, adapter_name: str) -> BaseTunerLayer:
     """The same PEFT layer with another active adapter, sharing everything else; the layer itself is not touched, so
     that other threads may use it meanwhile."""
-    view = object.__new__(type(layer))
-    view.__dict__ = {**layer.__dict__, "_active_adapter": [adapter_name]}
+    return with_attributes(layer, _active_adapter=[adapter_name])
+
+
+def with_attributes(module: nn.Module, **attributes: Any) -> Any:
+    """A module that shares everything with `module` but these attributes."""
+    view = object.__new__(type(module))
+    view.__dict__ = {**module.__dict__, **attributes}
     return view
+
+
+def by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by their names."""
+    return {**inspect.signature(function).bind_partial(*args).arguments, **kwargs} if args else kwargs
 
 
 def both_loras(layer: lora.Linear, tokens: Tensor, split: int, first: str, second: str) -> Tensor:

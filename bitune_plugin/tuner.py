@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _filter_state_dict_by_key_prefixes,
     _get_tuner_state_dict_key_prefixes,
+    check_target_module_exists,
 )
 from peft.tuners.tuners_utils import set_requires_grad as peft_set_requires_grad
 from peft.utils.integrations import init_empty_weights
@@ -32,7 +33,7 @@ from .config import NO_MIXING, BituneConfig
 from .forward import attach, detach
 from .mixing import mix
 from .plugins import mixings
-from .routing import SeparateStreams, TwoAdapterLayer, bidirectional, extend, restore
+from .routing import FlattenedTokens, SeparateStreams, TwoAdapterLayer, bidirectional, extend, restore
 
 BIDIRECTIONAL = "bidirectional"
 """What stands in the keys of a saved adapter where the inner adapter's name stands in the model."""
@@ -44,24 +45,35 @@ class MixingLayer(nn.Module, BaseTunerLayer):
     Args:
         heads: number of key/value heads of the attention module.
         owner: the mixing layer whose theta serves the whole model (`mixing_granularity="model"`).
+        shared: the mixing layer of the attention module whose keys and values this one attends to, if not its own.
     """
 
     adapter_layer_names = ("theta_key", "theta_value")
     other_param_names = ("settings",)
 
-    def __init__(self, heads: int, owner: MixingLayer | None) -> None:
+    def __init__(self, heads: int, owner: MixingLayer | None, shared: MixingLayer | None = None) -> None:
         super().__init__()
         self.theta_key = nn.ParameterDict()
         self.theta_value = nn.ParameterDict()
         self.settings: dict[str, BituneConfig] = {}
         self.heads = heads
-        # In a tuple, so that torch does not take it for a submodule and save it here too.
+        # In tuples, so that torch does not take them for submodules and save them here too.
         self._owner = (self if owner is None else owner,)
+        self._shared = (self if shared is None else shared,)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether a Bitune adapter is switched on."""
+        return not self.disable_adapters and bool(self.active_adapters)
+
+    def _with_theta(self, config: BituneConfig) -> MixingLayer:
+        """The mixing layer that has the theta for this one."""
+        return self._owner[0] if config.mixing_granularity == "model" else self._shared[0]
 
     def add_adapter(self, adapter_name: str, config: BituneConfig, device: torch.device) -> None:
         """Creates theta where `config` says that this layer has one, float32, `[1]` or `[heads]`."""
         self.settings[adapter_name] = config
-        if config.mixing == NO_MIXING or (config.mixing_granularity == "model" and self._owner[0] is not self):
+        if config.mixing == NO_MIXING or self._with_theta(config) is not self:
             return
         size = self.heads if config.mixing_granularity == "head" else 1
         for theta in (self.theta_key, self.theta_value):
@@ -73,7 +85,7 @@ class MixingLayer(nn.Module, BaseTunerLayer):
         config = self.settings[adapter_name]
         if config.mixing == NO_MIXING:
             return None, None
-        layer = self._owner[0] if config.mixing_granularity == "model" else self
+        layer = self._with_theta(config)
         to_alpha = mixings()[config.mixing]
         return tuple(
             to_alpha(theta[adapter_name].float(), config.theta_init) for theta in (layer.theta_key, layer.theta_value)
@@ -163,6 +175,7 @@ class BituneModel(BaseTuner):
         """Puts one more Bitune adapter on the model: both streams and the mixing. See `BaseTuner.inject_adapter`."""
         config = self.peft_config[adapter_name]
         self._check_new_adapter(adapter_name, config)
+        self._leave_out_unadaptable(config.causal_config())
         # Remembered for `unload`: the inner tuner freezes the model.
         if self.inner is None:
             self.__dict__["trained_before"] = [p for p in model.parameters() if p.requires_grad]
@@ -286,6 +299,23 @@ class BituneModel(BaseTuner):
                 f"configs of one type, got {', '.join(sorted(types))}. Load the adapter on another copy of the model."
             )
 
+    def _leave_out_unadaptable(self, config: PeftConfig) -> None:
+        """Takes the layers that PEFT cannot adapt out of "all-linear".
+
+        Raises:
+            ValueError: `target_modules` name such a layer.
+        """
+        names = self.architecture.unadaptable
+        excluded = getattr(config, "exclude_modules", None)
+        if names and config.target_modules == "all-linear" and not isinstance(excluded, str):
+            config.exclude_modules = sorted({*(excluded or ()), *names})
+        for path, _ in self.model.named_modules():
+            if path.rpartition(".")[2] in names and check_target_module_exists(config, path):
+                raise ValueError(
+                    f"`target_modules` of the inner adapter take in {path!r}, which returns several tensors and cannot "
+                    f"be adapted by PEFT. Leave it out: `exclude_modules={sorted(names)}`."
+                )
+
     def _inject_stream(
         self,
         name: str,
@@ -308,9 +338,11 @@ class BituneModel(BaseTuner):
     def _add_mixing(self, adapter_name: str, config: BituneConfig) -> None:
         owner = None
         for attention in self.architecture.attentions:
+            source = self.architecture.source(attention)
             layer = getattr(attention, MIXING, None)
             if layer is None:
-                layer = MixingLayer(self.architecture.key_value_heads(attention), owner)
+                shared = None if source is attention else getattr(source, MIXING)
+                layer = MixingLayer(self.architecture.key_value_heads(attention), owner, shared)
                 layer._active_adapter = self.active_adapters
                 attention.add_module(MIXING, layer)
             owner = owner or layer
@@ -319,12 +351,13 @@ class BituneModel(BaseTuner):
     def _route_adapters(self, adapter_name: str) -> None:
         """Lets the layers of the inner tuner tell the streams apart. The second stream ends with the backbone."""
         name = bidirectional(adapter_name)
-        inside = set(self.architecture.backbone.modules())
+        inside = {module: path for path, module in self.architecture.backbone.named_modules()}
         for layer in self._tuner_layers():
             if name not in layer._get_available_adapters():
                 continue
             if layer in inside:
-                extend(layer, TwoAdapterLayer)
+                flattened = inside[layer].rpartition(".")[2] in self.architecture.flattened
+                extend(layer, FlattenedTokens if flattened else TwoAdapterLayer)
             else:
                 layer.delete_adapter(name)
         for block in self.architecture.flattening_blocks():

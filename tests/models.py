@@ -63,7 +63,11 @@ def tiny(architecture: str = "llama", attention: str = "sdpa", seed: int = 0, **
     if architecture in ("gpt_neox",):
         settings.pop("head_dim")
     config = CONFIG_MAPPING[architecture](**settings)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    return randomise(AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32))
+
+
+def randomise(model: PreTrainedModel) -> PreTrainedModel:
+    """Gives a new model weights that make a difference; in eval mode."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitune_plugin import layout
-from bitune_plugin.layout import LayoutError, PromptLayout, plan, prompt_from_labels, take_along
+from bitune_plugin.layout import (
+    Chunk,
+    LayoutError,
+    PromptLayout,
+    Reach,
+    Window,
+    plan,
+    prompt_from_labels,
+    take_along,
+)
 
 settings.register_profile("layout", deadline=None, max_examples=60)
 settings.load_profile("layout")
@@ -49,30 +58,38 @@ class Row:
         return self.tokens.index(query) - self.tokens.index(key)
 
 
-def seen_by_encoded(row: Row, query: int, window: int) -> set[int]:
-    return {key for key in row.encoded if 0 <= row.distance(query, key) < window}
+def near(row: Row, query: int, key: int, reach: Reach | None) -> bool:
+    if isinstance(reach, Window):
+        return abs(row.distance(query, key)) < reach.size
+    if isinstance(reach, Chunk):
+        return row.tokens.index(query) // reach.size == row.tokens.index(key) // reach.size
+    return True
 
 
-def seen_by_copy(row: Row, query: int, window: int) -> set[int]:
-    return {key for key in row.encoded if abs(row.distance(query, key)) < window}
+def seen_by_encoded(row: Row, query: int, reach: Reach | None) -> set[int]:
+    return {key for key in row.encoded if row.distance(query, key) >= 0 and near(row, query, key, reach)}
 
 
-def seen_by_answer(row: Row, query: int, window: int) -> set[int]:
-    return {key for key in row.tokens if 0 <= row.distance(query, key) < window}
+def seen_by_copy(row: Row, query: int, reach: Reach | None) -> set[int]:
+    return {key for key in row.encoded if near(row, query, key, reach)}
+
+
+def seen_by_answer(row: Row, query: int, reach: Reach | None) -> set[int]:
+    return {key for key in row.tokens if row.distance(query, key) >= 0 and near(row, query, key, reach)}
 
 
 # --- What the layout says, token by token -----------------------------------------------------------------------------
 
 
-def masks(layout: PromptLayout, rows: int, window: int | None) -> dict[str, Tensor]:
+def masks(layout: PromptLayout, rows: int, reach: Reach | None) -> dict[str, Tensor]:
     """The masks of a layout written out: bool `[B, queries, keys]` over slots."""
     size, answers = layout.encoded.size, layout.answer.size
     everybody = torch.ones(1, 1, size, size, dtype=torch.bool)
-    encoded, copy = layout.encoded_mask(window), layout.copy_mask(window)
+    encoded, copy = layout.encoded_mask(reach), layout.copy_mask(reach)
     return {
         "encoded": (everybody.tril() if encoded is None else encoded).expand(rows, 1, size, size)[:, 0],
         "copy": (everybody if copy is None else copy).expand(rows, 1, size, size)[:, 0],
-        "answer": layout.answer_mask(window).expand(rows, 1, answers, size + answers)[:, 0],
+        "answer": layout.answer_mask(reach).expand(rows, 1, answers, size + answers)[:, 0],
     }
 
 
@@ -127,8 +144,7 @@ def row(text: str) -> Row:
 
 
 RAGGED = [row("PPPPPcc"), row("PPPcccc"), row(".PPcc.."), row("P.P.Pcc"), row("Pcccccc"), row(".......")]
-windows = st.one_of(st.none(), st.integers(1, 12))
-FAR = 10**9
+reaches = st.one_of(st.none(), st.integers(1, 12).map(Window), st.integers(1, 12).map(Chunk))
 
 
 # --- Properties of every layout ---------------------------------------------------------------------------------------
@@ -203,34 +219,34 @@ def test_the_copy_has_the_positions_of_what_it_copies(rows: list[Row]) -> None:
     assert_copy_keeps_positions(layout_of(rows), rows)
 
 
-@given(batches(), windows)
-@example(RAGGED, 2)
-@example(RAGGED, 4)
-def test_an_encoded_token_sees_its_prompt_up_to_itself(rows: list[Row], window: int | None) -> None:
+@given(batches(), reaches)
+@example(RAGGED, Window(2))
+@example(RAGGED, Window(4))
+def test_an_encoded_token_sees_its_prompt_up_to_itself(rows: list[Row], reach: Reach | None) -> None:
     layout = layout_of(rows)
-    mask = masks(layout, len(rows), window)["encoded"]
+    mask = masks(layout, len(rows), reach)["encoded"]
     for index, row in enumerate(rows):
         slots = list(range(len(row.encoded)))
         for slot, token in enumerate(row.encoded):
-            assert visible(mask, index, slot, row.encoded, slots) == seen_by_encoded(row, token, window or FAR)
+            assert visible(mask, index, slot, row.encoded, slots) == seen_by_encoded(row, token, reach)
 
 
-@given(batches(), windows)
-@example(RAGGED, 2)
-@example(RAGGED, 4)
-def test_a_copied_token_sees_its_prompt_on_both_sides(rows: list[Row], window: int | None) -> None:
+@given(batches(), reaches)
+@example(RAGGED, Window(2))
+@example(RAGGED, Window(4))
+def test_a_copied_token_sees_its_prompt_on_both_sides(rows: list[Row], reach: Reach | None) -> None:
     layout = layout_of(rows)
-    mask = masks(layout, len(rows), window)["copy"]
+    mask = masks(layout, len(rows), reach)["copy"]
     for index, row in enumerate(rows):
         slots = list(range(len(row.encoded)))
         for slot, token in enumerate(row.encoded):
-            assert visible(mask, index, slot, row.encoded, slots) == seen_by_copy(row, token, window or FAR)
+            assert visible(mask, index, slot, row.encoded, slots) == seen_by_copy(row, token, reach)
 
 
 def assert_answers_see(
-    layout: PromptLayout, rows: list[Row], window: int | None, expected: Callable[[Row, int], set[int]]
+    layout: PromptLayout, rows: list[Row], reach: Reach | None, expected: Callable[[Row, int], set[int]]
 ) -> None:
-    mask = masks(layout, len(rows), window)["answer"]
+    mask = masks(layout, len(rows), reach)["answer"]
     for index, row in enumerate(rows):
         of_answer = range(layout.encoded.size, layout.encoded.size + len(row.answer))
         slots = [*range(len(row.encoded)), *of_answer]
@@ -238,30 +254,71 @@ def assert_answers_see(
             assert visible(mask, index, slot, row.encoded + row.answer, slots) == expected(row, token)
 
 
-@given(batches(), windows)
-@example(RAGGED, 2)
-@example(RAGGED, 4)
-def test_an_answer_token_sees_all_that_is_behind_it(rows: list[Row], window: int | None) -> None:
-    assert_answers_see(layout_of(rows), rows, window, lambda row, token: seen_by_answer(row, token, window or FAR))
+@given(batches(), reaches)
+@example(RAGGED, Window(2))
+@example(RAGGED, Window(4))
+def test_an_answer_token_sees_all_that_is_behind_it(rows: list[Row], reach: Reach | None) -> None:
+    assert_answers_see(layout_of(rows), rows, reach, lambda row, token: seen_by_answer(row, token, reach))
 
 
-@given(batches(), windows)
-@example(RAGGED, 2)
-@example(RAGGED, 4)
-def test_no_query_is_left_without_a_key(rows: list[Row], window: int | None) -> None:
-    for name, mask in masks(layout_of(rows), len(rows), window).items():
+@given(batches(), reaches, st.booleans())
+def test_the_joint_mask_says_what_the_three_masks_say(rows: list[Row], reach: Reach | None, causal: bool) -> None:
+    layout = layout_of(rows)
+    size = layout.encoded.size
+    mask = layout.joint_mask(reach, causal).expand(len(rows), 1, layout.length, layout.tokens + layout.length)[:, 0]
+    for index, row in enumerate(rows):
+        own, copied, kept = mask[index].split([layout.tokens, size, layout.tokens], dim=1)
+        copies = {slot: row.encoded[slot] for slot in range(len(row.encoded))}
+        for token in range(layout.tokens):
+            seen = {"own": set(lit(own[token])), "copied": set(lit(copied[token])), "kept": set(lit(kept[token]))}
+            nothing = {"own": set(), "copied": set(), "kept": set()}
+            if token in row.encoded:
+                assert seen == nothing | {"own": seen_by_encoded(row, token, reach)}
+            elif token in row.answer:
+                assert seen == nothing | {"kept": seen_by_answer(row, token, reach)}
+            else:
+                assert seen == nothing | {"own": {token}}
+        for slot, token in copies.items():
+            query = layout.tokens + slot
+            assert not own[query].any()
+            assert not kept[query].any()
+            expected = seen_by_encoded(row, token, reach) if causal else seen_by_copy(row, token, reach)
+            assert {copies[key] for key in lit(copied[query]) if key in copies} == expected
+    assert mask.any(dim=2).all(), "a query sees nothing"
+
+
+def lit(mask: Tensor) -> list[int]:
+    return mask.nonzero().flatten().tolist()
+
+
+@given(batches())
+def test_positions_of_the_joint_keys(rows: list[Row]) -> None:
+    layout = layout_of(rows)
+    own, copied, kept = layout.joint_positions().split([layout.tokens, layout.encoded.size, layout.tokens], dim=1)
+    for index, row in enumerate(rows):
+        index = index if len(own) > 1 else 0
+        for place, token in enumerate(row.tokens):
+            assert own[index, token] == kept[index, token] == place
+        assert copied[index, : len(row.encoded)].tolist() == list(range(len(row.encoded)))
+
+
+@given(batches(), reaches)
+@example(RAGGED, Window(2))
+@example(RAGGED, Window(4))
+def test_no_query_is_left_without_a_key(rows: list[Row], reach: Reach | None) -> None:
+    for name, mask in masks(layout_of(rows), len(rows), reach).items():
         assert mask.any(dim=-1).all(), name
 
 
-@given(batches(), windows)
-def test_the_causal_second_reading_has_the_mask_of_the_first(rows: list[Row], window: int | None) -> None:
+@given(batches(), reaches)
+def test_the_causal_second_reading_has_the_mask_of_the_first(rows: list[Row], reach: Reach | None) -> None:
     layout = layout_of(rows)
-    first, second = layout.encoded_mask(window), layout.copy_mask(window, causal=True)
+    first, second = layout.encoded_mask(reach), layout.copy_mask(reach, causal=True)
     assert (first is None and second is None) or torch.equal(first, second)
 
 
-@given(batches(), windows, windows)
-def test_masks_asked_for_twice_do_not_mix_up_windows(rows: list[Row], one: int | None, other: int | None) -> None:
+@given(batches(), reaches, reaches)
+def test_masks_asked_for_twice_do_not_mix_up_windows(rows: list[Row], one: Reach | None, other: Reach | None) -> None:
     layout = layout_of(rows)
     masks(layout, len(rows), other)
     again, fresh = masks(layout, len(rows), one), masks(layout_of(rows), len(rows), one)
@@ -280,7 +337,7 @@ def test_without_anything_to_encode_there_is_no_layout(rows: list[Row]) -> None:
 def test_aligned_rows_are_laid_out_as_they_would_be_among_ragged_ones(count: int, data: st.DataObject) -> None:
     tokens = data.draw(st.integers(2, 9))
     length = data.draw(st.integers(2, tokens))
-    window = data.draw(windows)
+    reach = data.draw(reaches)
     rows = [Row([True] * tokens, length)] * count
     aligned = layout_of(rows)
     ragged = layout_of([*rows, Row([True] * (tokens - 1) + [False], min(length, tokens - 1))])
@@ -292,7 +349,7 @@ def test_aligned_rows_are_laid_out_as_they_would_be_among_ragged_ones(count: int
     assert torch.equal(aligned.answer.take(states[:count]), ragged.answer.take(states)[:count])
     assert torch.equal(aligned.lengthen(states[:count]), ragged.lengthen(states)[:count])
     assert torch.equal(aligned.positions.expand(count, -1), ragged.positions[:count])
-    short, long = masks(aligned, count, window), masks(ragged, count + 1, window)
+    short, long = masks(aligned, count, reach), masks(ragged, count + 1, reach)
     assert all(torch.equal(short[name], long[name][:count]) for name in short)
 
 
@@ -312,12 +369,12 @@ def test_aligned_rows_share_one_mask_and_need_none_for_the_prompt() -> None:
     assert layout.answer_mask().shape == (1, 1, 3, 5)
 
 
-@pytest.mark.parametrize("window", [4, 5, 100])
-def test_a_window_as_long_as_the_row_is_no_window(window: int) -> None:
+@pytest.mark.parametrize("reach", [Window(4), Window(5), Window(100), Chunk(4), Chunk(5), Chunk(100)])
+def test_a_window_as_long_as_the_row_is_no_window(reach: Reach) -> None:
     layout = layout_of([row("PPPc")])
-    assert layout.encoded_mask(window) is None
-    assert layout.copy_mask(window) is None
-    assert torch.equal(layout.answer_mask(window), layout.answer_mask())
+    assert layout.encoded_mask(reach) is None
+    assert layout.copy_mask(reach) is None
+    assert torch.equal(layout.answer_mask(reach), layout.answer_mask())
 
 
 # --- By example -------------------------------------------------------------------------------------------------------
@@ -356,7 +413,7 @@ def test_a_row_with_nothing_to_encode_keeps_its_place_among_others(text: str) ->
 
 def test_a_row_of_padding_alone_gives_finite_attention() -> None:
     rows = [row("PPPcc"), row(".....")]
-    for mask in masks(layout_of(rows), 2, 2).values():
+    for mask in masks(layout_of(rows), 2, Window(2)).values():
         scores = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
         assert scores.softmax(dim=-1).isfinite().all()
 
@@ -499,17 +556,17 @@ def test_every_completion_starts_right_after_the_prompt(rows: list[Choices]) -> 
     assert (positions >= 0).all()
 
 
-@given(questions(), windows)
+@given(questions(), reaches)
 @example(MIXED, None)
-@example(MIXED, 1)
-@example(MIXED, 3)
+@example(MIXED, Window(1))
+@example(MIXED, Window(3))
 def test_a_token_of_a_completion_sees_what_it_would_if_there_were_no_other(
-    rows: list[Choices], window: int | None
+    rows: list[Choices], reach: Reach | None
 ) -> None:
     def alone(row: Choices, token: int) -> set[int]:
-        return seen_by_answer(row.alone(token), token, window or FAR)
+        return seen_by_answer(row.alone(token), token, reach)
 
-    assert_answers_see(choice_layout(rows), rows, window, alone)
+    assert_answers_see(choice_layout(rows), rows, reach, alone)
 
 
 @given(questions())
@@ -521,9 +578,9 @@ def test_every_slot_of_an_answer_knows_its_completion(rows: list[Choices]) -> No
         assert layout.completion_index[index, : len(row.answer)].tolist() == [row.index[token] for token in row.answer]
 
 
-@given(questions(), windows)
-@example(MIXED, 2)
-def test_completions_change_neither_slots_nor_how_prompts_are_read(rows: list[Choices], window: int | None) -> None:
+@given(questions(), reaches)
+@example(MIXED, Window(2))
+def test_completions_change_neither_slots_nor_how_prompts_are_read(rows: list[Choices], reach: Reach | None) -> None:
     several, one = choice_layout(rows), layout_of(rows)
     for name in ("encoded", "answer"):
         group, other = getattr(several, name), getattr(one, name)
@@ -532,7 +589,7 @@ def test_completions_change_neither_slots_nor_how_prompts_are_read(rows: list[Ch
         assert torch.equal(group.filled, other.filled)
     assert (several.order is None and one.order is None) or torch.equal(several.order, one.order)
     assert one.completion_index is None
-    before, after = masks(one, len(rows), window), masks(several, len(rows), window)
+    before, after = masks(one, len(rows), reach), masks(several, len(rows), reach)
     assert all(torch.equal(before[name], after[name]) for name in ("encoded", "copy"))
 
 
@@ -542,21 +599,21 @@ def test_the_copy_of_a_prompt_has_its_positions_whatever_follows(rows: list[Choi
     assert_copy_keeps_positions(choice_layout(rows), rows)
 
 
-@given(questions(), windows)
-@example(MIXED, 1)
-@example(MIXED, 3)
-def test_no_query_of_several_completions_is_left_without_a_key(rows: list[Choices], window: int | None) -> None:
-    for name, mask in masks(choice_layout(rows), len(rows), window).items():
+@given(questions(), reaches)
+@example(MIXED, Window(1))
+@example(MIXED, Window(3))
+def test_no_query_of_several_completions_is_left_without_a_key(rows: list[Choices], reach: Reach | None) -> None:
+    for name, mask in masks(choice_layout(rows), len(rows), reach).items():
         assert mask.any(dim=-1).all(), name
 
 
-@given(questions(), windows)
-@example(MIXED, 3)
-def test_a_single_completion_is_laid_out_as_without_a_number(rows: list[Choices], window: int | None) -> None:
+@given(questions(), reaches)
+@example(MIXED, Window(3))
+def test_a_single_completion_is_laid_out_as_without_a_number(rows: list[Choices], reach: Reach | None) -> None:
     rows = [Choices(row.attended, row.prompt_length, [min(n, 1) for n in row.index]) for row in rows]
     one, plain = choice_layout(rows), layout_of(rows)
     assert torch.equal(one.positions, plain.positions.expand_as(one.positions))
-    with_number, without = masks(one, len(rows), window), masks(plain, len(rows), window)
+    with_number, without = masks(one, len(rows), reach), masks(plain, len(rows), reach)
     for index, row in enumerate(rows):
         # Free slots hold no token; what they see has no meaning.
         answer = slice(len(row.answer))
@@ -564,8 +621,8 @@ def test_a_single_completion_is_laid_out_as_without_a_number(rows: list[Choices]
     assert all(torch.equal(with_number[name], without[name]) for name in ("encoded", "copy"))
 
 
-@given(questions(), windows, st.integers(-1, 9))
-def test_the_number_of_a_padding_token_means_nothing(rows: list[Choices], window: int | None, number: int) -> None:
+@given(questions(), reaches, st.integers(-1, 9))
+def test_the_number_of_a_padding_token_means_nothing(rows: list[Choices], reach: Reach | None, number: int) -> None:
     others = [
         Choices(
             row.attended,
@@ -575,7 +632,7 @@ def test_the_number_of_a_padding_token_means_nothing(rows: list[Choices], window
         for row in rows
     ]
     one, other = choice_layout(rows), choice_layout(others)
-    mask, other_mask = (masks(layout, len(rows), window)["answer"] for layout in (one, other))
+    mask, other_mask = (masks(layout, len(rows), reach)["answer"] for layout in (one, other))
     for index, row in enumerate(rows):
         assert torch.equal(one.positions[index, row.tokens], other.positions[index, row.tokens])
         assert torch.equal(mask[index, : len(row.answer)], other_mask[index, : len(row.answer)])
@@ -584,7 +641,7 @@ def test_the_number_of_a_padding_token_means_nothing(rows: list[Choices], window
 @given(st.integers(1, 3), st.data())
 def test_aligned_completions_are_laid_out_as_they_would_be_among_ragged_ones(count: int, data: st.DataObject) -> None:
     length, after = data.draw(st.integers(2, 6)), data.draw(st.integers(0, 6))
-    window = data.draw(windows)
+    reach = data.draw(reaches)
     rows = [
         Choices(
             [True] * (length + after),
@@ -597,7 +654,7 @@ def test_aligned_completions_are_laid_out_as_they_would_be_among_ragged_ones(cou
     assert aligned.order is None
     assert torch.equal(aligned.positions.expand(count, -1), ragged.positions[:count])
     assert torch.equal(aligned.completion_index, ragged.completion_index[:count])
-    short, long = masks(aligned, count, window), masks(ragged, count + 1, window)
+    short, long = masks(aligned, count, reach), masks(ragged, count + 1, reach)
     assert all(torch.equal(short[name], long[name][:count]) for name in short)
 
 
@@ -634,7 +691,7 @@ def test_the_answers_of_a_question_by_example() -> None:
 
 
 def test_a_window_slides_over_the_prompt_for_each_completion_anew() -> None:
-    seen = choice_layout([choices("PPP1122")]).answer_mask(3)[0, 0].int().tolist()
+    seen = choice_layout([choices("PPP1122")]).answer_mask(Window(3))[0, 0].int().tolist()
     assert seen == [
         # P  P | P  1  1  2  2
         [1, 1, 1, 0, 0, 0, 0],
@@ -650,13 +707,13 @@ def test_any_integers_number_completions(dtype: torch.dtype) -> None:
     numbers = completions(MIXED).to(dtype)
     one, other = choice_layout(MIXED), plan(*tensors(MIXED), numbers)
     assert torch.equal(one.positions, other.positions)
-    assert torch.equal(one.answer_mask(4), other.answer_mask(4))
+    assert torch.equal(one.answer_mask(Window(4)), other.answer_mask(Window(4)))
 
 
 def test_the_numbers_of_completions_are_left_as_they_were() -> None:
     numbers = completions(MIXED)
     before = numbers.clone()
-    plan(*tensors(MIXED), numbers).answer_mask(3)
+    plan(*tensors(MIXED), numbers).answer_mask(Window(3))
     assert torch.equal(numbers, before)
 
 

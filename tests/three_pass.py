@@ -6,6 +6,11 @@ Nothing of the product is used here. Slow, and short enough to be checked by eye
 from __future__ import annotations
 
 import copy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from unittest.mock import patch
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -49,6 +54,7 @@ class ThreePass(nn.Module):
         self.second_pass_attention = second_pass_attention
         layers = 1 if granularity == "model" else base.config.num_hidden_layers
         size = heads if granularity == "head" else 1
+        cache_what_is_expanded(base)
         self.theta_key = nn.ParameterList(torch.full((size,), theta_init) for _ in range(layers))
         self.theta_value = nn.ParameterList(torch.full((size,), theta_init) for _ in range(layers))
 
@@ -67,13 +73,13 @@ class ThreePass(nn.Module):
         for _ in range(steps):
             token = logits[-1].argmax()[None]
             input_ids = torch.cat([input_ids, token])
-            logits = self._run("causal", token[None], cache, None, len(input_ids) - 1).logits[0]
+            logits = self._run("causal", token[None], cache, len(input_ids) - 1).logits[0]
         return input_ids
 
     def _answer(self, input_ids: Tensor, prompt_length: int) -> tuple[Tensor, DynamicCache]:
         encoded = input_ids[None, : prompt_length - 1]
         cache = self._mixed_prompt(encoded)
-        answer = self._run("causal", input_ids[None, prompt_length - 1 :], cache, None, encoded.shape[1])
+        answer = self._run("causal", input_ids[None, prompt_length - 1 :], cache, encoded.shape[1])
         return answer.logits[0], cache
 
     def _mixed_prompt(self, encoded: Tensor) -> DynamicCache:
@@ -81,10 +87,11 @@ class ThreePass(nn.Module):
         if encoded.shape[1] == 0:
             return mixed
         causal, second = self._cache(), self._cache()
-        self._run("causal", encoded, causal, None, 0)
+        self._run("causal", encoded, causal, 0)
         adapter = "causal" if self.share_adapter else "bidirectional"
         full = self.second_pass_attention == "bidirectional"
-        self._run(adapter, encoded, second, self._full_attention(encoded.shape[1]) if full else None, 0)
+        with full_attention(self.model.get_base_model()) if full else nullcontext():
+            self._run(adapter, encoded, second, 0)
         for index, (c, s) in enumerate(zip(causal.layers, second.layers, strict=True)):
             key = self._mix(c.keys, s.keys, self.theta_key, index)
             value = self._mix(c.values, s.values, self.theta_value, index)
@@ -99,31 +106,19 @@ class ThreePass(nn.Module):
         alpha = (theta / (theta + self.theta_init)).view(1, -1, 1, 1)
         return ((1 - alpha) * causal.float() + alpha * second.float()).to(causal.dtype)
 
-    def _run(self, adapter: str, input_ids: Tensor, cache: DynamicCache, mask: object, start: int):
+    def _run(self, adapter: str, input_ids: Tensor, cache: DynamicCache, start: int):
         self.model.base_model.set_adapter(adapter)
         self.model.requires_grad_(False)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_("lora_" in name or "ia3_" in name)
         positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
         return self.model.base_model.model(
-            input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True
         )
 
     def _cache(self) -> DynamicCache:
         # Without the config no layer forgets what slides out of its window; the masks see to that.
         return DynamicCache()
-
-    def _full_attention(self, length: int) -> object:
-        """Everybody sees everybody; in layers with a sliding window, within it on both sides."""
-        config = self.model.config
-        distance = (torch.arange(length)[:, None] - torch.arange(length)[None, :]).abs()
-        window = getattr(config, "sliding_window", None) or length
-        full, sliding = torch.zeros(1, 1, length, length), torch.zeros(1, 1, length, length)
-        sliding.masked_fill_(distance >= window, torch.finfo(torch.float32).min)
-        if len(set(getattr(config, "layer_types", None) or ())) > 1:
-            return {"full_attention": full, "sliding_attention": sliding}
-        types = getattr(config, "layer_types", None) or ["sliding_attention"]
-        return sliding if types[0] == "sliding_attention" else full
 
     def load_product(self, product: nn.Module) -> None:
         """Copies adapters and theta from a product model."""
@@ -144,3 +139,55 @@ class ThreePass(nn.Module):
             named = [p for name, p in theirs.items() if f"bitune_mixing.{kind}.default" in name]
             pairs += list(zip(thetas, named, strict=False))
         return pairs
+
+
+@contextmanager
+def full_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Lets everybody see everybody; in layers with a sliding window or chunks, within it on both sides."""
+    config, modelling = model.config, sys.modules[type(model).__module__]
+    reaches: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "create_causal_mask": lambda i, j: (i == i) & (j == j),
+        "create_sliding_window_causal_mask": lambda i, j: (i - j).abs() < config.sliding_window,
+        "create_chunked_causal_mask": lambda i, j: i // config.attention_chunk_size == j // config.attention_chunk_size,
+    }
+    with ExitStack() as patches:
+        for name, reach in reaches.items():
+            if hasattr(modelling, name):
+                patches.enter_context(patch.object(modelling, name, partial(_eager_mask, reach)))
+        for module in model.modules():
+            if type(module).__name__ == "GPTNeoSelfAttention":  # has its masks in itself
+                i = torch.arange(module.bias.shape[2])
+                near = (i[:, None] - i).abs() < config.window_size
+                bias = near | (module.attention_type == "global")
+                patches.enter_context(patch.dict(module._buffers, bias=bias[None, None]))
+        yield
+
+
+def _eager_mask(reach: Callable[[Tensor, Tensor], Tensor], inputs_embeds: Tensor, **_: object) -> Tensor:
+    i = torch.arange(inputs_embeds.shape[1])
+    return torch.zeros(1, 1, len(i), len(i)).masked_fill(~reach(i[:, None], i[None, :]), torch.finfo(torch.float32).min)
+
+
+def cache_what_is_expanded(model: PreTrainedModel) -> None:
+    """Latent attention caches states that it expands to keys and values. Here they are expanded first."""
+    for module in model.modules():
+        if hasattr(module, "expand_kv"):
+            module.register_forward_pre_hook(partial(_expanding, module.expand_kv), with_kwargs=True)
+            module.expand_kv = lambda key, value: (key, value)
+
+
+class _ExpandingCache:
+    """A cache that is given latent states and keeps keys and values."""
+
+    def __init__(self, cache: DynamicCache, expand: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        self.cache, self.expand = cache, expand
+
+    def update(self, latent: Tensor, rotary: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        return self.cache.update(*self.expand(latent, rotary), layer)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.cache, name)
+
+
+def _expanding(expand: Callable[..., tuple[Tensor, Tensor]], module: nn.Module, args: tuple, kwargs: dict) -> tuple:
+    return args, {**kwargs, "past_key_values": _ExpandingCache(kwargs["past_key_values"], expand)}
