@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .adapter_methods import AdapterMethods
 from .architectures import Architecture
 from .attention import MIXING, PREFIX, implementation_for
 from .layout import LayoutError, PromptLayout, plan, prompt_from_labels
@@ -104,7 +105,7 @@ class Generation:
 _generation: ContextVar[Generation | None] = ContextVar("bitune_generation", default=None)
 
 
-class CausalModel(Extension):
+class CausalModel(AdapterMethods):
     """A causal language model that knows the prompt from the text that follows it, in training and in `generate`.
 
     Attributes:
@@ -274,7 +275,7 @@ def detach(model: PreTrainedModel, architecture: Architecture) -> None:
             restore(attention, architecture.attention_extension)
     for layer in architecture.layers:
         restore(layer, FollowingLayer)
-    del architecture.backbone.bitune_architecture, model.bitune_architecture
+    del architecture.backbone.bitune_architecture, model.bitune_architecture, model.bitune_tuner
     restore(architecture.backbone, TwoWayBackbone)
     restore(model, CausalModel)
 

@@ -143,9 +143,6 @@ class BituneModel(BaseTuner):
 
     prefix = "theta_"
     tuner_layer_cls = BaseTunerLayer
-    # PEFT's `inject_adapter_in_model`, and with it `model.load_adapter` of transformers, keep the layers and drop the
-    # tuner; they refuse a tuner that says so.
-    uses_shared_state = True
 
     def __init__(
         self,
@@ -156,13 +153,22 @@ class BituneModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         # All that may be refused is refused before the model is changed.
-        _check_bare(model)
-        architecture = describe(model)
-        implementation_for(model.config._attn_implementation)
+        _check_bare(model, adapter_name)
         # Not submodules: the inner tuner wraps the same model again, and must not be saved a second time.
-        self.__dict__.update(inner=None, architecture=architecture)
+        self.__dict__.update(self._state_of(model))
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         super().__init__(model, AdapterConfigs(configs), adapter_name, low_cpu_mem_usage, state_dict)
+        vars(model)["bitune_tuner"] = self  # no submodule either
+
+    @staticmethod
+    def _state_of(model: nn.Module) -> dict[str, Any]:
+        """What a tuner knows of its model: from the one before it, if transformers adds a further adapter."""
+        before: BituneModel | None = vars(model).get("bitune_tuner")
+        if before is not None:
+            return {"inner": before.inner, "architecture": before.architecture, "trained_before": before.trained_before}
+        architecture = describe(model)
+        implementation_for(model.config._attn_implementation)
+        return {"inner": None, "architecture": architecture}
 
     def inject_adapter(
         self,
@@ -428,9 +434,11 @@ class BituneModel(BaseTuner):
         return remapped
 
 
-def _check_bare(model: nn.Module) -> None:
-    """Raises ValueError if another PEFT method is already on `model`."""
+def _check_bare(model: nn.Module, adapter_name: str) -> None:
+    """Raises ValueError if another PEFT method, or an adapter of this name, is already on `model`."""
     configs = getattr(model, "peft_config", None)
+    if isinstance(configs, AdapterConfigs) and adapter_name not in configs:
+        return
     if isinstance(configs, AdapterConfigs):
         raise ValueError(
             f"This model already carries Bitune adapters ({', '.join(configs)}). Add another with `add_adapter` or "
@@ -476,10 +484,8 @@ def _without_part(key: str, part: str) -> str:
 
 
 def _take_off(model: nn.Module, adapter_name: str) -> None:
-    """Undoes `inject_adapter` for an adapter whose weights could not be loaded."""
-    tuner = getattr(model, "base_model", None)
-    if not isinstance(tuner, BituneModel):
-        return
+    """Undoes `inject_adapter` for an adapter whose weights could not be loaded into a PeftModel or its base."""
+    tuner = model.base_model if isinstance(model.base_model, BituneModel) else model.bitune_tuner
     if len(tuner.peft_config) == 1:
         tuner.unload()
     else:

@@ -695,22 +695,6 @@ def test_mixed_models_are_refused(folder: Path) -> None:
         PeftMixedModel.from_pretrained(base, folder)
 
 
-def test_injecting_without_a_peft_model_is_refused() -> None:
-    """It would leave nothing that can save, switch or load the adapter."""
-    base = tiny()
-    with unharmed(base), pytest.raises(ValueError, match="get_peft_model"):
-        inject_adapter_in_model(BituneConfig(), base)
-
-
-def test_loading_through_transformers_is_refused_rather_than_half_done(folder: Path) -> None:
-    """transformers 5.23 would load theta and leave every LoRA weight as it was made."""
-    base = tiny()
-    before = plain_logits(base)
-    with pytest.raises(ValueError, match="get_peft_model"):
-        base.load_adapter(str(folder))
-    assert torch.equal(plain_logits(base), before)
-
-
 # --- Damaged folders -------------------------------------------------------------------------------------------------
 
 
