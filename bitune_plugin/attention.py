@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,15 +20,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .kernels import KERNELS
 from .layout import Chunk, PromptLayout, Reach, Window
 from .routing import Extension, Reading, current_reading
 
 PREFIX = "bitune_"
-SUPPORTED = ("sdpa", "eager")
-"""Attention implementations of transformers that `bitune_<base>` can stand on."""
-
 MIXING = "bitune_mixing"
 """Name of the mixing layer inside every attention module."""
 
@@ -43,22 +39,28 @@ class PlacedQueries(Extension):
 
 
 def implementation_for(base: str) -> str:
-    """Registers `bitune_<base>` with transformers and returns that name.
+    """Registers an implementation of Bitune on top of `base` with transformers and returns its name.
 
     Raises:
         ValueError: `base` is an implementation that Bitune cannot stand on.
     """
     if base.startswith(PREFIX):
         return base
-    if base not in SUPPORTED:
+    if base not in KERNELS:
         raise ValueError(
             f"Bitune does not support `attn_implementation={base!r}`. Load the model with one of "
-            f"{', '.join(map(repr, SUPPORTED))}, or call `model.set_attn_implementation('sdpa')` first."
+            f"{', '.join(map(repr, KERNELS))}, or call `model.set_attn_implementation('sdpa')` first."
         )
-    name = PREFIX + base
+    # transformers takes every name with "flash" in it for a kernel to be loaded.
+    name = PREFIX + base.replace("flash_attention", "varlen")
     AttentionInterface.register(name, partial(bitune_attention, base))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     return name
+
+
+def base_of(name: str) -> str:
+    """The implementation that one of Bitune's stands on."""
+    return name.removeprefix(PREFIX).replace("varlen", "flash_attention")
 
 
 def bitune_attention(
@@ -82,28 +84,27 @@ def bitune_attention(
     Returns:
         The attended values, `[B, N, heads, head size]`, and `None` during a reading in place of the weights.
     """
-    attend = _base_function(base, module)
     reading = current_reading()
+    attend = partial(KERNELS[base], module, kwargs)
     if reading is None:
-        return attend(module, query, key, value, attention_mask, **kwargs)
+        return attend(query, key, value, attention_mask)
     reading.seen[module] += 1
     kwargs.pop("is_causal", None)
     if isinstance(module, PlacedQueries):
         query = module.in_their_places(query, reading.layout)
-    return _attend_in_groups(partial(_attend, base, attend, module, kwargs), module, query, key, value, reading, kwargs)
+    return _attend_in_groups(attend, module, query, key, value, reading, reach_of(module, kwargs))
 
 
 def _attend_in_groups(
-    attend: Callable[..., Tensor],
+    attend: Callable[..., tuple[Tensor, Tensor | None]],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     reading: Reading,
-    kwargs: dict[str, Any],
+    reach: Reach | None,
 ) -> tuple[Tensor, None]:
     layout = reading.layout
-    reach = reach_of(module, kwargs)
     rows, copies = (slice(0, layout.tokens), slice(layout.tokens, layout.length))
     (query_rows, query_copy), (key_rows, key_copy), (value_rows, value_copy) = (
         (states[:, :, rows], states[:, :, copies]) for states in (query, key, value)
@@ -121,22 +122,14 @@ def _attend_in_groups(
             module.layer_idx,
         )
 
-    encoded = attend(
-        layout.encoded.take(query_rows, dim=2), key_encoded, value_encoded, layout.encoded_mask(reach), causal=True
-    )
-    copy = attend(
-        query_copy,
-        key_copy,
-        value_copy,
-        layout.copy_mask(reach, reading.second_pass_causal),
-        causal=reading.second_pass_causal,
-    )
-    answer = attend(
+    seen_by_encoded, seen_by_copy, seen_by_answer = layout.sights(reach, reading.second_pass_causal)
+    encoded, _ = attend(layout.encoded.take(query_rows, dim=2), key_encoded, value_encoded, seen_by_encoded)
+    copy, _ = attend(query_copy, key_copy, value_copy, seen_by_copy)
+    answer, _ = attend(
         layout.answer.take(query_rows, dim=2),
         torch.cat([key_mixed, key_answer], dim=2),
         torch.cat([value_mixed, value_answer], dim=2),
-        layout.answer_mask(reach),
-        causal=False,
+        seen_by_answer,
     )
     return torch.cat([layout.in_token_order(encoded, answer, dim=1), copy], dim=1), None
 
@@ -168,44 +161,3 @@ def reach_of(module: nn.Module, kwargs: dict[str, Any]) -> Reach | None:
 def shares_keys(module: nn.Module) -> bool:
     """Whether a layer attends to keys and values of an earlier one; then the cache holds them already."""
     return getattr(module, "is_kv_shared_layer", False)
-
-
-def _attend(
-    base: str,
-    function: Callable[..., tuple[Tensor, Tensor | None]],
-    module: nn.Module,
-    kwargs: dict[str, Any],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-) -> Tensor:
-    """One group of queries. `mask` is bool, True where a query sees a key; without one, `causal` decides."""
-    if base == "eager":
-        mask = additive(mask if mask is not None else _written_out(query, key, causal), query.dtype)
-    return function(module, query, key, value, mask, is_causal=causal and mask is None, **kwargs)[0]
-
-
-def _written_out(query: Tensor, key: Tensor, causal: bool) -> Tensor:
-    mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-    return (mask.tril() if causal else mask)[None, None]
-
-
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask, True where a query sees a key, as a number to be added to their score."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-
-
-def _base_function(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    if base != "eager":
-        return ALL_ATTENTION_FUNCTIONS[base]
-    # Every modelling file of transformers has its own eager function, next to the attention class that uses it.
-    for cls in type(module).__mro__:
-        function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
-        if function is not None:
-            return function
-    raise RuntimeError(
-        f"No `eager_attention_forward` in the modelling file of {type(module).__name__}. "
-        "Set another attention implementation: `model.set_attn_implementation('sdpa')`."
-    )

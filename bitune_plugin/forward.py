@@ -26,7 +26,7 @@ from transformers.utils import ModelOutput
 
 from .adapter_methods import AdapterMethods
 from .architectures import Architecture
-from .attention import MIXING, PREFIX, implementation_for
+from .attention import MIXING, PREFIX, base_of, implementation_for
 from .layout import LayoutError, PromptLayout, plan, prompt_from_labels
 from .routing import Extension, FollowingLayer, Reading, by_name, extend, reading_in_progress, restore
 
@@ -269,7 +269,7 @@ def attach(model: PreTrainedModel, architecture: Architecture) -> None:
 def detach(model: PreTrainedModel, architecture: Architecture) -> None:
     """Takes it off again: classes, hooks and attention implementation are as before `attach`."""
     if not architecture.does_own_arithmetic:
-        model.set_attn_implementation(model.config._attn_implementation.removeprefix(PREFIX))
+        model.set_attn_implementation(base_of(model.config._attn_implementation))
     if architecture.attention_extension is not None:
         for attention in architecture.attentions:
             restore(attention, architecture.attention_extension)

@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .attention import MIXING, additive
+from .attention import MIXING
+from .kernels import additive
 from .layout import LayoutError, PromptLayout, Reach, Window
 from .routing import Extension, Reading, by_name, current_reading, with_attributes
 

@@ -23,8 +23,10 @@ Shapes: `B` rows, `T` tokens in a row, `E` slots for encoded prompts, `A` slots 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +100,32 @@ class TokenGroup:
 
 
 @dataclass(frozen=True)
+class Sight:
+    """What one group of queries sees, in the terms of dense and of packed attention.
+
+    Attributes:
+        queries, keys: bool `[B, Q]` and `[B, K]`, True where a slot holds a token.
+        causal: of the tokens of a row, in order, the last query sees all keys, the one before it all but the last, ...;
+            if False, each sees all. `None` where it is neither.
+        mask: bool `[B or 1, 1, Q or 1, K]`, True where a query sees a key; `None` where `causal` says it all.
+        reach: how far queries see; `mask` has it in it, `causal` has not.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    causal: bool | None
+    mask: Tensor | None
+    reach: Reach | None
+    _forms: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def form(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        """The form of all this that an attention implementation wants, made once."""
+        if name not in self._forms:
+            self._forms[name] = make()
+        return self._forms[name]
+
+
+@dataclass(frozen=True)
 class PromptLayout:
     """The parts of a batch and the masks between them.
 
@@ -119,7 +147,7 @@ class PromptLayout:
     order: Tensor | None
     positions: Tensor
     completion_index: Tensor | None = None
-    _masks: dict[tuple, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _masks: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def length(self) -> int:
@@ -177,6 +205,23 @@ class PromptLayout:
             reach = None
         return self._cached(("answer", reach), lambda: self._answer_mask(reach))
 
+    def sights(self, reach: Reach | None = None, causal: bool = False) -> tuple[Sight, Sight, Sight]:
+        """What encoded prompt, copy and answer see.
+
+        Args:
+            reach, causal: as in `copy_mask`.
+        """
+        return self._cached(("sights", reach, causal), lambda: self._sights(reach, causal))
+
+    def _sights(self, reach: Reach | None, causal: bool) -> tuple[Sight, Sight, Sight]:
+        encoded, answer = self.encoded.filled, self.answer.filled
+        one_completion = True if self.completion_index is None else None
+        return (
+            Sight(encoded, encoded, True, self.encoded_mask(reach), reach),
+            Sight(encoded, encoded, causal, self.copy_mask(reach, causal), reach),
+            Sight(answer, torch.cat([encoded, answer], dim=1), one_completion, self.answer_mask(reach), reach),
+        )
+
     def joint_mask(self, reach: Reach | None = None, causal: bool = False) -> Tensor:
         """All three masks in one, for attention that cannot be asked three times.
 
@@ -193,7 +238,7 @@ class PromptLayout:
         """Positions of the keys that `joint_mask` is for, int64 `[B or 1, 2T + E]`."""
         return torch.cat([self.lengthen_positions(self.positions), self._all_rows(self.positions)], dim=1)
 
-    def _cached(self, key: tuple, build) -> Tensor:
+    def _cached(self, key: Hashable, build: Callable[[], Any]) -> Any:
         if key not in self._masks:
             self._masks[key] = build()
         return self._masks[key]

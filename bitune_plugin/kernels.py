@@ -1,0 +1,155 @@
+"""How each attention implementation of transformers is asked, for one group of queries.
+
+A kernel takes the attention module, the keywords that the module gave, query `[B, heads, Q, head size]`, key and value
+`[B, key/value heads, K, head size]`, and either a `Sight` or, outside a reading, the mask that transformers made. It
+returns what attention functions of transformers return: attended values `[B, Q, heads, head size]`, and weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .layout import Chunk, LayoutError, Sight
+from .routing import with_attributes
+
+Attended = tuple[Tensor, Tensor | None]
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask, True where a query sees a key, as a number to be added to their score."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def sdpa(module: nn.Module, kwargs: dict[str, Any], *states: Any) -> Attended:
+    """torch's scaled dot product attention: takes bool masks, or none where `is_causal` says it all."""
+    *states, seen = states
+    function = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if not isinstance(seen, Sight):
+        return function(module, *states, seen, **kwargs)
+    return function(module, *states, seen.mask, is_causal=seen.causal and seen.mask is None, **kwargs)
+
+
+def eager(module: nn.Module, kwargs: dict[str, Any], *states: Any) -> Attended:
+    """The matrix products of the model's own modelling file: takes additive masks."""
+    *states, seen = states
+    if isinstance(seen, Sight):
+        seen = seen.form(dtype := states[0].dtype, lambda: additive(_written_out(seen), dtype))
+    return _eager_function(module)(module, *states, seen, **kwargs)
+
+
+def flex_attention(module: nn.Module, kwargs: dict[str, Any], *states: Any) -> Attended:
+    """torch's flex attention: takes block masks."""
+    *states, seen = states
+    if isinstance(seen, Sight):
+        seen = seen.form(BlockMask, lambda: _block_mask(seen))
+    return ALL_ATTENTION_FUNCTIONS["flex_attention"](module, *states, seen, **kwargs)
+
+
+class Packing(NamedTuple):
+    """The tokens of a group without the free slots between them, row after row.
+
+    Attributes:
+        queries, keys: int64, where they are in `[B * slots]`.
+        lengths: the keywords under which flash attention takes the lengths of rows.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    lengths: dict[str, Any]
+
+
+def flash_attention(base: str, module: nn.Module, kwargs: dict[str, Any], *states: Any) -> Attended:
+    """Flash attention, of which `base` names the version: takes no masks, but rows of different lengths, packed.
+
+    Raises:
+        LayoutError: what is seen is not all that comes before, or all there is.
+    """
+    query, key, value, seen = states
+    function = partial(ALL_ATTENTION_FUNCTIONS[base], _configured(module, base))
+    if not isinstance(seen, Sight):
+        return function(query, key, value, seen, **kwargs)
+    packing = seen.form(Packing, lambda: _pack(seen))
+    packed = (_take(query, packing.queries), _take(key, packing.keys), _take(value, packing.keys))
+    attended = function(*packed, None, is_causal=seen.causal, **packing.lengths, **kwargs)[0][0]
+    slots = attended.new_zeros(seen.queries.numel(), *attended.shape[1:])
+    return slots.index_copy(0, packing.queries, attended).unflatten(0, seen.queries.shape), None
+
+
+KERNELS: dict[str, Callable[..., Attended]] = {
+    "sdpa": sdpa,
+    "eager": eager,
+    "flex_attention": flex_attention,
+    **{base: partial(flash_attention, base) for base in (f"flash_attention_{version}" for version in (2, 3, 4))},
+}
+"""Attention implementations of transformers that Bitune can stand on."""
+
+
+def _written_out(seen: Sight) -> Tensor:
+    """The mask of a group, bool `[B or 1, 1, Q or 1, K]`."""
+    if seen.mask is not None:
+        return seen.mask
+    mask = torch.ones(seen.queries.shape[1], seen.keys.shape[1], dtype=torch.bool, device=seen.queries.device)
+    return (mask.tril() if seen.causal else mask)[None, None]
+
+
+def _block_mask(seen: Sight) -> BlockMask:
+    (rows, queries), keys, mask = seen.queries.shape, seen.keys.shape[1], _written_out(seen)
+    of_rows = mask.expand(rows, 1, queries, keys)
+
+    def sees(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return of_rows[row, 0, query, key]
+
+    return create_block_mask(sees, mask.shape[0], None, queries, keys, device=mask.device)
+
+
+def _pack(seen: Sight) -> Packing:
+    if isinstance(seen.reach, Chunk):
+        raise LayoutError(
+            "Flash attention knows no chunks, as this model's layers attend in. Call "
+            "`model.set_attn_implementation('sdpa')`."
+        )
+    if seen.causal is None:
+        raise LayoutError(
+            "`completion_index`: flash attention cannot keep several completions in a row apart. Give every completion "
+            "a row of its own, or call `model.set_attn_implementation('sdpa')`."
+        )
+    queries, keys = (filled.flatten().nonzero().flatten() for filled in (seen.queries, seen.keys))
+    lengths: dict[str, Any] = {}
+    for side, filled in (("q", seen.queries), ("k", seen.keys)):
+        per_row = filled.sum(dim=1)
+        lengths[f"cu_seq_lens_{side}"] = nn.functional.pad(per_row.cumsum(0), (1, 0)).to(torch.int32)
+        lengths[f"max_length_{side}"] = int(per_row.max())
+    return Packing(queries, keys, lengths)
+
+
+def _take(states: Tensor, index: Tensor) -> Tensor:
+    """`[B, heads, slots, head size]` to `[1, heads, tokens, head size]`."""
+    return states.transpose(1, 2).flatten(0, 1)[index].transpose(0, 1)[None]
+
+
+def _configured(module: nn.Module, base: str) -> nn.Module:
+    """The module with a config that names `base`: flash attention asks it which of its versions to use."""
+    config = copy.copy(module.config)
+    config._attn_implementation_internal = base
+    return with_attributes(module, config=config)
+
+
+def _eager_function(module: nn.Module) -> Callable[..., Attended]:
+    # Every modelling file of transformers has its own eager function, next to the attention class that uses it.
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise RuntimeError(
+        f"No `eager_attention_forward` in the modelling file of {type(module).__name__}. "
+        "Set another attention implementation: `model.set_attn_implementation('sdpa')`."
+    )
