@@ -13,6 +13,7 @@ is handed down as a keyword: not every model of transformers passes on what it d
 
 from __future__ import annotations
 
+import copy
 import warnings
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .adapter_methods import AdapterMethods
@@ -94,7 +95,7 @@ class Generation:
         if tokens < given_tokens or rows % given_rows:
             raise LayoutError(
                 f"`generate` was given {given_rows} prompt(s) of {given_tokens} tokens, but the model is to read "
-                f"{rows} row(s) of {tokens}. Bitune reads a prompt in one piece: leave `prefill_chunk_size` and "
+                f"{rows} row(s) of {tokens}. Bitune reads a prompt in one piece: leave "
                 "`guidance_scale` unset, and call `model.eval()` if gradient checkpointing is on."
             )
         # Beams and returned sequences repeat every row.
@@ -192,6 +193,22 @@ class CausalModel(AdapterMethods):
         }
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         return inputs if _holds_tokens(past_key_values) else {**inputs, "attention_mask": attention_mask}
+
+    def _prefill(
+        self,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers; but a prompt is read in one piece, whatever `prefill_chunk_size` says."""
+        unread = not _holds_tokens(model_kwargs.get("past_key_values"))
+        if generation_config.prefill_chunk_size is not None and unread and active_adapter(self.bitune_architecture):
+            _warn_one_piece()
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refused while a Bitune adapter is on."""
@@ -487,6 +504,15 @@ def _padding_mask(kwargs: dict[str, Any]) -> Tensor | None:
             "of [rows, tokens] that is 0 on padding."
         )
     return mask.to(device=_tokens(kwargs).device, dtype=torch.bool)
+
+
+@cache
+def _warn_one_piece() -> None:
+    warnings.warn(
+        "`prefill_chunk_size` is set, and Bitune reads a prompt in one piece: every token of it sees all the others. "
+        "Chunks would save memory, not change the answer, so the setting is ignored. This warning is shown once.",
+        stacklevel=2,
+    )
 
 
 @cache

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -153,6 +153,20 @@ class PromptLayout:
     def length(self) -> int:
         """`T + E`, the length of a lengthened row."""
         return self.tokens + self.encoded.size
+
+    def to(self, device: torch.device | str) -> PromptLayout:
+        """The same on another device."""
+        device = torch.device(device)
+        return self if self.positions.device == device else self._cached(device, lambda: self._moved_to(device))
+
+    def _moved_to(self, device: torch.device) -> PromptLayout:
+        groups = {
+            name: replace(group, index=group.index.to(device), filled=group.filled.to(device))
+            for name, group in (("encoded", self.encoded), ("answer", self.answer))
+        }
+        tensors = {name: getattr(self, name) for name in ("order", "positions", "completion_index")}
+        moved = {name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()}
+        return replace(self, **groups, **moved, _masks={})
 
     def lengthen(self, tokens: Tensor) -> Tensor:
         """Appends the copy of the encoded prompt: `[B, T, ...]` to `[B, T + E, ...]`."""

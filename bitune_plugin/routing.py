@@ -63,6 +63,10 @@ class Reading:
     cache: Cache | None = None
     seen: Counter[nn.Module] = field(default_factory=Counter, compare=False)
 
+    def to(self, device: torch.device, **_: Any) -> Reading:
+        """The reading on another device: accelerate asks for it where a model is spread over several."""
+        return replace(self, layout=self.layout.to(device))
+
 
 _current: ContextVar[Reading | None] = ContextVar(KEYWORD, default=None)
 

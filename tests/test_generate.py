@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, StaticCache, pipeline
 
+from bitune_plugin.forward import _warn_one_piece
 from bitune_plugin.layout import LayoutError
 from helpers import assert_close, batch, bitune, tokens, with_oracle
 from models import ARCHITECTURES, tiny
@@ -292,9 +293,11 @@ def test_after_the_prompt_only_the_causal_adapter_runs() -> None:
 # --- What would be silently wrong is refused -------------------------------------------------------------------------
 
 
-def test_prefill_in_chunks_is_refused(models: tuple[PeftModel, ThreePass]) -> None:
-    with pytest.raises(LayoutError, match=r"in one piece.*prefill_chunk_size"):
-        greedy(models[0], PROMPT, prefill_chunk_size=3)
+def test_a_prompt_is_read_in_one_piece_whatever_chunks_were_asked_for(models: tuple[PeftModel, ThreePass]) -> None:
+    _warn_one_piece.cache_clear()
+    with pytest.warns(UserWarning, match=r"`prefill_chunk_size` is set.*in one piece"):
+        got = greedy(models[0], PROMPT, prefill_chunk_size=3)
+    assert torch.equal(got[0], models[1].generate(PROMPT, 6))
 
 
 def test_classifier_free_guidance_is_refused(models: tuple[PeftModel, ThreePass]) -> None:

@@ -291,6 +291,18 @@ def lit(mask: Tensor) -> list[int]:
     return mask.nonzero().flatten().tolist()
 
 
+@pytest.mark.parametrize("rows", [["PPPc", "PPcc"], ["PPPc", "PPPc"]])
+def test_a_layout_moves_to_another_device_as_a_whole(rows: list[str]) -> None:
+    layout = layout_of([row(each) for each in rows])
+    assert layout.to("cpu") is layout
+    moved = layout.to("meta")
+    assert moved is layout.to("meta")
+    tensors = [*moved.sights(Window(2)), moved.encoded, moved.answer, moved]
+    found = [value for each in tensors for value in vars(each).values() if isinstance(value, Tensor)]
+    assert {tensor.device.type for tensor in found} == {"meta"}
+    assert moved.joint_mask().shape == layout.joint_mask().shape
+
+
 @given(batches())
 def test_positions_of_the_joint_keys(rows: list[Row]) -> None:
     layout = layout_of(rows)

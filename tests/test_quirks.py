@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,9 @@ from torch.nn.functional import cross_entropy
 
 from bitune_plugin import BituneConfig
 from bitune_plugin.architectures import UnsupportedModelError, describe
+from bitune_plugin.plugins import GROUP, plugin_manager
 from helpers import SHAPES, Batch, batch, lora, samples, tokens, with_oracle
+from models import randomise
 from three_pass import ThreePass
 from zoo import MODEL_TYPES, UNBUILDABLE, model_of, tiny_of
 
@@ -107,3 +111,29 @@ def assert_tokens_agree(model: PeftModel, oracle: ThreePass) -> None:
         )
         for row, ids in zip(got, prompts, strict=True):
             assert torch.equal(row[-4:], oracle.generate(ids, 4)[-4:])
+
+
+# --- A plugin for a model outside transformers ------------------------------------------------------------------------
+
+
+def test_the_example_plugin_makes_a_model_outside_transformers_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples" / "plugin"))
+    tiny_gpt, plugin = importlib.import_module("tiny_gpt"), importlib.import_module("tiny_gpt_bitune")
+    base = randomise(tiny_gpt.TinyGPTForCausalLM._from_config(tiny_gpt.TinyGPTConfig(), attn_implementation="eager"))
+    with pytest.raises(UnsupportedModelError, match="plugin"):
+        get_peft_model(base, BituneConfig())
+    plugin_manager().register(plugin)
+    try:
+        model, oracle = with_oracle(base)
+        for side in ("left", "right"):
+            assert_gradients_agree(model, oracle, batch(samples(*SHAPES), side))
+            model.zero_grad()
+            oracle.zero_grad()
+        assert_tokens_agree(model, oracle)
+    finally:
+        plugin_manager().unregister(plugin)
+
+
+def test_the_example_plugin_is_found_by_its_entry_point() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "examples" / "plugin" / "pyproject.toml").read_text())
+    assert project["project"]["entry-points"][GROUP] == {"tiny_gpt": "tiny_gpt_bitune"}
