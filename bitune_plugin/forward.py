@@ -303,6 +303,13 @@ def active_adapter(architecture: Architecture) -> str | None:
     return mixing.active_adapters[0] if mixing.is_on else None
 
 
+def takes_several_completions(architecture: Architecture) -> bool:
+    """Whether a row may hold several completions of its prompt (`completion_index`)."""
+    implementation = base_of(architecture.backbone.config._attn_implementation)
+    extension = architecture.attention_extension
+    return not implementation.startswith("flash") and getattr(extension, "takes_several_completions", True)
+
+
 def _start_reading(architecture: Architecture, prompts: Prompts, kwargs: dict[str, Any]) -> Reading | None:
     """The reading that these arguments of the backbone ask for; `None` for a plain forward pass."""
     adapter = active_adapter(architecture)

@@ -69,9 +69,11 @@ class JointAttention(Extension):
 
     Attributes:
         cache_argument: the name of the cache among them.
+        takes_several_completions: rows may hold several completions of their prompt.
     """
 
     cache_argument: ClassVar[str] = "layer_past"
+    takes_several_completions: ClassVar[bool] = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         reading = current_reading()
@@ -144,6 +146,7 @@ class MptAttention(JointAttention):
     """MPT: a bias as Bloom's, the same for all rows, and a mask that is True where nothing is to be seen."""
 
     cache_argument = "past_key_values"
+    takes_several_completions = False
 
     def mask_arguments(self, kwargs: dict[str, Any], visible: Tensor, layout: PromptLayout) -> dict[str, Any]:
         if layout.completion_index is not None:

@@ -15,6 +15,8 @@ from torch.nn.functional import cross_entropy
 
 from bitune_plugin import BituneConfig
 from bitune_plugin.architectures import UnsupportedModelError, describe
+from bitune_plugin.attention import MIXING, shares_keys
+from bitune_plugin.layout import LayoutError
 from bitune_plugin.plugins import GROUP, plugin_manager
 from helpers import SHAPES, Batch, batch, lora, samples, tokens, with_oracle
 from models import randomise
@@ -66,8 +68,12 @@ def assert_exact(model_type: str) -> None:
         model.set_attn_implementation("sdpa")
     rows = batch(samples(*SHAPES), "right")
     with torch.no_grad():
-        for got, (ids, prompt) in zip(rows.answers(model(**rows.inputs).logits), rows.samples, strict=True):
+        outputs = model(**rows.inputs, use_cache=True)
+        for got, (ids, prompt) in zip(rows.answers(outputs.logits), rows.samples, strict=True):
             assert_agrees(got, oracle(ids, prompt), 1e-5)
+    attentions = [a for a in model.base_model.architecture.attentions if not shares_keys(a)]
+    cached = [layer.keys.shape[1] for layer in outputs.past_key_values.layers if layer.keys is not None]
+    assert [getattr(attention, MIXING).heads for attention in attentions] == cached
 
 
 def adapter_for(model_type: str) -> LoraConfig:
@@ -111,6 +117,51 @@ def assert_tokens_agree(model: PeftModel, oracle: ThreePass) -> None:
         )
         for row, ids in zip(got, prompts, strict=True):
             assert torch.equal(row[-4:], oracle.generate(ids, 4)[-4:])
+
+
+# --- What single architectures cannot do ------------------------------------------------------------------------------
+
+
+def test_mpt_takes_one_completion_in_a_row() -> None:
+    model, _ = with_oracle(tiny_of("mpt"))
+    prompt = torch.tensor([[1, 1, 1, 0, 0, 0, 0]]).bool()
+    index = torch.tensor([[0, 0, 0, 1, 1, 2, 2]])
+    with pytest.raises(LayoutError, match=r"completion_index.*MPT.*a row of its own"):
+        model(input_ids=tokens(7)[None], prompt_mask=prompt, completion_index=index, use_cache=False)
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "mpt", "gptj"])
+def test_attention_that_does_its_own_arithmetic_is_followed_in_eager_and_sdpa_alone(model_type: str) -> None:
+    base = tiny_of(model_type)
+    base.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(UnsupportedModelError, match=r"flash_attention_2.*own arithmetic.*'eager' and 'sdpa'"):
+        get_peft_model(base, BituneConfig())
+
+
+@pytest.mark.parametrize("model_type", ["phimoe", "llama4_text"])
+def test_routers_that_peft_cannot_adapt_are_left_out_of_all_linear_layers(model_type: str) -> None:
+    model = get_peft_model(tiny_of(model_type), BituneConfig())
+    adapted = {name.rpartition(".")[2] for name in model.base_model.inner.targeted_module_names}
+    assert "router" not in adapted
+    assert {"q_proj", "o_proj"} <= adapted
+    model(**batch(samples(*SHAPES)).inputs)
+
+
+def test_routers_that_are_named_are_refused_with_the_way_out() -> None:
+    base = tiny_of("phimoe")
+    with pytest.raises(ValueError, match=r"target_modules.*router.*exclude_modules=\['router'\]"):
+        get_peft_model(base, BituneConfig(adapter=lora(target_modules=["q_proj", "router"])))
+    assert not hasattr(base, "peft_config")
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text"])
+def test_layers_that_share_keys_share_theta(model_type: str) -> None:
+    model, _ = with_oracle(tiny_of(model_type))
+    thetas = [name for name, _ in model.named_parameters() if "theta_key" in name]
+    assert len(thetas) == 3  # of five layers, the last two attend to the keys of earlier ones
+    alphas = model.base_model.alphas()["key"]
+    assert alphas[3] == alphas[2]
+    assert alphas[4] == alphas[1]
 
 
 # --- A plugin for a model outside transformers ------------------------------------------------------------------------

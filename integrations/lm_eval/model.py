@@ -25,7 +25,7 @@ from transformers.utils import cached_file
 import bitune_plugin
 from bitune_plugin.architectures import UnsupportedModelError
 from bitune_plugin.config import BituneConfig
-from bitune_plugin.forward import active_adapter
+from bitune_plugin.forward import active_adapter, takes_several_completions
 from bitune_plugin.tuner import BituneModel
 
 from .scoring import Request, Row, Score, batch_of, largest_row, rows_of, scores_of
@@ -157,7 +157,8 @@ class BituneLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Score]:
-        rows = rows_of(requests, self.max_length, share=self.logits_cache)
+        share = self.logits_cache and takes_several_completions(self.model.base_model.architecture)
+        rows = rows_of(requests, self.max_length, share=share)
         scores: list[Any] = [None] * len(requests)
         bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests")
         with bar:
