@@ -39,7 +39,7 @@ class PlacedQueries(Extension):
 
 
 def implementation_for(base: str) -> str:
-    """Registers an implementation of Bitune on top of `base` with transformers and returns its name.
+    """The name of Bitune's implementation on top of `base`.
 
     Raises:
         ValueError: `base` is an implementation that Bitune cannot stand on.
@@ -52,10 +52,7 @@ def implementation_for(base: str) -> str:
             f"{', '.join(map(repr, KERNELS))}, or call `model.set_attn_implementation('sdpa')` first."
         )
     # transformers takes every name with "flash" in it for a kernel to be loaded.
-    name = PREFIX + base.replace("flash_attention", "varlen")
-    AttentionInterface.register(name, partial(bitune_attention, base))
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
-    return name
+    return PREFIX + base.replace("flash_attention", "varlen")
 
 
 def base_of(name: str) -> str:
@@ -161,3 +158,9 @@ def reach_of(module: nn.Module, kwargs: dict[str, Any]) -> Reach | None:
 def shares_keys(module: nn.Module) -> bool:
     """Whether a layer attends to keys and values of an earlier one; then the cache holds them already."""
     return getattr(module, "is_kv_shared_layer", False)
+
+
+# At import, because a model that was pickled names its implementation before anything is attached to it again.
+for _base in KERNELS:
+    AttentionInterface.register(implementation_for(_base), partial(bitune_attention, _base))
+    AttentionMaskInterface.register(implementation_for(_base), ALL_MASK_ATTENTION_FUNCTIONS[_base])

@@ -126,9 +126,11 @@ class BituneConfig(PeftConfig):
     def bidirectional_config(self) -> PeftConfig:
         """The inner config for the bidirectional stream: the adapter alone, without modules trained whole."""
         config = copy.deepcopy(self.causal_config())
-        for name, nothing in {"modules_to_save": None, "trainable_token_indices": None, "bias": "none"}.items():
+        for name in ("modules_to_save", "modules_to_tie", "trainable_token_indices"):
             if hasattr(config, name):
-                setattr(config, name, nothing)
+                setattr(config, name, None)
+        if hasattr(config, "bias"):
+            config.bias = "none"
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -242,7 +244,7 @@ def _check_weights(folder: Path, config: BituneConfig) -> None:
             )
         return
     for module in getattr(config, "modules_to_save", None) or []:
-        if not any(module in key.split(".") for key in keys):
+        if not any(f".{module}." in f".{key}." for key in keys):
             raise ValueError(
                 f"The weights in {folder} lack the module {module!r}, which `modules_to_save` of the config names. "
                 "Copy or download the adapter again."

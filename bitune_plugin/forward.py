@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from contextvars import ContextVar
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -29,6 +28,7 @@ from .adapter_methods import AdapterMethods
 from .architectures import Architecture
 from .attention import MIXING, PREFIX, base_of, implementation_for
 from .layout import LayoutError, PromptLayout, plan, prompt_from_labels
+from .per_thread import PerThread
 from .routing import Extension, FollowingLayer, Reading, by_name, extend, reading_in_progress, restore
 
 UNREADABLE = {
@@ -36,6 +36,13 @@ UNREADABLE = {
     "seq_idx": "rows that hold several documents (packing, padding-free batches)",
 }
 """Keywords of the backbone under which one row is not one prompt and its completion, and what they stand for."""
+
+
+UNREADABLE_SETTINGS = {
+    "guidance_scale": ((None, 1), "a second pass starts in the middle of the prompt, or from another"),
+    "assistant_early_exit": ((None,), "some layers would take no part in reading the prompt"),
+}
+"""Settings of `generate` that Bitune does not know how to read a prompt under: harmless values, and why."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,8 @@ class Prompts:
     @classmethod
     def taken_from(cls, kwargs: dict[str, Any], otherwise: Prompts | None = None) -> Prompts:
         """Takes its attributes out of `kwargs`; those that are not among them are as in `otherwise`."""
-        given = {attribute.name: kwargs.pop(attribute.name, None) for attribute in fields(cls)}
+        names = ("prompt_mask", "completion_index", "answers_only")
+        given = {name: kwargs.pop(name, None) for name in names}
         return replace(otherwise or cls(), **{name: value for name, value in given.items() if value is not None})
 
 
@@ -70,20 +78,22 @@ class Call:
     reached_backbone: bool = False
 
 
-_call: ContextVar[Call | None] = ContextVar("bitune_call", default=None)
+_call: PerThread[Call] = PerThread()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Generation:
     """One call of `generate`.
 
     Attributes:
         backbone: the backbone it belongs to; another model may run meanwhile, as in assisted decoding.
         prompt_mask: bool `[rows given, tokens given]`; what is appended later is completion.
+        cached: the prompt has been read into the cache.
     """
 
     backbone: nn.Module
     prompt_mask: Tensor
+    cached: bool = False
 
     def prompt_mask_for(self, rows: int, tokens: int) -> Tensor:
         """bool `[rows, tokens]`: the prompt in a forward pass that starts from an empty cache.
@@ -95,15 +105,15 @@ class Generation:
         if tokens < given_tokens or rows % given_rows:
             raise LayoutError(
                 f"`generate` was given {given_rows} prompt(s) of {given_tokens} tokens, but the model is to read "
-                f"{rows} row(s) of {tokens}. Bitune reads a prompt in one piece: leave "
-                "`guidance_scale` unset, and call `model.eval()` if gradient checkpointing is on."
+                f"{rows} row(s) of {tokens}. Bitune reads a prompt in one piece: call "
+                "`model.eval()` if gradient checkpointing is on."
             )
         # Beams and returned sequences repeat every row.
         mask = self.prompt_mask.repeat_interleave(rows // given_rows, dim=0)
         return nn.functional.pad(mask, (0, tokens - given_tokens), value=False)
 
 
-_generation: ContextVar[Generation | None] = ContextVar("bitune_generation", default=None)
+_generation: PerThread[Generation] = PerThread()
 
 
 class CausalModel(AdapterMethods):
@@ -126,11 +136,8 @@ class CausalModel(AdapterMethods):
         # Not in `forward`, which TRL's fused LM head puts its own in place of.
         kwargs = by_name(super().forward, args, kwargs)
         call = Call(self._prompts_of(kwargs))
-        token = _call.set(call)
-        try:
+        with _call.set(call):
             outputs = super().__call__(**kwargs)
-        finally:
-            _call.reset(token)
         if not call.reached_backbone:
             raise RuntimeError(
                 f"{type(self).__name__} did not call its {type(self.bitune_architecture.backbone).__name__}, so its "
@@ -162,19 +169,28 @@ class CausalModel(AdapterMethods):
         """
         if kwargs.get("cache_implementation") == "paged":
             self._refuse_continuous_batching("cache_implementation='paged'")
+        self._check_settings(kwargs)
         given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
         tokens = next((x for x in given if x is not None), None)
         if prompt_mask is None:
-            shape = (1, 1) if tokens is None else tokens.shape[:2]
-            prompt_mask = torch.ones(shape, dtype=torch.bool, device=self.device)
+            # Not `self.device`: the first weights may be on the meta device, kept on disk.
+            start = torch.ones(1, 1, device=self.device) if tokens is None else tokens
+            prompt_mask = torch.ones(start.shape[:2], dtype=torch.bool, device=start.device)
         else:
             _check_per_token("prompt_mask", prompt_mask, tokens)
             _check_unread(kwargs.get("past_key_values"))
-        token = _generation.set(Generation(self.bitune_architecture.backbone, prompt_mask.bool()))
-        try:
+        with _generation.set(Generation(self.bitune_architecture.backbone, prompt_mask.bool())):
             return super().generate(*args, **kwargs)
-        finally:
-            _generation.reset(token)
+
+    def _check_settings(self, kwargs: dict[str, Any]) -> None:
+        """Raises LayoutError for settings of `generate` that hide what is prompt."""
+        if active_adapter(self.bitune_architecture) is None:
+            return
+        config = kwargs.get("generation_config") or self.generation_config
+        for name, (harmless, reason) in UNREADABLE_SETTINGS.items():
+            value = kwargs.get(name, getattr(config, name, None))
+            if value not in harmless:
+                raise LayoutError(f"`{name}={value!r}`: {reason}. Leave it unset.")
 
     def prepare_inputs_for_generation(
         self,
@@ -250,7 +266,7 @@ class TwoWayBackbone(Extension):
             RuntimeError: an attention layer took no part, so that it would have been plainly causal.
         """
         kwargs = by_name(super().forward, args, kwargs)
-        call = _call.get() or Call()
+        call = _call.value or Call()
         call.reached_backbone = True
         prompts = Prompts.taken_from(kwargs, otherwise=call.prompts)
         reading = _start_reading(self.bitune_architecture, prompts, kwargs)
@@ -303,6 +319,12 @@ def active_adapter(architecture: Architecture) -> str | None:
     return mixing.active_adapters[0] if mixing.is_on else None
 
 
+def _generation_of(architecture: Architecture) -> Generation | None:
+    """The call of `generate` that this forward pass of the backbone is part of, if any."""
+    generation = _generation.value
+    return generation if generation is not None and generation.backbone is architecture.backbone else None
+
+
 def takes_several_completions(architecture: Architecture) -> bool:
     """Whether a row may hold several completions of its prompt (`completion_index`)."""
     implementation = base_of(architecture.backbone.config._attn_implementation)
@@ -322,6 +344,10 @@ def _start_reading(architecture: Architecture, prompts: Prompts, kwargs: dict[st
                 "completion per row: set `packing=False` and `padding_free=False`."
             )
     past = kwargs.get("past_key_values")
+    generation = _generation_of(architecture)
+    # A static cache is asked for its length once, and not in every step, where it would break a compiled graph.
+    if past is not None and generation is not None and generation.cached:
+        return None
     if _holds_tokens(past):
         if prompts.prompt_mask is not None:
             _check_unread(past)
@@ -349,6 +375,8 @@ def _start_reading(architecture: Architecture, prompts: Prompts, kwargs: dict[st
             "`completion_index` came with `use_cache=True`: no text follows several completions at once. Pass "
             "`use_cache=False`."
         )
+    if generation is not None:
+        generation.cached = cache is not None
     settings = getattr(architecture.attentions[0], MIXING).settings[adapter]
     settings.unused = False
     return Reading(
@@ -364,10 +392,10 @@ def _plan(architecture: Architecture, prompts: Prompts, kwargs: dict[str, Any]) 
     prompt_mask, completion_index = prompts.prompt_mask, prompts.completion_index
     tokens = _tokens(kwargs)
     attention_mask = _padding_mask(kwargs)
-    generation = _generation.get()
+    generation = _generation_of(architecture)
     if prompt_mask is not None:
         _check_per_token("prompt_mask", prompt_mask, tokens)
-    elif generation is not None and generation.backbone is architecture.backbone:
+    elif generation is not None:
         prompt_mask = generation.prompt_mask_for(*tokens.shape[:2])
     else:
         if tokens.shape[1] > 1:

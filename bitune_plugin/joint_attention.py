@@ -114,6 +114,14 @@ class DifferentialAttention(JointAttention):
 class GPTNeoAttention(JointAttention):
     """GPT-Neo: has its causal mask, and that of its local layers, in a buffer."""
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self, MIXING).is_on and getattr(kwargs.get("layer_past"), "is_compileable", False):
+            raise ValueError(
+                "GPT-Neo takes the end of a static cache for the end of the text (transformers 5.23). Leave "
+                "`cache_implementation` unset."
+            )
+        return super().forward(*args, **kwargs)
+
     def reach(self) -> Reach | None:
         return Window(self.config.window_size) if self.attention_type == "local" else None
 

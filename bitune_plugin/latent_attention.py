@@ -7,15 +7,13 @@ on, the cache holds the expanded keys and values, of the prompt and of what foll
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor
 from transformers import Cache
 
 from .attention import MIXING
+from .per_thread import PerThread
 from .routing import Extension, by_name
 
 
@@ -32,16 +30,7 @@ class _PassThrough:
         return getattr(self._cache, name)
 
 
-_cache: ContextVar[Cache | None] = ContextVar("bitune_expanded_cache", default=None)
-
-
-@contextmanager
-def _expanding_into(cache: Cache | None) -> Iterator[None]:
-    token = _cache.set(cache)
-    try:
-        yield
-    finally:
-        _cache.reset(token)
+_cache: PerThread[Cache] = PerThread()
 
 
 class LatentAttention(Extension):
@@ -53,11 +42,11 @@ class LatentAttention(Extension):
         cache = kwargs.get("past_key_values")
         if cache is None or not getattr(self, MIXING).is_on:
             return super().forward(**kwargs)
-        with _expanding_into(cache):
+        with _cache.set(cache):
             return super().forward(**{**kwargs, "past_key_values": _PassThrough(cache)})
 
     def expand_kv(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keys and values of new tokens, `[B, heads, tokens, head size]`; in decoding with those of all before."""
         key, value = super().expand_kv(*args, **kwargs)
-        cache = _cache.get()
+        cache = _cache.value
         return (key, value) if cache is None else cache.update(key, value, self.layer_idx)

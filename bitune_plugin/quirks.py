@@ -42,7 +42,11 @@ UNSUPPORTED = {
 
 
 class TemperedAttention(PlacedQueries):
-    """Llama 4: the further back a query of a layer without rotary embedding stands, the more it is scaled."""
+    """Llama 4: the further back a query of a layer without rotary embedding stands, the more it is scaled.
+
+    After the prompt, with a cache, transformers counts padding on the left as places (5.23). It shows where that leads
+    over a multiple of `floor_scale`, 8192 tokens in the published models.
+    """
 
     def in_their_places(self, query: Tensor, layout: PromptLayout) -> Tensor:
         if self.use_rope or not self.attn_temperature_tuning:

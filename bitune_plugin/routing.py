@@ -12,11 +12,11 @@ each part.
 from __future__ import annotations
 
 import inspect
+import threading
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from functools import cache
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from .layout import PromptLayout
+from .per_thread import PerThread
 
 KEYWORD = "bitune_reading"
 """The keyword under which a decoder layer is given the reading that it is part of."""
@@ -68,22 +69,17 @@ class Reading:
         return replace(self, layout=self.layout.to(device))
 
 
-_current: ContextVar[Reading | None] = ContextVar(KEYWORD, default=None)
+_current: PerThread[Reading] = PerThread()
 
 
 def current_reading() -> Reading | None:
     """The reading that this thread is in, if any."""
-    return _current.get()
+    return _current.value
 
 
-@contextmanager
-def reading_in_progress(reading: Reading | None) -> Iterator[None]:
+def reading_in_progress(reading: Reading | None) -> AbstractContextManager[None]:
     """Makes `reading` the one that attention and PEFT layers of this thread follow, for the length of the block."""
-    token = _current.set(reading)
-    try:
-        yield
-    finally:
-        _current.reset(token)
+    return _current.set(reading)
 
 
 def bidirectional(adapter_name: str) -> str:
@@ -106,7 +102,7 @@ class FollowingLayer(Extension):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # What checkpointing keeps are the arguments of `forward`.
-        return super().__call__(*args, **kwargs, **{KEYWORD: _current.get()})
+        return super().__call__(*args, **kwargs, **{KEYWORD: _current.value})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with reading_in_progress(kwargs.pop(KEYWORD, None)):
@@ -122,7 +118,7 @@ class TwoAdapterLayer(Extension):
         Raises:
             RuntimeError: tokens of another shape, so that they cannot be told apart.
         """
-        reading = _current.get()
+        reading = _current.value
         if reading is None or reading.share_adapter or reading.stream is Stream.CAUSAL:
             return super().forward(tokens, *args, **kwargs)
         second_name = bidirectional(reading.adapter)
@@ -148,10 +144,22 @@ class FlattenedTokens(TwoAdapterLayer):
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Any `tokens` outside a reading, `[B * (T + E), ...]` in one."""
-        reading = _current.get()
+        reading = _current.value
         if reading is None:
             return super().forward(tokens, *args, **kwargs)
         return super().forward(tokens.unflatten(0, (-1, reading.layout.length)), *args, **kwargs).flatten(0, 1)
+
+
+_PARAMETRIZING = threading.RLock()
+
+
+class ParameterAdapter(TwoAdapterLayer):
+    """A PEFT layer that adapts parameters of a module, as those of experts, by torch's parametrizations. While one is
+    at work torch keeps what it computes for all threads of the process (PEFT 0.21.2, torch 2.13), so one at a time."""
+
+    def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with _PARAMETRIZING:
+            return super().forward(tokens, *args, **kwargs)
 
 
 class SeparateStreams(Extension):
@@ -159,7 +167,7 @@ class SeparateStreams(Extension):
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`tokens` is `[B, T + E, ...]` in a reading."""
-        reading = _current.get()
+        reading = _current.value
         if reading is None or reading.share_adapter:
             return super().forward(tokens, *args, **kwargs)
         return _join(*_on_each_part(super().forward, reading, tokens, *args, **kwargs), rows=tokens.shape[0])

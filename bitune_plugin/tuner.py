@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -31,12 +32,22 @@ from .architectures import describe
 from .attention import MIXING, implementation_for
 from .config import NO_MIXING, BituneConfig
 from .forward import attach, detach
-from .mixing import mix
+from .mixing import AlphaFunction, mix
 from .plugins import mixings
-from .routing import FlattenedTokens, SeparateStreams, TwoAdapterLayer, bidirectional, extend, restore
+from .routing import FlattenedTokens, ParameterAdapter, SeparateStreams, TwoAdapterLayer, bidirectional, extend, restore
 
 BIDIRECTIONAL = "bidirectional"
 """What stands in the keys of a saved adapter where the inner adapter's name stands in the model."""
+
+
+class Thetas(nn.ParameterDict):
+    """Theta by adapter name. A module that is called, so that accelerate's hooks load what is kept off the device."""
+
+    def __call__(self, adapter_name: str) -> nn.Parameter:
+        return nn.Module.__call__(self, adapter_name)
+
+    def forward(self, adapter_name: str) -> nn.Parameter:
+        return self[adapter_name]
 
 
 class MixingLayer(nn.Module, BaseTunerLayer):
@@ -53,9 +64,10 @@ class MixingLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, heads: int, owner: MixingLayer | None, shared: MixingLayer | None = None) -> None:
         super().__init__()
-        self.theta_key = nn.ParameterDict()
-        self.theta_value = nn.ParameterDict()
+        self.theta_key = Thetas()
+        self.theta_value = Thetas()
         self.settings: dict[str, BituneConfig] = {}
+        self.to_alpha: dict[str, AlphaFunction] = {}
         self.heads = heads
         # In tuples, so that torch does not take them for submodules and save them here too.
         self._owner = (self if owner is None else owner,)
@@ -73,6 +85,7 @@ class MixingLayer(nn.Module, BaseTunerLayer):
     def add_adapter(self, adapter_name: str, config: BituneConfig, device: torch.device) -> None:
         """Creates theta where `config` says that this layer has one, float32, `[1]` or `[heads]`."""
         self.settings[adapter_name] = config
+        self._find_alpha_functions()
         if config.mixing == NO_MIXING or self._with_theta(config) is not self:
             return
         size = self.heads if config.mixing_granularity == "head" else 1
@@ -86,10 +99,22 @@ class MixingLayer(nn.Module, BaseTunerLayer):
         if config.mixing == NO_MIXING:
             return None, None
         layer = self._with_theta(config)
-        to_alpha = mixings()[config.mixing]
+        to_alpha = self.to_alpha[adapter_name]
         return tuple(
-            to_alpha(theta[adapter_name].float(), config.theta_init) for theta in (layer.theta_key, layer.theta_value)
+            to_alpha(theta(adapter_name).float(), config.theta_init) for theta in (layer.theta_key, layer.theta_value)
         )
+
+    def _find_alpha_functions(self) -> None:
+        # Once, and not whenever they are called: torch.compile cannot look into the plugin system.
+        known = mixings()
+        self.to_alpha = {name: known[config.mixing] for name, config in self.settings.items() if config.mixing in known}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "to_alpha": {}}  # a plugin's function need not be one that pickle finds
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._find_alpha_functions()
 
     def forward(
         self, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], adapter_name: str
@@ -154,9 +179,11 @@ class BituneModel(BaseTuner):
     ) -> None:
         # All that may be refused is refused before the model is changed.
         _check_bare(model, adapter_name)
+        configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
+        if not low_cpu_mem_usage and not configs[adapter_name].unused:
+            _check_not_offloaded(model)
         # Not submodules: the inner tuner wraps the same model again, and must not be saved a second time.
         self.__dict__.update(self._state_of(model))
-        configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         super().__init__(model, AdapterConfigs(configs), adapter_name, low_cpu_mem_usage, state_dict)
         vars(model)["bitune_tuner"] = self  # no submodule either
 
@@ -363,7 +390,8 @@ class BituneModel(BaseTuner):
                 continue
             if layer in inside:
                 flattened = inside[layer].rpartition(".")[2] in self.architecture.flattened
-                extend(layer, FlattenedTokens if flattened else TwoAdapterLayer)
+                by_parametrization = ParameterAdapter if isinstance(layer, ParamWrapper) else TwoAdapterLayer
+                extend(layer, FlattenedTokens if flattened else by_parametrization)
             else:
                 layer.delete_adapter(name)
         for block in self.architecture.flattening_blocks():
@@ -449,6 +477,19 @@ def _check_bare(model: nn.Module, adapter_name: str) -> None:
             "This model already carries another PEFT adapter, and Bitune cannot be put on top of it. Call "
             "`unload()` or `merge_and_unload()` first, and pass its config as `BituneConfig(adapter=...)`."
         )
+
+
+def _check_not_offloaded(model: nn.Module) -> None:
+    """Raises ValueError if accelerate keeps weights of `model` off its device: a new adapter would be made without
+    memory beside them."""
+    for name, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        if any(getattr(each, "offload", False) for each in (hook, *getattr(hook, "hooks", ()))):
+            raise ValueError(
+                f"Weights of the model are offloaded (`device_map`, {name or 'all of it'!r}), and PEFT would make the "
+                "weights of a new adapter without memory. Put the adapter on first and offload then, with accelerate's "
+                "`dispatch_model`."
+            )
 
 
 def _problems(model: nn.Module, config: BituneConfig, adapter_name: str, remapped: dict[str, Tensor]) -> list[str]:

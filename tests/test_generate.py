@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
 from peft import PeftModel
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.pre_tokenizers import Split, Whitespace
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, StaticCache, pipeline
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    StaticCache,
+    TextIteratorStreamer,
+    TextStreamer,
+    pipeline,
+)
 
 from bitune_plugin.forward import _warn_one_piece
 from bitune_plugin.layout import LayoutError
-from helpers import assert_close, batch, bitune, tokens, with_oracle
-from models import ARCHITECTURES, tiny
+from helpers import Batch, assert_close, batch, bitune, lora, tokens, with_oracle
+from models import ARCHITECTURES, tiny, word_tokenizer
 from three_pass import ThreePass
+from zoo import tiny_of
 
 PROMPT = tokens(9)
 LENGTHS = (9, 4, 1, 2, 12)
@@ -403,3 +417,580 @@ def test_a_script_that_knows_only_peft_generates_the_same(models: tuple[PeftMode
     run = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=True)
 
     assert run.stdout.split() == [str(token) for token in oracle.generate(PROMPT, 6).tolist()]
+
+
+# --- Batches of unequal prompts, against a loop over the oracle ------------------------------------------------------
+
+CACHES = ({}, {"use_cache": False}, {"cache_implementation": "static"})
+
+
+def unequal() -> Batch:
+    return batch([(tokens(length, seed=length), length) for length in LENGTHS], "left")
+
+
+def greedy_rows(model: nn.Module, rows: Batch, steps: int = 6, **settings: object) -> list[list[int]]:
+    """As `greedy`, each row without its padding."""
+    answers = greedy(model, rows.input_ids, steps, attention_mask=rows.attention_mask, **settings)
+    return [answer[start:].tolist() for answer, start in zip(answers, rows.starts, strict=True)]
+
+
+def loop(oracle: ThreePass, rows: Batch, steps: int = 6) -> list[list[int]]:
+    return [oracle.generate(prompt, steps).tolist() for prompt, _ in rows.samples]
+
+
+def literally(oracle: ThreePass, prompt: Tensor, steps: int, process: Callable[[Tensor, Tensor], Tensor]) -> list[int]:
+    """A greedy loop in which `process(tokens so far, logits)` has the last word."""
+    ids = prompt
+    for _ in range(steps):
+        ids = torch.cat([ids, process(ids, oracle(ids, len(prompt))[-1]).argmax()[None]])
+    return ids.tolist()
+
+
+def literal_beams(oracle: ThreePass, prompt: Tensor, beams: int, steps: int) -> list[list[int]]:
+    """The best continuations, best first; without an end of text, all beams are of one length."""
+    found = [(0.0, prompt)]
+    for _ in range(steps):
+        longer = []
+        for score, ids in found:
+            best = oracle(ids, len(prompt))[-1].log_softmax(-1).topk(beams)
+            longer += [(score + x.item(), torch.cat([ids, i[None]])) for x, i in zip(*best, strict=True)]
+        found = sorted(longer, key=lambda pair: -pair[0])[:beams]
+    return [ids.tolist() for _, ids in found]
+
+
+def begun(oracle: ThreePass) -> Batch:
+    """Answers of unequal length that are partly written."""
+    written = zip(LENGTHS, (2, 4, 3, 1, 4), strict=True)
+    prompts = [(tokens(length, seed=length), further) for length, further in written]
+    return batch([(oracle.generate(prompt, further), len(prompt)) for prompt, further in prompts], "left")
+
+
+def test_a_batch_is_not_what_the_causal_model_would_answer(models: tuple[PeftModel, ThreePass]) -> None:
+    """The comparisons below would show nothing otherwise."""
+    _, oracle = models
+    rows = unequal()
+    expected = loop(oracle, rows)
+    oracle.model.base_model.set_adapter("causal")
+    causal = greedy_rows(oracle.model, rows)
+    differs = [one != other for one, other in zip(causal, expected, strict=True)]
+    assert sum(differs) >= 3
+    assert not differs[LENGTHS.index(1)]
+
+
+def test_sampling_a_batch_draws_from_the_oracles_distributions(models: tuple[PeftModel, ThreePass]) -> None:
+    model, oracle = models
+    rows = unequal()
+    torch.manual_seed(4)
+    answers = model.generate(
+        input_ids=rows.input_ids,
+        attention_mask=rows.attention_mask,
+        max_new_tokens=4,
+        do_sample=True,
+        temperature=0.7,
+        top_k=0,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+
+    torch.manual_seed(4)
+    expected = [prompt for prompt, _ in rows.samples]
+    for _ in range(4):
+        logits = [oracle(ids, length)[-1] for ids, length in zip(expected, LENGTHS, strict=True)]
+        drawn = torch.multinomial((torch.stack(logits) / 0.7).softmax(-1), 1)
+        expected = [torch.cat([ids, token]) for ids, token in zip(expected, drawn, strict=True)]
+
+    for answer, start, ids in zip(answers, rows.starts, expected, strict=True):
+        assert torch.equal(answer[start:], ids)
+
+
+@pytest.mark.parametrize("settings", CACHES, ids=str)
+def test_beam_search_finds_what_a_literal_search_finds(models: tuple[PeftModel, ThreePass], settings: dict) -> None:
+    model, oracle = models
+    rows = unequal()
+
+    answers = greedy(
+        model, rows.input_ids, 4, attention_mask=rows.attention_mask, num_beams=3, num_return_sequences=3, **settings
+    )
+
+    for row, (start, (prompt, _)) in enumerate(zip(rows.starts, rows.samples, strict=True)):
+        got = [answer[start:].tolist() for answer in answers[3 * row : 3 * row + 3]]
+        assert got == literal_beams(oracle, prompt, 3, 4)
+
+
+def test_every_row_is_repeated_for_the_sequences_it_returns(models: tuple[PeftModel, ThreePass]) -> None:
+    model, oracle = models
+    rows = unequal()
+    answers = model.generate(
+        input_ids=rows.input_ids,
+        attention_mask=rows.attention_mask,
+        max_new_tokens=3,
+        do_sample=True,
+        num_return_sequences=2,
+        return_dict_in_generate=True,
+        output_logits=True,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    for row, answer in enumerate(answers.sequences):
+        got = torch.stack([step[row] for step in answers.logits])
+        assert_close(got, oracle(answer[rows.starts[row // 2] :], LENGTHS[row // 2])[:-1])
+
+
+@pytest.mark.parametrize("constraint", ["prefix_allowed_tokens_fn", "logits_processor", "bad_words_ids"])
+def test_constrained_decoding_chooses_among_the_oracles_logits(
+    models: tuple[PeftModel, ThreePass], constraint: str
+) -> None:
+    model, oracle = models
+    rows = unequal()
+    odd = list(range(1, 97, 2))
+    bad = sorted({answer[-1] for answer in loop(oracle, rows, 1)})
+
+    def only_odd(_: Tensor, logits: Tensor) -> Tensor:
+        return logits.index_fill(-1, torch.arange(0, 97, 2), -torch.inf)
+
+    def no_repetition(ids: Tensor, logits: Tensor) -> Tensor:
+        return logits.scatter(-1, ids[..., -4:], -torch.inf)
+
+    def no_bad_words(_: Tensor, logits: Tensor) -> Tensor:
+        return logits.index_fill(-1, torch.tensor(bad), -torch.inf)
+
+    settings, literal = {
+        "prefix_allowed_tokens_fn": ({"prefix_allowed_tokens_fn": lambda row, ids: odd}, only_odd),
+        "logits_processor": ({"logits_processor": [no_repetition]}, no_repetition),
+        "bad_words_ids": ({"bad_words_ids": [[word] for word in bad]}, no_bad_words),
+    }[constraint]
+
+    assert greedy_rows(model, rows, **settings) == [literally(oracle, prompt, 6, literal) for prompt, _ in rows.samples]
+
+
+def test_rows_that_are_finished_early_leave_the_others_alone(models: tuple[PeftModel, ThreePass]) -> None:
+    model, oracle = models
+    rows = unequal()
+    expected = loop(oracle, rows)
+    end = expected[0][LENGTHS[0] + 2]  # the third token of the first answer
+
+    answers = model.generate(
+        input_ids=rows.input_ids,
+        attention_mask=rows.attention_mask,
+        max_new_tokens=6,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=end,
+    )
+
+    assert answers[0, -3:].tolist() == [0, 0, 0]
+    for answer, start, ids, length in zip(answers, rows.starts, expected, LENGTHS, strict=True):
+        until = ids.index(end, length) + 1 if end in ids[length:] else len(ids)
+        assert answer[start : start + until].tolist() == ids[:until]
+
+
+LETTERS = [chr(33 + i) for i in range(97)]
+
+
+def spelling() -> PreTrainedTokenizerFast:
+    """Every token is a letter."""
+    letters = Tokenizer(WordLevel({letter: i for i, letter in enumerate(LETTERS)}, unk_token=LETTERS[0]))
+    letters.pre_tokenizer, letters.decoder = Split(Regex("."), "isolated"), Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=letters)
+
+
+@pytest.mark.parametrize("stop", ["max_new_tokens", "max_length", "stopping_criteria", "stop_strings"])
+def test_every_way_to_stop(models: tuple[PeftModel, ThreePass], stop: str) -> None:
+    model, oracle = models
+    rows = unequal()
+    steps = {"max_new_tokens": 1, "stop_strings": 6}.get(stop, 3)
+    expected = loop(oracle, rows, steps)
+
+    last = expected[0][-1]
+    unused = min(set(range(1, 97)) - {token for answer in expected for token in answer})
+
+    def enough(ids: Tensor, _: object) -> Tensor:
+        return torch.full((len(ids),), ids.shape[1] >= max(LENGTHS) + 3)
+
+    settings = {
+        "max_new_tokens": {"max_new_tokens": 1},
+        "max_length": {"max_length": max(LENGTHS) + 3},
+        "stopping_criteria": {"stopping_criteria": [enough], "max_new_tokens": 6},
+        "stop_strings": {"stop_strings": [LETTERS[last]], "tokenizer": spelling(), "max_new_tokens": 6},
+    }[stop]
+    answers = model.generate(
+        input_ids=rows.input_ids,
+        attention_mask=rows.attention_mask,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=unused,
+        **settings,
+    )
+
+    expected = torch.tensor([[0] * start + ids for start, ids in zip(rows.starts, expected, strict=True)])
+    if stop == "stop_strings":
+        said = (expected[:, max(LENGTHS) :] == last).int().cumsum(1).cumsum(1) > 1
+        assert said.any()
+        expected[:, max(LENGTHS) :][said] = 0
+    assert torch.equal(answers[:, : expected.shape[1]], expected)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_scores_logits_and_hidden_states_are_the_oracles(models: tuple[PeftModel, ThreePass], use_cache: bool) -> None:
+    model, oracle = models
+    rows = unequal()
+    answers = greedy(
+        model,
+        rows.input_ids,
+        3,
+        attention_mask=rows.attention_mask,
+        use_cache=use_cache,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+        output_hidden_states=True,
+    )
+
+    states: list[Tensor] = []
+    layers = oracle.model.get_base_model().model.layers
+    hooks = [layer.register_forward_hook(lambda _, __, output: states.append(output[0])) for layer in layers[:-1]]
+    for row, (start, length) in enumerate(zip(rows.starts, LENGTHS, strict=True)):
+        states.clear()
+        expected = oracle(answers.sequences[row, start:], length)[:-1]
+        assert_close(torch.stack([step[row] for step in answers.logits]), expected)
+        assert_close(torch.stack([step[row] for step in answers.scores]), expected)
+        for layer, want in enumerate(states[-len(hooks) :]):  # of the last pass, the answer's
+            got = torch.stack([step[layer + 1][row, -1] for step in answers.hidden_states])
+            assert_close(got, want[:-1])
+    for hook in hooks:
+        hook.remove()
+    assert answers.hidden_states[0][0].shape[:2] == rows.input_ids.shape
+
+
+def test_attention_weights_are_refused(models: tuple[PeftModel, ThreePass]) -> None:
+    with pytest.raises(ValueError, match="output_attentions"):
+        greedy(models[0], PROMPT, return_dict_in_generate=True, output_attentions=True)
+
+
+@pytest.mark.parametrize("settings", CACHES, ids=str)
+def test_embeddings_of_a_batch_serve_as_prompts(models: tuple[PeftModel, ThreePass], settings: dict) -> None:
+    model, oracle = models
+    for rows, steps in ((unequal(), 6), (begun(oracle), 3)):
+        new = model.generate(
+            inputs_embeds=model.get_input_embeddings()(rows.input_ids),
+            attention_mask=rows.attention_mask,
+            prompt_mask=rows.prompt_mask,
+            max_new_tokens=steps,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
+            **settings,
+        )
+        for answer, (ids, length) in zip(new, rows.samples, strict=True):
+            assert answer.tolist() == oracle.generate(ids[:length], len(ids) - length + steps)[len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("settings", [*CACHES, {"num_beams": 3}], ids=str)
+def test_answers_that_are_partly_written_are_continued_in_a_batch(
+    models: tuple[PeftModel, ThreePass], settings: dict
+) -> None:
+    model, oracle = models
+    rows = begun(oracle)
+
+    answers = greedy_rows(model, rows, 1 if "num_beams" in settings else 4, prompt_mask=rows.prompt_mask, **settings)
+
+    for answer, (ids, length) in zip(answers, rows.samples, strict=True):
+        assert answer == oracle.generate(ids[:length], len(answer) - length).tolist()
+
+
+def test_prompts_of_one_token_are_read_beside_others(models: tuple[PeftModel, ThreePass]) -> None:
+    model, oracle = models
+    for lengths in ((1, 1, 1), (1, 9, 1)):
+        rows = batch([(tokens(length, seed=seed), length) for seed, length in enumerate(lengths)], "left")
+        for settings in CACHES:
+            assert greedy_rows(model, rows, **settings) == loop(oracle, rows)
+
+
+def test_without_a_prompt_the_beginning_of_text_is_the_prompt(models: tuple[PeftModel, ThreePass]) -> None:
+    model, oracle = models
+    answer = model.generate(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(answer[0], oracle.generate(torch.tensor([model.config.bos_token_id]), 6))
+
+
+def test_rows_do_not_influence_each_other(models: tuple[PeftModel, ThreePass]) -> None:
+    """Nor does what stands in their padding."""
+    model, _ = models
+    rows = unequal()
+    other = rows.input_ids.clone()
+    other[2:] = tokens(other[2:].numel(), seed=50).view_as(other[2:])
+    other[:2][rows.attention_mask[:2] == 0] = 77
+    logits = [
+        greedy(model, ids, 4, attention_mask=rows.attention_mask, return_dict_in_generate=True, output_logits=True)
+        for ids in (rows.input_ids, other)
+    ]
+    for one, two in zip(logits[0].logits, logits[1].logits, strict=True):
+        assert_close(one[:2], two[:2], 1e-6)
+        assert not torch.allclose(one[3:], two[3:], atol=0.05)
+
+
+# --- Several models and texts at once ---------------------------------------------------------------------------------
+
+
+ASSISTANTS = {
+    "without an adapter": lambda model: tiny(seed=3),
+    "with an adapter of its own": lambda model: bitune(tiny(seed=3)),
+    "beneath its PeftModel": lambda model: bitune(tiny(seed=3)).get_base_model(),
+    "which is the model itself": lambda model: model,
+}
+
+
+@pytest.mark.parametrize("assistant", ASSISTANTS)
+def test_an_assistant_changes_no_token(models: tuple[PeftModel, ThreePass], assistant: str) -> None:
+    model, oracle = models
+    assert (
+        greedy(model, PROMPT, assistant_model=ASSISTANTS[assistant](model))[0].tolist()
+        == loop(oracle, batch([(PROMPT, 9)]))[0]
+    )
+
+
+def test_an_assistant_with_bitune_reads_the_prompt_both_ways() -> None:
+    """Its guesses would be worse otherwise: the same weights on both sides agree on every token."""
+    model, _ = with_oracle()
+    passes = []
+    model.get_base_model().model.register_forward_hook(lambda *_: passes.append(None))
+    assistant = bitune()
+    assistant.generation_config.num_assistant_tokens = 4
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+
+    greedy(model, PROMPT, steps=10, assistant_model=assistant)
+
+    assert len(passes) == 2  # four guesses and one token more, twice
+
+
+def test_prompt_lookup_continues_what_is_begun(models: tuple[PeftModel, ThreePass]) -> None:
+    """With prompts that repeat themselves, so that there is something to look up."""
+    model, oracle = models
+    prompt = torch.cat([tokens(4, seed=5)] * 3)
+    whole = oracle.generate(prompt, 10)
+    for start in (len(prompt), len(prompt) + 4):
+        prompt_mask = torch.arange(start)[None] < len(prompt)
+        answer = greedy(model, whole[:start], len(whole) - start, prompt_mask=prompt_mask, prompt_lookup_num_tokens=3)
+        assert torch.equal(answer[0], whole)
+
+
+def test_assisted_decoding_of_a_batch_is_refused(models: tuple[PeftModel, ThreePass]) -> None:
+    for assisted in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny(seed=3)}):
+        with pytest.raises(ValueError, match="assisted generate is only supported for batch_size = 1"):
+            greedy_rows(models[0], unequal(), **assisted)
+
+
+def test_early_exit_is_refused_by_name() -> None:
+    model, oracle = with_oracle()
+    with pytest.raises(LayoutError, match="assistant_early_exit"):
+        greedy(model, PROMPT, assistant_early_exit=2)
+    assert torch.equal(greedy(model, PROMPT)[0], oracle.generate(PROMPT, 6))
+
+
+@pytest.mark.parametrize(
+    "length",
+    [
+        12,
+        9,
+    ],
+)
+def test_a_negative_prompt_is_a_prompt_too_or_refused(models: tuple[PeftModel, ThreePass], length: int) -> None:
+    model, oracle = models
+    negative = tokens(length, seed=9)
+
+    def guided(ids: Tensor, logits: Tensor) -> Tensor:
+        against = oracle(torch.cat([negative, ids[len(PROMPT) :]]), length)[-1].log_softmax(-1)
+        return 1.5 * (logits.log_softmax(-1) - against) + against
+
+    try:
+        answer = greedy(model, PROMPT, guidance_scale=1.5, negative_prompt_ids=negative[None])
+    except LayoutError as error:
+        assert "guidance_scale" in str(error)  # noqa: PT017
+    else:
+        assert answer[0].tolist() == literally(oracle, PROMPT, 6, guided)
+
+
+def words(ids: Tensor) -> str:
+    return " ".join(f"w{token}" for token in ids)
+
+
+def test_text_is_streamed(
+    models: tuple[PeftModel, ThreePass], tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, oracle = models
+    expected = words(oracle.generate(PROMPT, 6)[len(PROMPT) :])
+
+    greedy(model, PROMPT, streamer=TextStreamer(tokenizer, skip_prompt=True))
+    assert capsys.readouterr().out.strip() == expected
+
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=30)
+    thread = Thread(target=greedy, args=(model, PROMPT), kwargs={"streamer": streamer})
+    thread.start()
+    pieces = list(streamer)
+    thread.join(timeout=30)
+    assert "".join(pieces).strip() == expected
+    assert len([piece for piece in pieces if piece]) > 1
+
+
+def test_a_chat_is_read_anew_every_turn(models: tuple[PeftModel, ThreePass]) -> None:
+    """All of the history is the prompt of the next turn."""
+    model, oracle = models
+    tokenizer = word_tokenizer()
+    run = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    chat = []
+    for turn in ("w3 w14 w15", "w9 w26"):
+        chat.append({"role": "user", "content": turn})
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        expected = oracle.generate(torch.tensor(prompt), 4)[len(prompt) :]
+
+        answer = run(chat, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+
+        assert (
+            answer[0]["generated_text"][-1]["content"].split()
+            == tokenizer.decode(expected, skip_special_tokens=True).split()
+        )
+        chat = answer[0]["generated_text"]
+    assert len(chat) == 4
+
+
+def test_the_next_turn_of_a_batch_on_a_filled_cache(models: tuple[PeftModel, ThreePass]) -> None:
+    model, oracle = models
+    rows = unequal()
+    first = greedy(model, rows.input_ids, 3, attention_mask=rows.attention_mask, return_dict_in_generate=True)
+    said = torch.stack([tokens(4, seed=60 + row) for row in range(len(LENGTHS))])
+    conversation = torch.cat([first.sequences, said], dim=1)
+    mask = nn.functional.pad(rows.attention_mask, (0, 7), value=1)
+
+    second = greedy(model, conversation, 3, attention_mask=mask, past_key_values=first.past_key_values)
+
+    for answer, before, start, length in zip(second, conversation, rows.starts, LENGTHS, strict=True):
+        expected = before[start:]
+        for _ in range(3):
+            expected = torch.cat([expected, oracle(expected, length)[-1].argmax()[None]])
+        assert torch.equal(answer[start:], expected)
+
+
+def test_a_static_cache_serves_again_after_a_reset(models: tuple[PeftModel, ThreePass]) -> None:
+    model, oracle = models
+    static = StaticCache(config=model.config, max_cache_len=32)
+    for seed in range(2):
+        prompt = tokens(7, seed=seed)
+        assert torch.equal(greedy(model, prompt, past_key_values=static)[0], oracle.generate(prompt, 6))
+        static.reset()
+
+
+# --- Caches elsewhere, and compiled decoding --------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers offloads from an accelerator only")
+@pytest.mark.parametrize("cache_implementation", ["offloaded", "offloaded_static"])
+def test_caches_kept_off_the_accelerator(cache_implementation: str) -> None:
+    model, oracle = with_oracle()
+    rows = unequal()
+    expected = loop(oracle, rows)
+    rows = batch([(ids.cuda(), length) for ids, length in rows.samples], "left")
+    assert greedy_rows(model.cuda(), rows, cache_implementation=cache_implementation) == expected
+
+
+def test_a_quantized_cache_is_given_the_mixture(models: tuple[PeftModel, ThreePass]) -> None:
+    """The first token still sees all of its digits."""
+    pytest.importorskip("optimum.quanto")
+    model, oracle = models
+    rows = unequal()
+    config = {"nbits": 4, "q_group_size": 8, "residual_length": 4, "axis_key": 0, "axis_value": 0}
+    settings = {"cache_implementation": "quantized", "cache_config": config}
+    answers = greedy_rows(model, rows, **settings)
+    assert [answer[: length + 1] for answer, length in zip(answers, LENGTHS, strict=True)] == loop(oracle, rows, 1)
+
+
+def compiled_with(backend: Callable | str, fullgraph: bool = False) -> dict[str, object]:
+    """As transformers compiles decoding steps by itself on accelerators."""
+    config = CompileConfig(backend=backend, fullgraph=fullgraph, dynamic=None, mode=None)
+    config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": config, "max_cache_len": 40}
+
+
+@pytest.fixture
+def graphs() -> list[object]:
+    """What was compiled."""
+    torch._dynamo.reset()
+    yield []
+    torch._dynamo.reset()
+
+
+def test_compiled_steps_give_the_same_tokens_and_are_compiled_once(graphs: list[object]) -> None:
+    model, oracle = with_oracle(tiny(num_hidden_layers=1))
+    rows = unequal()
+
+    def backend(graph: Callable, _: object) -> Callable:
+        graphs.append(graph)
+        return graph
+
+    assert greedy_rows(model, rows, 3, **compiled_with(backend)) == loop(oracle, rows, 3)
+    before = len(graphs)
+    assert before
+    assert greedy_rows(model, rows, 8, **compiled_with(backend)) == loop(oracle, rows, 8)
+    assert len(graphs) == before
+
+
+def test_a_compiled_step_is_one_graph_as_with_lora(graphs: list[object]) -> None:
+    model, oracle = with_oracle(tiny(num_hidden_layers=1))
+    rows = unequal()
+    assert greedy_rows(model, rows, 3, **compiled_with("eager", fullgraph=True)) == loop(oracle, rows, 3)
+
+
+def test_the_mixing_can_be_compiled(graphs: list[object]) -> None:
+    """As it is in a model that is compiled as a whole, prompts included."""
+    mixing = bitune(tiny(num_hidden_layers=1)).get_base_model().model.layers[0].self_attn.bitune_mixing
+    states = [(torch.ones(1, 2, 3, 8), torch.zeros(1, 2, 3, 8))] * 2
+    expected = mixing(*states, "default")
+    assert_close(torch.compile(mixing, backend="eager")(*states, "default")[0], expected[0])
+
+
+# --- Architectures with attention of their own ------------------------------------------------------------------------
+
+QUIRKY = ("deepseek_v3", "gemma4_text", "mpt", "bloom", "gpt_neo", "falcon", "llama4_text", "opt")
+
+
+def quirky() -> list[object]:
+    # After the prompt, transformers scales the queries of Llama 4 by their place in the cache, padding included; and
+    # GPT-Neo takes the end of a static cache for the end of the text.
+    wrong = [("llama4_text", ""), ("llama4_text", "static"), ("gpt_neo", "static")]
+    kinds = [(name, kind) for name in QUIRKY for kind in ("", "uncached", "static") if (name, kind) not in wrong]
+    return [pytest.param(*each, id="-".join(each)) for each in kinds]
+
+
+def settings_of(kind: str) -> dict[str, object]:
+    return {"": {}, "uncached": {"use_cache": False}, "static": {"cache_implementation": "static"}}[kind]
+
+
+@functools.cache
+def quirky_models(architecture: str) -> tuple[PeftModel, ThreePass]:
+    # PEFT by itself cannot adapt the routers of Llama 4.
+    return with_oracle(tiny_of(architecture), lora(exclude_modules=["router"]) if "llama4" in architecture else lora())
+
+
+@pytest.mark.parametrize(("architecture", "kind"), quirky())
+def test_quirky_architectures_continue_a_batch(architecture: str, kind: str) -> None:
+    """Among them a row in which nothing is written yet."""
+    model, oracle = quirky_models(architecture)
+    shapes = ((9, 2), (4, 0), (1, 3), (11, 1))
+    whole = [oracle.generate(tokens(length, seed=length), further + 3) for length, further in shapes]
+    rows = batch([(ids[:-3], length) for ids, (length, _) in zip(whole, shapes, strict=True)], "left")
+    answers = greedy_rows(model, rows, 3, prompt_mask=rows.prompt_mask, **settings_of(kind))
+    assert answers == [ids.tolist() for ids in whole]
+
+
+@pytest.mark.parametrize("architecture", QUIRKY)
+def test_quirky_architectures_keep_their_beams_apart(architecture: str) -> None:
+    model, oracle = quirky_models(architecture)
+    rows = batch([(tokens(9), 9), (tokens(5, seed=2), 5)], "left")
+    expected = [literal_beams(oracle, prompt, 2, 3)[0] for prompt, _ in rows.samples]
+    assert greedy_rows(model, rows, 3, num_beams=2) == expected
+
+
+def test_gpt_neo_refuses_a_static_cache() -> None:
+    """Its own masks would be wrong, and are in transformers."""
+    model, _ = quirky_models("gpt_neo")
+    with pytest.raises(ValueError, match=r"GPT-Neo.*static cache.*cache_implementation"):
+        greedy(model, PROMPT, cache_implementation="static")
