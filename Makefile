@@ -20,7 +20,7 @@ evaluate: $(VENV)/demo       ## LoRA and Bitune side by side, scored by lm-eval
 	$(BIN)/python examples/evaluate.py --model $(MODEL)
 
 test: $(VENV)/dev            ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
