@@ -31,12 +31,14 @@ from .layout import LayoutError, PromptLayout, plan, prompt_from_labels
 from .per_thread import PerThread
 from .routing import Extension, FollowingLayer, Reading, by_name, extend, reading_in_progress, restore
 
+PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "per_layer_inputs")
+"""Arguments of backbones that have one value per token, `[B, T, ...]`, positions and masks excepted."""
+
 UNREADABLE = {
     "cu_seq_lens_q": "rows that hold several documents (packing, padding-free batches)",
     "seq_idx": "rows that hold several documents (packing, padding-free batches)",
 }
 """Keywords of the backbone under which one row is not one prompt and its completion, and what they stand for."""
-
 
 UNREADABLE_SETTINGS = {
     "guidance_scale": ((None, 1), "a second pass starts in the middle of the prompt, or from another"),
@@ -88,12 +90,12 @@ class Generation:
     Attributes:
         backbone: the backbone it belongs to; another model may run meanwhile, as in assisted decoding.
         prompt_mask: bool `[rows given, tokens given]`; what is appended later is completion.
-        cached: the prompt has been read into the cache.
+        cache: the one that the prompt has been read into.
     """
 
     backbone: nn.Module
     prompt_mask: Tensor
-    cached: bool = False
+    cache: Cache | None = None
 
     def prompt_mask_for(self, rows: int, tokens: int) -> Tensor:
         """bool `[rows, tokens]`: the prompt in a forward pass that starts from an empty cache.
@@ -105,8 +107,8 @@ class Generation:
         if tokens < given_tokens or rows % given_rows:
             raise LayoutError(
                 f"`generate` was given {given_rows} prompt(s) of {given_tokens} tokens, but the model is to read "
-                f"{rows} row(s) of {tokens}. Bitune reads a prompt in one piece: call "
-                "`model.eval()` if gradient checkpointing is on."
+                f"{rows} row(s) of {tokens}. Bitune reads a prompt in one piece: call `model.eval()` if "
+                "gradient checkpointing is on."
             )
         # Beams and returned sequences repeat every row.
         mask = self.prompt_mask.repeat_interleave(rows // given_rows, dim=0)
@@ -337,16 +339,10 @@ def _start_reading(architecture: Architecture, prompts: Prompts, kwargs: dict[st
     adapter = active_adapter(architecture)
     if adapter is None:
         return None
-    for name, meaning in UNREADABLE.items():
-        if kwargs.get(name) is not None:
-            raise LayoutError(
-                f"The model was called with `{name}`, which stands for {meaning}. Bitune needs one prompt and its "
-                "completion per row: set `packing=False` and `padding_free=False`."
-            )
-    past = kwargs.get("past_key_values")
-    generation = _generation_of(architecture)
+    _check_one_prompt_per_row(kwargs)
+    past, generation = kwargs.get("past_key_values"), _generation_of(architecture)
     # A static cache is asked for its length once, and not in every step, where it would break a compiled graph.
-    if past is not None and generation is not None and generation.cached:
+    if past is not None and generation is not None and generation.cache is past:
         return None
     if _holds_tokens(past):
         if prompts.prompt_mask is not None:
@@ -355,6 +351,37 @@ def _start_reading(architecture: Architecture, prompts: Prompts, kwargs: dict[st
     layout = _plan(architecture, prompts, kwargs)
     if layout is None:
         return None
+    _check_outputs(architecture, kwargs)
+    _use_attention_of_bitune(architecture)
+    cache = _cache_to_fill(architecture.backbone, kwargs)
+    if cache is not None and layout.completion_index is not None:
+        raise LayoutError(
+            "`completion_index` came with `use_cache=True`: no text follows several completions at once. Pass "
+            "`use_cache=False`."
+        )
+    if generation is not None:
+        generation.cache = cache
+    settings = getattr(architecture.attentions[0], MIXING).settings[adapter]
+    settings.unused = False
+    return Reading(
+        layout,
+        adapter,
+        second_pass_causal=settings.second_pass_attention == "causal",
+        share_adapter=settings.share_adapter,
+        cache=cache,
+    )
+
+
+def _check_one_prompt_per_row(kwargs: dict[str, Any]) -> None:
+    for name, meaning in UNREADABLE.items():
+        if kwargs.get(name) is not None:
+            raise LayoutError(
+                f"The model was called with `{name}`, which stands for {meaning}. Bitune needs one prompt and its "
+                "completion per row: set `packing=False` and `padding_free=False`."
+            )
+
+
+def _check_outputs(architecture: Architecture, kwargs: dict[str, Any]) -> None:
     if kwargs.get("output_attentions") or getattr(architecture.backbone.config, "output_attentions", False):
         raise ValueError(
             "`output_attentions=True`: a prompt that is read twice has no single attention matrix. Leave it unset, "
@@ -365,27 +392,13 @@ def _start_reading(architecture: Architecture, prompts: Prompts, kwargs: dict[st
             "`output_router_logits=True`: the routers see the copy of the prompt too, and a balancing loss would count "
             "its tokens. Set `output_router_logits=False`."
         )
+
+
+def _use_attention_of_bitune(architecture: Architecture) -> None:
+    """Puts Bitune on the implementation that `set_attn_implementation` chose after the adapter was put on."""
     implementation = architecture.backbone.config._attn_implementation
     if not architecture.does_own_arithmetic and not implementation.startswith(PREFIX):
-        # `set_attn_implementation` was called after the adapter was put on.
         architecture.backbone.set_attn_implementation(implementation_for(implementation))
-    cache = _cache_to_fill(architecture.backbone, kwargs)
-    if cache is not None and layout.completion_index is not None:
-        raise LayoutError(
-            "`completion_index` came with `use_cache=True`: no text follows several completions at once. Pass "
-            "`use_cache=False`."
-        )
-    if generation is not None:
-        generation.cached = cache is not None
-    settings = getattr(architecture.attentions[0], MIXING).settings[adapter]
-    settings.unused = False
-    return Reading(
-        layout,
-        adapter,
-        second_pass_causal=settings.second_pass_attention == "causal",
-        share_adapter=settings.share_adapter,
-        cache=cache,
-    )
 
 
 def _plan(architecture: Architecture, prompts: Prompts, kwargs: dict[str, Any]) -> PromptLayout | None:
@@ -416,7 +429,7 @@ def _plan(architecture: Architecture, prompts: Prompts, kwargs: dict[str, Any]) 
 def _lengthen(architecture: Architecture, reading: Reading, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the backbone for `T + E` tokens; the cache is taken out, the attention function fills it."""
     layout = reading.layout
-    lengthened = {name: layout.lengthen(kwargs[name]) for name in ("input_ids", "inputs_embeds") if _has(kwargs, name)}
+    lengthened = {name: layout.lengthen(kwargs[name]) for name in PER_TOKEN if _has(kwargs, name)}
     positions = kwargs["position_ids"] if _has(kwargs, "position_ids") else layout.positions
     # The attention modules get masks of their own in a reading. transformers hands 4-D masks on as they are, which
     # spares it making another.

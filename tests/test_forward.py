@@ -34,6 +34,7 @@ from helpers import (
 )
 from models import ARCHITECTURES, EXPERTS, tiny
 from three_pass import ThreePass
+from zoo import tiny_of
 
 ROWS = samples(*SHAPES)
 INPUTS = one(tokens(11), 7)
@@ -930,6 +931,18 @@ def test_attention_that_takes_no_part_is_an_error() -> None:
 
     with pytest.raises(RuntimeError, match=r"layer\(s\) \[1\].*plainly causal.*bitune_architecture"):
         model(**INPUTS)
+
+
+def test_token_types_go_with_their_tokens_into_the_copy() -> None:
+    """GPT-2 adds their embeddings to those of the tokens."""
+    model = bitune(tiny_of("gpt2"))
+    rows = batch(ROWS, "left")
+    types, embed = rows.input_ids % 3, model.get_input_embeddings()
+    masks = {"attention_mask": rows.attention_mask, "prompt_mask": rows.prompt_mask}
+    got = model(input_ids=rows.input_ids, token_type_ids=types, **masks).logits
+    expected = model(inputs_embeds=embed(rows.input_ids) + embed(types), **masks).logits
+    for answer, other in zip(rows.answers(got), rows.answers(expected), strict=True):
+        assert_close(answer, other)
 
 
 def test_attention_can_be_set_after_the_adapter() -> None:
