@@ -15,9 +15,6 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from .routing import Extension
 
-SAVED_PREFIX = "base_model.model."
-"""What PEFT puts before the names of a model's parameters when it saves an adapter."""
-
 
 class AdapterMethods(Extension):
     """What transformers' `PeftAdapterMixin` does, for both streams and the mixing.
@@ -30,6 +27,7 @@ class AdapterMethods(Extension):
 
     def set_adapter(self, adapter_name: str | list[str]) -> None:
         """Switches to one Bitune adapter. See `PeftAdapterMixin.set_adapter`."""
+        self.bitune_tuner.check_one(adapter_name)
         super().set_adapter(adapter_name)
         self.bitune_tuner.set_adapter(adapter_name)
 
@@ -40,7 +38,7 @@ class AdapterMethods(Extension):
 
     def delete_adapter(self, adapter_names: str | list[str]) -> None:
         """Removes adapters; with the last one Bitune leaves the model. See `PeftAdapterMixin.delete_adapter`."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = dict.fromkeys([adapter_names] if isinstance(adapter_names, str) else adapter_names)
         missing = [name for name in names if name not in self.peft_config]
         if missing:
             raise ValueError(f"There is no adapter {', '.join(missing)}. There are: {', '.join(self.peft_config)}.")
@@ -60,8 +58,8 @@ class AdapterMethods(Extension):
         would find names for those of one stream; PEFT finds names for all."""
         weights = dict(state_dict or {})
         for file in checkpoint_files or ():
-            weights |= load_file(file) if str(file).endswith(".safetensors") else load(file, weights_only=True)
-        weights = {name.removeprefix(SAVED_PREFIX): weight for name, weight in weights.items()}
+            weights |= _read(str(file))
+        weights = {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
         adapter_name = model.bitune_tuner.active_adapters[0]
         model.peft_config[adapter_name].unused = True
         try:
@@ -69,3 +67,7 @@ class AdapterMethods(Extension):
         finally:  # an adapter that does not fit is taken off again
             model._hf_peft_config_loaded = hasattr(model, "peft_config")
         return LoadStateDictInfo(set(), set(), set(), [], {}, set()), {}
+
+
+def _read(file: str) -> dict[str, Tensor]:
+    return load_file(file) if file.endswith(".safetensors") else load(file, map_location="cpu", weights_only=True)

@@ -29,7 +29,7 @@ ATTENTION_ALONE = (
 )
 
 A_PLUGIN_CAN = (
-    "A plugin can say what to do (hook `bitune_architecture`), or use the inner adapter alone, for instance "
+    "Write a plugin that says what to do (hook `bitune_architecture`), or use the inner adapter alone, for instance "
     "`LoraConfig`."
 )
 
@@ -60,6 +60,11 @@ class Architecture:
     unadaptable: frozenset[str] = frozenset()
 
     @property
+    def expands_latent_states(self) -> bool:
+        """Whether what the attention modules cache by themselves is no keys and values."""
+        return self.attention_extension is not None and issubclass(self.attention_extension, LatentAttention)
+
+    @property
     def does_own_arithmetic(self) -> bool:
         """Whether the attention modules attend by themselves, and not by the function of `AttentionInterface`."""
         return self.attention_extension is not None and issubclass(self.attention_extension, JointAttention)
@@ -82,15 +87,16 @@ class Architecture:
         """Number of key/value heads of an attention module."""
         attention = self.source(attention)
         config = getattr(attention, "config", self.backbone.config)
-        every_head = hasattr(attention, "expand_kv") or getattr(config, "new_decoder_architecture", False)
-        if getattr(config, "multi_query", False) and not every_head:
+        multi_query = getattr(config, "multi_query", None)  # Falcon and GPTBigCode
+        if self.expands_latent_states or multi_query is False or getattr(config, "new_decoder_architecture", False):
+            return config.num_attention_heads
+        if multi_query:
             return 1
         project = getattr(attention, "k_proj", None)
         project = getattr(project, "base_layer", project)
         if hasattr(project, "out_features") and hasattr(attention, "head_dim"):
             return project.out_features // attention.head_dim
-        heads = None if every_head else getattr(config, "num_key_value_heads", None)
-        return heads or config.num_attention_heads
+        return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def describe(model: nn.Module) -> Architecture:
@@ -177,8 +183,7 @@ def _check_attention_functions(name: str, architecture: Architecture) -> None:
             f"The attention of {name} does not go through transformers' AttentionInterface, where Bitune attaches. "
             f"{A_PLUGIN_CAN}"
         )
-    latent = architecture.attention_extension is LatentAttention
-    if getattr(config, "kv_lora_rank", None) and not latent:
+    if getattr(config, "kv_lora_rank", None) and not architecture.expands_latent_states:
         raise UnsupportedModelError(
             f"{name} caches latent states in place of keys and values (`config.kv_lora_rank`), and has no `expand_kv` "
             "by which Bitune could cache the latter. Use the inner adapter alone, for instance `LoraConfig`."

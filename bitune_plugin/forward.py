@@ -7,8 +7,9 @@ Three kinds of modules are touched, from the outside in:
 3. every decoder layer: its attention and PEFT layers follow, for the length of its `forward`, the reading that they
    are part of.
 
-The backbone, not the causal language model, because callers such as TRL's fused LM head go around the latter. Nothing
-is handed down as a keyword: not every model of transformers passes on what it does not know.
+The backbone, not the causal language model, because callers such as TRL's fused LM head go around the latter. What one
+of them has to tell the next goes beside the model and not through it, for the time of the call: not every model of
+transformers passes on keywords that it does not know.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ from .routing import Extension, FollowingLayer, Reading, by_name, extend, readin
 PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "per_layer_inputs")
 """Arguments of backbones that have one value per token, `[B, T, ...]`, positions and masks excepted."""
 
-UNREADABLE = {
+REFUSED_KEYWORDS = {
     "cu_seq_lens_q": "rows that hold several documents (packing, padding-free batches)",
     "seq_idx": "rows that hold several documents (packing, padding-free batches)",
 }
 """Keywords of the backbone under which one row is not one prompt and its completion, and what they stand for."""
 
-UNREADABLE_SETTINGS = {
+REFUSED_SETTINGS = {
     "guidance_scale": ((None, 1), "a second pass starts in the middle of the prompt, or from another"),
     "assistant_early_exit": ((None,), "some layers would take no part in reading the prompt"),
 }
@@ -169,27 +170,28 @@ class CausalModel(AdapterMethods):
             prompt_mask: bool `[B, T]`, to go on with text that is partly written: True on the prompt, False on what
                 has been answered so far. By default all of the input is prompt.
         """
+        kwargs = by_name(super().generate, args, kwargs)
         if kwargs.get("cache_implementation") == "paged":
             self._refuse_continuous_batching("cache_implementation='paged'")
         self._check_settings(kwargs)
-        given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
+        given = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
         tokens = next((x for x in given if x is not None), None)
         if prompt_mask is None:
-            # Not `self.device`: the first weights may be on the meta device, kept on disk.
+            # Beside the tokens, if there are any: `self.device` is the meta device where weights are kept on disk.
             start = torch.ones(1, 1, device=self.device) if tokens is None else tokens
             prompt_mask = torch.ones(start.shape[:2], dtype=torch.bool, device=start.device)
         else:
             _check_per_token("prompt_mask", prompt_mask, tokens)
             _check_unread(kwargs.get("past_key_values"))
         with _generation.set(Generation(self.bitune_architecture.backbone, prompt_mask.bool())):
-            return super().generate(*args, **kwargs)
+            return super().generate(**kwargs)
 
     def _check_settings(self, kwargs: dict[str, Any]) -> None:
         """Raises LayoutError for settings of `generate` that hide what is prompt."""
         if active_adapter(self.bitune_architecture) is None:
             return
         config = kwargs.get("generation_config") or self.generation_config
-        for name, (harmless, reason) in UNREADABLE_SETTINGS.items():
+        for name, (harmless, reason) in REFUSED_SETTINGS.items():
             value = kwargs.get(name, getattr(config, name, None))
             if value not in harmless:
                 raise LayoutError(f"`{name}={value!r}`: {reason}. Leave it unset.")
@@ -203,7 +205,18 @@ class CausalModel(AdapterMethods):
         inputs_embeds: Tensor | None = None,  # transformers looks for this name in the signature
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in transformers; but for static caches it makes 4-D masks of the 2-D one, which the prompt needs."""
+        """As in transformers; but for static caches it makes 4-D masks of the 2-D one, which the prompt needs.
+
+        Raises:
+            ValueError: a static cache with flash attention.
+        """
+        implementation = base_of(self.config._attn_implementation)
+        if implementation.startswith("flash") and getattr(past_key_values, "is_compileable", False):
+            # Under the name of Bitune's implementation transformers does not see that it needs the padding mask.
+            raise ValueError(
+                f"A static cache with `attn_implementation={implementation!r}` is not supported by Bitune. Leave "
+                "`cache_implementation` unset, or call `model.set_attn_implementation('sdpa')`."
+            )
         kwargs |= {
             "attention_mask": attention_mask,
             "past_key_values": past_key_values,
@@ -280,7 +293,8 @@ class TwoWayBackbone(Extension):
         _check_all_took_part(self.bitune_architecture, reading)
         outputs = _cut(reading, outputs)
         if prompts.answers_only:
-            outputs["last_hidden_state"] = reading.layout.answer.take(outputs["last_hidden_state"])
+            hidden_states = outputs["last_hidden_state"]  # on the device of the last layer
+            outputs["last_hidden_state"] = reading.layout.to(hidden_states.device).answer.take(hidden_states)
         return outputs.to_tuple() if kwargs.get("return_dict") is False else outputs
 
 
@@ -310,7 +324,7 @@ def detach(model: PreTrainedModel, architecture: Architecture) -> None:
             restore(attention, architecture.attention_extension)
     for layer in architecture.layers:
         restore(layer, FollowingLayer)
-    del architecture.backbone.bitune_architecture, model.bitune_architecture, model.bitune_tuner
+    del architecture.backbone.bitune_architecture, model.bitune_architecture
     restore(architecture.backbone, TwoWayBackbone)
     restore(model, CausalModel)
 
@@ -354,11 +368,8 @@ def _start_reading(architecture: Architecture, prompts: Prompts, kwargs: dict[st
     _check_outputs(architecture, kwargs)
     _use_attention_of_bitune(architecture)
     cache = _cache_to_fill(architecture.backbone, kwargs)
-    if cache is not None and layout.completion_index is not None:
-        raise LayoutError(
-            "`completion_index` came with `use_cache=True`: no text follows several completions at once. Pass "
-            "`use_cache=False`."
-        )
+    if layout.completion_index is not None:
+        _check_several_completions(architecture, cache)
     if generation is not None:
         generation.cache = cache
     settings = getattr(architecture.attentions[0], MIXING).settings[adapter]
@@ -372,8 +383,22 @@ def _start_reading(architecture: Architecture, prompts: Prompts, kwargs: dict[st
     )
 
 
+def _check_several_completions(architecture: Architecture, cache: Cache | None) -> None:
+    if cache is not None:
+        raise LayoutError(
+            "`completion_index` came with `use_cache=True`: no text follows several completions at once. Pass "
+            "`use_cache=False`."
+        )
+    if not takes_several_completions(architecture):
+        raise LayoutError(
+            f"`completion_index`: {type(architecture.backbone).__name__} with "
+            f"`attn_implementation={base_of(architecture.backbone.config._attn_implementation)!r}` cannot keep several "
+            "completions in a row apart. Give every completion a row of its own."
+        )
+
+
 def _check_one_prompt_per_row(kwargs: dict[str, Any]) -> None:
-    for name, meaning in UNREADABLE.items():
+    for name, meaning in REFUSED_KEYWORDS.items():
         if kwargs.get(name) is not None:
             raise LayoutError(
                 f"The model was called with `{name}`, which stands for {meaning}. Bitune needs one prompt and its "
@@ -382,16 +407,21 @@ def _check_one_prompt_per_row(kwargs: dict[str, Any]) -> None:
 
 
 def _check_outputs(architecture: Architecture, kwargs: dict[str, Any]) -> None:
-    if kwargs.get("output_attentions") or getattr(architecture.backbone.config, "output_attentions", False):
+    if _asked_for("output_attentions", architecture, kwargs):
         raise ValueError(
             "`output_attentions=True`: a prompt that is read twice has no single attention matrix. Leave it unset, "
             "or look at the base model's inside `with model.disable_adapter():`."
         )
-    if kwargs.get("output_router_logits") and architecture.flattening_blocks():
+    if _asked_for("output_router_logits", architecture, kwargs) and architecture.flattening_blocks():
         raise ValueError(
             "`output_router_logits=True`: the routers see the copy of the prompt too, and a balancing loss would count "
             "its tokens. Set `output_router_logits=False`."
         )
+
+
+def _asked_for(name: str, architecture: Architecture, kwargs: dict[str, Any]) -> bool:
+    given = kwargs.get(name)
+    return bool(getattr(architecture.backbone.config, name, False) if given is None else given)
 
 
 def _use_attention_of_bitune(architecture: Architecture) -> None:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from .attention import MIXING
 from .kernels import additive
-from .layout import LayoutError, PromptLayout, Reach, Window
-from .routing import Extension, Reading, by_name, current_reading, with_attributes
+from .layout import PromptLayout, Reach
+from .routing import Extension, Reading, by_name, current_reading
 
 
 class MixingCache:
@@ -32,7 +32,7 @@ class MixingCache:
     def __init__(self, module: nn.Module, reading: Reading) -> None:
         self.module, self.reading = module, reading
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Mixes, and fills the cache of the reading.
 
         Args:
@@ -103,73 +103,3 @@ class JointAttention(Extension):
     def unmasked(self, visible: Tensor) -> JointAttention:
         """The module, or one that shares everything with it, without a causal mask of its own."""
         return self
-
-
-class DifferentialAttention(JointAttention):
-    """DiffLlama: attends twice, to two halves of the values."""
-
-    cache_argument = "past_key_values"
-
-
-class GPTNeoAttention(JointAttention):
-    """GPT-Neo: has its causal mask, and that of its local layers, in a buffer."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self, MIXING).is_on and getattr(kwargs.get("layer_past"), "is_compileable", False):
-            raise ValueError(
-                "GPT-Neo takes the end of a static cache for the end of the text (transformers 5.23). Leave "
-                "`cache_implementation` unset."
-            )
-        return super().forward(*args, **kwargs)
-
-    def reach(self) -> Reach | None:
-        return Window(self.config.window_size) if self.attention_type == "local" else None
-
-    def unmasked(self, visible: Tensor) -> JointAttention:
-        everything = visible.new_ones(1, 1, visible.shape[3], visible.shape[3])
-        return with_attributes(self, _buffers={**self._buffers, "bias": everything})
-
-
-class BloomAttention(JointAttention):
-    """Bloom: adds a bias to the scores that grows with the position of the key (ALiBi)."""
-
-    def mask_arguments(self, kwargs: dict[str, Any], visible: Tensor, layout: PromptLayout) -> dict[str, Any]:
-        alibi = _at_positions(kwargs["alibi"], layout, self.num_heads)
-        return {**super().mask_arguments(kwargs, visible, layout), "alibi": alibi.flatten(0, 1)}
-
-
-class FalconAttention(JointAttention):
-    """Falcon: some of its models have rotary embeddings, some ALiBi, which is then part of the mask too."""
-
-    def mask_arguments(self, kwargs: dict[str, Any], visible: Tensor, layout: PromptLayout) -> dict[str, Any]:
-        arguments = super().mask_arguments(kwargs, visible, layout)
-        if kwargs.get("alibi") is None:
-            return arguments
-        alibi = _at_positions(kwargs["alibi"], layout, self.num_heads)
-        mask = arguments["attention_mask"] + alibi * self.inv_norm_factor
-        return {"attention_mask": mask, "alibi": alibi.flatten(0, 1)}
-
-
-class MptAttention(JointAttention):
-    """MPT: a bias as Bloom's, the same for all rows, and a mask that is True where nothing is to be seen."""
-
-    cache_argument = "past_key_values"
-    takes_several_completions = False
-
-    def mask_arguments(self, kwargs: dict[str, Any], visible: Tensor, layout: PromptLayout) -> dict[str, Any]:
-        if layout.completion_index is not None:
-            raise LayoutError(
-                "`completion_index`: the position biases of MPT are the same for all rows, and several completions "
-                "behind one prompt have positions of their own. Give every completion a row of its own."
-            )
-        slope = -kwargs["position_bias"][:, :, -2:-1]
-        # Places in the row in place of positions: what lies between is the same for all keys that a query sees.
-        rows, copy = (torch.arange(size, device=slope.device) for size in (layout.tokens, layout.encoded.size))
-        return {"attention_mask": ~visible, "position_bias": slope * torch.cat([rows, copy, rows])}
-
-
-def _at_positions(alibi: Tensor, layout: PromptLayout, heads: int) -> Tensor:
-    """The biases of all keys: `[B * heads, 1, N]` by position to `[B, heads, 1, 2T + E]`."""
-    by_position = alibi.unflatten(0, (-1, heads))
-    positions = layout.joint_positions()[:, None, None, :].expand(*by_position.shape[:3], -1)
-    return by_position.gather(3, positions)

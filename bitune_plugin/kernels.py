@@ -42,7 +42,7 @@ def eager(module: nn.Module, kwargs: dict[str, Any], *states: Any) -> Attended:
     """The matrix products of the model's own modelling file: takes additive masks."""
     *states, seen = states
     if isinstance(seen, Sight):
-        seen = seen.form(dtype := states[0].dtype, lambda: additive(_written_out(seen), dtype))
+        seen = seen.form(dtype := states[0].dtype, lambda: additive(seen.dense(), dtype))
     return _eager_function(module)(module, *states, seen, **kwargs)
 
 
@@ -71,7 +71,7 @@ def flash_attention(base: str, module: nn.Module, kwargs: dict[str, Any], *state
     """Flash attention, of which `base` names the version: takes no masks, but rows of different lengths, packed.
 
     Raises:
-        LayoutError: what is seen is not all that comes before, or all there is.
+        LayoutError: the layer attends in chunks.
     """
     query, key, value, seen = states
     function = partial(ALL_ATTENTION_FUNCTIONS[base], _configured(module, base))
@@ -93,16 +93,8 @@ KERNELS: dict[str, Callable[..., Attended]] = {
 """Attention implementations of transformers that Bitune can stand on."""
 
 
-def _written_out(seen: Sight) -> Tensor:
-    """The mask of a group, bool `[B or 1, 1, Q or 1, K]`."""
-    if seen.mask is not None:
-        return seen.mask
-    mask = torch.ones(seen.queries.shape[1], seen.keys.shape[1], dtype=torch.bool, device=seen.queries.device)
-    return (mask.tril() if seen.causal else mask)[None, None]
-
-
 def _block_mask(seen: Sight) -> BlockMask:
-    (rows, queries), keys, mask = seen.queries.shape, seen.keys.shape[1], _written_out(seen)
+    (rows, queries), keys, mask = seen.queries.shape, seen.keys.shape[1], seen.dense()
     of_rows = mask.expand(rows, 1, queries, keys)
 
     def sees(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -116,11 +108,6 @@ def _pack(seen: Sight) -> Packing:
         raise LayoutError(
             "Flash attention knows no chunks, as this model's layers attend in. Call "
             "`model.set_attn_implementation('sdpa')`."
-        )
-    if seen.causal is None:
-        raise LayoutError(
-            "`completion_index`: flash attention cannot keep several completions in a row apart. Give every completion "
-            "a row of its own, or call `model.set_attn_implementation('sdpa')`."
         )
     queries, keys = (filled.flatten().nonzero().flatten() for filled in (seen.queries, seen.keys))
     lengths: dict[str, Any] = {}

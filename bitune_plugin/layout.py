@@ -116,13 +116,20 @@ class Sight:
     causal: bool | None
     mask: Tensor | None
     reach: Reach | None
-    _forms: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def dense(self) -> Tensor:
+        """The mask, written out where `causal` says it all: bool `[B or 1, 1, Q or 1, K]`."""
+        if self.mask is not None:
+            return self.mask
+        mask = torch.ones(self.queries.shape[1], self.keys.shape[1], dtype=torch.bool, device=self.queries.device)
+        return (mask.tril() if self.causal else mask)[None, None]
 
     def form(self, name: Hashable, make: Callable[[], Any]) -> Any:
         """The form of all this that an attention implementation wants, made once."""
-        if name not in self._forms:
-            self._forms[name] = make()
-        return self._forms[name]
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,7 @@ class PromptLayout:
     order: Tensor | None
     positions: Tensor
     completion_index: Tensor | None = None
-    _masks: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def length(self) -> int:
@@ -166,7 +173,7 @@ class PromptLayout:
         }
         tensors = {name: getattr(self, name) for name in ("order", "positions", "completion_index")}
         moved = {name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()}
-        return replace(self, **groups, **moved, _masks={})
+        return replace(self, **groups, **moved, _made={})
 
     def lengthen(self, tokens: Tensor) -> Tensor:
         """Appends the copy of the encoded prompt: `[B, T, ...]` to `[B, T + E, ...]`."""
@@ -253,9 +260,9 @@ class PromptLayout:
         return torch.cat([self.lengthen_positions(self.positions), self._all_rows(self.positions)], dim=1)
 
     def _cached(self, key: Hashable, build: Callable[[], Any]) -> Any:
-        if key not in self._masks:
-            self._masks[key] = build()
-        return self._masks[key]
+        if key not in self._made:
+            self._made[key] = build()
+        return self._made[key]
 
     def _slots(self, group: TokenGroup) -> Tensor:
         return torch.arange(group.size, device=group.index.device)
@@ -314,16 +321,9 @@ class PromptLayout:
         padding = ~(encoded | answer)[:, :, None] & (tokens[:, None] == tokens[None, :])
         from_mixture = answer[:, :, None] & (encoded[:, None, :] | own) & near
         rows, size = encoded.shape[0], self.encoded.size
-        copy = self._copy_or_causal_mask(reach, causal).expand(rows, 1, size, size)[:, 0]
+        copy = self.sights(reach, causal)[1].dense().expand(rows, 1, size, size)[:, 0]
         first = torch.cat([causally | padding, causally.new_zeros(rows, self.tokens, size), from_mixture], dim=2)
         return torch.cat([first, nn.functional.pad(copy, (self.tokens, self.tokens))], dim=1)[:, None]
-
-    def _copy_or_causal_mask(self, reach: Reach | None, causal: bool) -> Tensor:
-        mask = self.copy_mask(reach, causal)
-        if mask is None:
-            slots = self._slots(self.encoded)
-            mask = ((slots[:, None] >= slots[None, :]) | (not causal))[None, None]
-        return mask
 
     def _members(self, group: TokenGroup) -> Tensor:
         """bool `[B, T]`, True on the tokens of a group."""

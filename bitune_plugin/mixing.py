@@ -47,4 +47,5 @@ def mix(causal: Tensor, bidirectional: Tensor, alpha: Tensor | None) -> Tensor:
     if alpha is None:
         return bidirectional
     with torch.autocast(causal.device.type, enabled=False):
-        return torch.lerp(causal.float(), bidirectional.float(), alpha.float().view(-1, 1, 1)).to(causal.dtype)
+        weight = alpha.to(causal.device, torch.float32).view(-1, 1, 1)
+        return torch.lerp(causal.float(), bidirectional.float(), weight).to(causal.dtype)

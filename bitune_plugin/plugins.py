@@ -1,4 +1,5 @@
-"""What a plugin may do. Bitune's own mixings and integrations use the same hooks.
+"""What a plugin may do. Bitune's own mixings, architectures and integrations use the same hooks; plugins are
+asked first.
 
 A plugin is a module with functions marked `@hookimpl`, named in the entry-point group `bitune`:
 

@@ -10,19 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .architectures import Architecture, UnsupportedModelError, decoder
-from .attention import PlacedQueries
-from .joint_attention import (
-    BloomAttention,
-    DifferentialAttention,
-    FalconAttention,
-    GPTNeoAttention,
-    JointAttention,
-    MptAttention,
-)
+from .attention import MIXING, PlacedQueries
+from .joint_attention import JointAttention
 from .latent_attention import LatentAttention
-from .layout import PromptLayout
+from .layout import PromptLayout, Reach, Window
 from .plugins import hookimpl
-from .routing import Extension
+from .routing import Extension, with_attributes
 
 UNSUPPORTED = {
     "blt": "works on bytes and on patches of them, which its encoder makes",
@@ -57,6 +50,72 @@ class TemperedAttention(PlacedQueries):
 
     def _scale(self, place: Tensor) -> Tensor:
         return torch.log1p(torch.floor((place.float() + 1) / self.floor_scale)) * self.attn_scale + 1
+
+
+class DifferentialAttention(JointAttention):
+    """DiffLlama: attends twice, to two halves of the values."""
+
+    cache_argument = "past_key_values"
+
+
+class GPTNeoAttention(JointAttention):
+    """GPT-Neo: has its causal mask, and that of its local layers, in a buffer."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self, MIXING).is_on and getattr(kwargs.get("layer_past"), "is_compileable", False):
+            raise ValueError(
+                "GPT-Neo takes the end of a static cache for the end of the text (transformers 5.23). Leave "
+                "`cache_implementation` unset."
+            )
+        return super().forward(*args, **kwargs)
+
+    def reach(self) -> Reach | None:
+        return Window(self.config.window_size) if self.attention_type == "local" else None
+
+    def unmasked(self, visible: Tensor) -> JointAttention:
+        everything = visible.new_ones(1, 1, visible.shape[3], visible.shape[3])
+        return with_attributes(self, _buffers={**self._buffers, "bias": everything})
+
+
+class BloomAttention(JointAttention):
+    """Bloom: adds a bias to the scores that grows with the position of the key (ALiBi)."""
+
+    def mask_arguments(self, kwargs: dict[str, Any], visible: Tensor, layout: PromptLayout) -> dict[str, Any]:
+        alibi = _at_positions(kwargs["alibi"], layout, self.num_heads)
+        return {**super().mask_arguments(kwargs, visible, layout), "alibi": alibi.flatten(0, 1)}
+
+
+class FalconAttention(JointAttention):
+    """Falcon: some of its models have rotary embeddings, some ALiBi, which is then part of the mask too."""
+
+    def mask_arguments(self, kwargs: dict[str, Any], visible: Tensor, layout: PromptLayout) -> dict[str, Any]:
+        arguments = super().mask_arguments(kwargs, visible, layout)
+        if kwargs.get("alibi") is None:
+            return arguments
+        alibi = _at_positions(kwargs["alibi"].flatten(0, 1), layout, self.num_heads)
+        mask = arguments["attention_mask"] + alibi * self.inv_norm_factor
+        return {"attention_mask": mask, "alibi": alibi.flatten(0, 1)}
+
+
+class MptAttention(JointAttention):
+    """MPT: a bias as Bloom's, but the same for all rows, which leaves place for one completion in each; and a mask that
+    is True where nothing is to be seen."""
+
+    cache_argument = "past_key_values"
+    takes_several_completions = False
+
+    def mask_arguments(self, kwargs: dict[str, Any], visible: Tensor, layout: PromptLayout) -> dict[str, Any]:
+        slope = -kwargs["position_bias"][:, :, -2:-1]  # what a key one token back is given
+        # Places in the row in place of positions: what lies between is the same for all keys that a query sees.
+        rows, copy = (torch.arange(size, device=slope.device) for size in (layout.tokens, layout.encoded.size))
+        return {"attention_mask": ~visible, "position_bias": slope * torch.cat([rows, copy, rows])}
+
+
+def _at_positions(alibi: Tensor, layout: PromptLayout, heads: int) -> Tensor:
+    """The biases of all keys: `[B * heads, 1, N]` by position to `[B, heads, 1, 2T + E]`."""
+    by_position = alibi.unflatten(0, (-1, heads))
+    positions = layout.joint_positions()[:, None, None, :].expand(*by_position.shape[:3], -1)
+    return by_position.gather(3, positions)
 
 
 EXTENSIONS: dict[str, type[Extension]] = {

@@ -232,12 +232,17 @@ class BituneModel(BaseTuner):
         Raises:
             ValueError: several adapters at once; Bitune has no meaning for their sum.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        if len(names) > 1:
-            raise ValueError(f"One Bitune adapter can be active at a time, got {names}. Call `set_adapter` with one.")
+        names = self.check_one(adapter_name)
         super().set_adapter(names, inference_mode=inference_mode)
         self.inner.active_adapter = names
         peft_set_requires_grad(self.model, [bidirectional(name) for name in names], not inference_mode)
+
+    def check_one(self, adapter_name: str | list[str]) -> list[str]:
+        """The one adapter that is named, in a list. Raises ValueError if there are several."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if len(names) > 1:
+            raise ValueError(f"One Bitune adapter can be active at a time, got {names}. Call `set_adapter` with one.")
+        return names
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Freezes or unfreezes adapters, both their streams. See `BaseTuner.set_requires_grad`."""
@@ -289,6 +294,7 @@ class BituneModel(BaseTuner):
         if merge:
             self._check_merge_allowed()
         detach(self.model, self.architecture)
+        del self.model.bitune_tuner
         for block in self.architecture.flattening_blocks():
             restore(block, SeparateStreams)
         for module in self.model.modules():
@@ -386,14 +392,16 @@ class BituneModel(BaseTuner):
         name = bidirectional(adapter_name)
         inside = {module: path for path, module in self.architecture.backbone.named_modules()}
         for layer in self._tuner_layers():
+            if isinstance(layer, ParamWrapper):
+                extend(layer, ParameterAdapter)
             if name not in layer._get_available_adapters():
                 continue
-            if layer in inside:
-                flattened = inside[layer].rpartition(".")[2] in self.architecture.flattened
-                by_parametrization = ParameterAdapter if isinstance(layer, ParamWrapper) else TwoAdapterLayer
-                extend(layer, FlattenedTokens if flattened else by_parametrization)
-            else:
+            if layer not in inside:
                 layer.delete_adapter(name)
+            elif inside[layer].rpartition(".")[2] in self.architecture.flattened:
+                extend(layer, FlattenedTokens)
+            else:
+                extend(layer, TwoAdapterLayer)
         for block in self.architecture.flattening_blocks():
             if any(isinstance(module, TwoAdapterLayer) for module in block.modules()):
                 extend(block, SeparateStreams)
@@ -469,8 +477,8 @@ def _check_bare(model: nn.Module, adapter_name: str) -> None:
         return
     if isinstance(configs, AdapterConfigs):
         raise ValueError(
-            f"This model already carries Bitune adapters ({', '.join(configs)}). Add another with `add_adapter` or "
-            "`load_adapter` on its PeftModel, or call `unload()` first."
+            f"This model already carries Bitune adapters ({', '.join(configs)}), one of them {adapter_name!r}. Choose "
+            "another `adapter_name`, or call `unload()` on its PeftModel first."
         )
     if configs is not None or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(

@@ -37,7 +37,9 @@ def with_oracle(
     """A model with Bitune, and the three literal passes with the same weights."""
     base = tiny(base) if isinstance(base, str) else base
     names = {"mixing_granularity": "granularity"}
-    heads = getattr(base.config, "num_key_value_heads", None) or base.config.num_attention_heads
+    heads = 1
+    if settings.get("mixing_granularity") == "head":
+        heads = getattr(base.config, "num_key_value_heads", None) or base.config.num_attention_heads
     oracle = ThreePass(base, adapter or lora(), heads=heads, **{names.get(k, k): v for k, v in settings.items()})
     model = bitune(base, adapter, **settings)
     oracle.load_product(model)

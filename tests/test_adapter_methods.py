@@ -153,6 +153,20 @@ def test_deleting_the_last_adapter_gives_the_base_model_back(saved: tuple[Path, 
     assert torch.equal(plain(model), base)
 
 
+def test_what_is_refused_changes_nothing(saved: tuple[Path, Tensor, ThreePass]) -> None:
+    folder, expected, _ = saved
+    model = tiny()
+    model.load_adapter(str(folder), "other")
+    model.load_adapter(str(folder))
+    with pytest.raises(ValueError, match=r"One Bitune adapter.*set_adapter"):
+        model.set_adapter(["default", "other"])
+    assert model.active_adapters() == ["default"]
+    assert torch.equal(logits(model), expected)
+    model.delete_adapter(["other", "other"])
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(logits(model), expected)
+
+
 def test_an_adapter_of_another_method_is_refused_beside_it(saved: tuple[Path, Tensor, ThreePass]) -> None:
     model = tiny()
     model.load_adapter(str(saved[0]))

@@ -1,7 +1,7 @@
 """Attention implementations: each gives what three literal passes give, where it can be asked at all.
 
-On a machine without a GPU, flash attention is what a slow function of its signature says it is, and flex attention runs
-uncompiled (compiled it takes 15 s for every new shape here, and has no backward pass).
+On a machine without a GPU, flash attention is what a slow function of its signature says it is, in float32, and flex
+attention runs uncompiled (compiled it takes 15 s for every new shape here, and has no backward pass).
 """
 
 from __future__ import annotations
@@ -150,8 +150,17 @@ def test_flash_attention_of_rows_that_all_agree(flash: list[str]) -> None:
 def test_flash_attention_refuses_several_completions_in_a_row(flash: list[str]) -> None:
     model, _ = with_implementation(tiny(), "flash_attention_2")
     inputs = {"input_ids": tokens(7)[None], "prompt_mask": torch.tensor([[1, 1, 1, 0, 0, 0, 0]]).bool()}
-    with pytest.raises(LayoutError, match=r"completion_index.*flash attention.*'sdpa'"):
+    with pytest.raises(LayoutError, match=r"completion_index.*flash_attention_2.*a row of its own"):
         model(**inputs, completion_index=torch.tensor([[0, 0, 0, 1, 1, 2, 2]]), use_cache=False)
+
+
+def test_flash_attention_refuses_a_static_cache(flash: list[str]) -> None:
+    model, oracle = with_implementation(tiny(), "flash_attention_2")
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    with pytest.raises(ValueError, match=r"static cache.*flash_attention_2.*'sdpa'"):
+        model.generate(input_ids=tokens(7)[None], cache_implementation="static", **settings)
+    got = model.generate(input_ids=tokens(7)[None], **settings)
+    assert torch.equal(got[0], oracle.generate(tokens(7), 4))
 
 
 def test_flash_attention_refuses_chunks(flash: list[str]) -> None:

@@ -581,8 +581,7 @@ def readings(lm: BituneLM) -> Iterator[list[tuple[int, ...]]]:
         for ids, prompt in zip(kwargs["input_ids"], kwargs["prompt_mask"], strict=True):
             seen.append(tuple(ids[prompt].tolist()))
 
-    backbone = lm.model.get_base_model().model
-    handle = backbone.register_forward_pre_hook(look, with_kwargs=True)
+    handle = lm.model.register_forward_pre_hook(look, with_kwargs=True)
     try:
         yield seen
     finally:

@@ -410,8 +410,8 @@ FRESH = """
 import sys, torch
 model, inputs, expected = torch.load(sys.argv[1], weights_only=False)
 with torch.no_grad():
-    assert torch.equal(model(**inputs).logits, expected)
-    assert torch.equal(model.get_base_model()(**inputs).logits, expected)
+    torch.testing.assert_close(model(**inputs).logits, expected)
+    torch.testing.assert_close(model.get_base_model()(**inputs).logits, expected)
 """
 
 

@@ -43,13 +43,11 @@ PATTERN = ["sliding_attention", "full_attention", "sliding_attention", "sliding_
 
 SPECIAL: dict[str, dict[str, object]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8},
-    "bert": {"is_decoder": True},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "dbrx": {
         "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8},
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "electra": {"is_decoder": True},
     "gemma2": {"query_pre_attn_scalar": 8},
     "gemma3_text": {"query_pre_attn_scalar": 8},
     "gemma3n_text": {
@@ -78,9 +76,16 @@ SPECIAL: dict[str, dict[str, object]] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 4,
     },
-    "roberta": {"is_decoder": True},
 }
 """What a type wants for itself."""
+
+BERTS = (
+    *("bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie", "roberta", "roberta-prelayernorm"),
+    *("roc_bert", "xlm-roberta", "xlm-roberta-xl"),
+)
+"""Read both ways by themselves unless they are told that they are decoders."""
+
+SPECIAL |= {name: {"is_decoder": True} for name in BERTS}
 
 BY_DEFAULT: dict[str, dict[str, object]] = {
     "dots3_note_text": {},
@@ -98,7 +103,7 @@ BY_DEFAULT: dict[str, dict[str, object]] = {
 UNBUILDABLE = {"gemma3n": "needs timm", "gemma4_assistant": "transformers 5.23 contradicts itself about its layers"}
 
 
-def config_of(model_type: str) -> PreTrainedConfig:
+def config_of(model_type: str, **changes: object) -> PreTrainedConfig:
     """The config that `AutoModelForCausalLM` builds a model of, shrunk; by default size if it reads more than text."""
     config_class = CONFIG_MAPPING[model_type]
     if model_type in BY_DEFAULT:
@@ -122,21 +127,21 @@ def config_of(model_type: str) -> PreTrainedConfig:
         types = vars(default).get(name)
         if types:  # each of them, in turn
             shrunk[name] = (list(dict.fromkeys(types)) * LAYERS)[:LAYERS]
-    return config_class(**{**shrunk, **SPECIAL.get(model_type, {})})
+    return config_class(**{**shrunk, **SPECIAL.get(model_type, {}), **changes})
 
 
 def model_class_of(model_type: str) -> type[PreTrainedModel]:
     return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
 
 
-def tiny_of(model_type: str, attention: str = "eager") -> PreTrainedModel:
+def tiny_of(model_type: str, attention: str = "eager", **changes: object) -> PreTrainedModel:
     torch.manual_seed(0)
-    return randomise(model_of(model_type, attention))
+    return randomise(model_of(model_type, attention, **changes))
 
 
-def model_of(model_type: str, attention: str = "eager") -> PreTrainedModel:
+def model_of(model_type: str, attention: str = "eager", **changes: object) -> PreTrainedModel:
     """A new model with its head; on the meta device it takes no memory."""
-    config = config_of(model_type)
+    config = config_of(model_type, **changes)
     return model_class_of(model_type)._from_config(config, attn_implementation=attention, dtype=torch.float32)
 
 
@@ -147,7 +152,7 @@ REASONS = {
     "state-space|recurrence": "state-space models, recurrences",
     "cross-attention": "an encoder beside the decoder, or several attentions per layer",
     "more than text|images|codebooks|bytes": "reads or writes more than text; its language model alone may be above",
-    "both directions by itself": "reads both ways unless it is loaded with `is_decoder=True`",
+    "both directions by itself": "reads both ways by itself",
     "does not go through|no decoder layers": "attention of its own, where nothing can attach without a plugin",
     "inside its attention|several times|sliding windows": "experts in the attention, layers run twice, hidden windows",
 }
