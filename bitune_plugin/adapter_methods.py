@@ -11,6 +11,7 @@ from typing import Any
 from peft.utils.save_and_load import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, load, nn
+from transformers import PreTrainedModel
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from .routing import Extension
@@ -52,10 +53,16 @@ class AdapterMethods(Extension):
 
     @staticmethod
     def _load_pretrained_model(
-        model: nn.Module, state_dict: dict[str, Tensor] | None, checkpoint_files: list[str] | None, *_: Any, **__: Any
+        model: nn.Module,
+        state_dict: dict[str, Tensor] | None,
+        checkpoint_files: list[str] | None,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[LoadStateDictInfo, dict]:
         """By this transformers (5.23) reads the weights of an adapter that `load_adapter` has just put on the model. It
         would find names for those of one stream; PEFT finds names for all."""
+        if "bitune_tuner" not in vars(model):  # a new model of this class
+            return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
         weights = dict(state_dict or {})
         for file in checkpoint_files or ():
             weights |= _read(str(file))

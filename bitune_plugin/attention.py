@@ -38,6 +38,10 @@ class PlacedQueries(Extension):
         raise NotImplementedError
 
 
+class WindowInConfig(Extension):
+    """An attention module that does not tell its attention function of its sliding window: the model's mask has it."""
+
+
 def implementation_for(base: str) -> str:
     """The name of Bitune's implementation on top of `base`.
 
@@ -141,9 +145,9 @@ def reach_of(module: nn.Module, kwargs: dict[str, Any]) -> Reach | None:
     Raises:
         RuntimeError: the layer has a sliding window, but does not tell its attention function; its own mask would have.
     """
-    window = kwargs.get("sliding_window")
     config = getattr(module, "config", None)
     types = getattr(config, "layer_types", None)
+    window = config.sliding_window if isinstance(module, WindowInConfig) else kwargs.get("sliding_window")
     if types and types[module.layer_idx] == "chunked_attention":
         return Chunk(config.attention_chunk_size)
     slides = types[module.layer_idx] == "sliding_attention" if types else getattr(config, "sliding_window", None)
@@ -152,7 +156,7 @@ def reach_of(module: nn.Module, kwargs: dict[str, Any]) -> Reach | None:
             f"Layer {module.layer_idx} has a sliding window that {type(module).__name__} does not pass to its "
             "attention function, so Bitune would attend too far. This architecture is not supported."
         )
-    return None if window is None else Window(window)
+    return Window(window) if slides and window is not None else None
 
 
 def shares_keys(module: nn.Module) -> bool:

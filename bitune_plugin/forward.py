@@ -136,6 +136,8 @@ class CausalModel(AdapterMethods):
             LayoutError: it cannot be told where a prompt ends.
             RuntimeError: the model went around its backbone, and so around Bitune.
         """
+        if "bitune_architecture" not in vars(self):  # a new model of this class
+            return super().__call__(*args, **kwargs)
         # Not in `forward`, which TRL's fused LM head puts its own in place of.
         kwargs = by_name(super().forward, args, kwargs)
         call = Call(self._prompts_of(kwargs))
@@ -280,6 +282,8 @@ class TwoWayBackbone(Extension):
             LayoutError: it cannot be told where a prompt ends.
             RuntimeError: an attention layer took no part, so that it would have been plainly causal.
         """
+        if "bitune_architecture" not in vars(self):  # a new model of this class
+            return super().forward(*args, **kwargs)
         kwargs = by_name(super().forward, args, kwargs)
         call = _call.value or Call()
         call.reached_backbone = True

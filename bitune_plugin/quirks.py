@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .architectures import Architecture, UnsupportedModelError, decoder
-from .attention import MIXING, PlacedQueries
+from .attention import MIXING, PlacedQueries, WindowInConfig
 from .joint_attention import JointAttention
 from .latent_attention import LatentAttention
 from .layout import PromptLayout, Reach, Window
@@ -127,10 +127,14 @@ EXTENSIONS: dict[str, type[Extension]] = {
     "GPTNeoSelfAttention": GPTNeoAttention,
     "Llama4TextAttention": TemperedAttention,
     "MptAttention": MptAttention,
+    "PhimoeAttention": WindowInConfig,
+    "Qwen2MoeAttention": WindowInConfig,
 }
 """Attention modules that need more than the others, by the name of their class."""
 
 QUIRKS: dict[str, dict[str, Any]] = {
+    "gemma4_text": {"flattened": ["proj"]},  # of the router
+    "gemma4_unified_text": {"flattened": ["proj"]},
     "llama4_text": {"unadaptable": ["router"]},
     "opt": {"flattened": ["fc1", "fc2"]},
     "phimoe": {"unadaptable": ["router"]},

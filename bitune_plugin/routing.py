@@ -143,9 +143,9 @@ class FlattenedTokens(TwoAdapterLayer):
     """A PEFT layer that gets its tokens flattened, row by row."""
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Any `tokens` outside a reading, `[B * (T + E), ...]` in one."""
+        """Any `tokens` outside a reading and in one of its parts, `[B * (T + E), ...]` where they are together."""
         reading = _current.value
-        if reading is None:
+        if reading is None or reading.stream is not None:
             return super().forward(tokens, *args, **kwargs)
         return super().forward(tokens.unflatten(0, (-1, reading.layout.length)), *args, **kwargs).flatten(0, 1)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
@@ -63,6 +63,7 @@ def assert_refused_when_put_on(model: torch.nn.Module) -> None:
 
 def assert_exact(base: PreTrainedModel, adapter: LoraConfig) -> None:
     model, oracle = with_oracle(base, adapter)
+    assert len(oracle.pairs(model)) == sum(parameter.requires_grad for parameter in model.parameters())
     assert_gradients_agree(model, oracle, batch(samples(*SHAPES), "left"))
     assert_tokens_agree(model, oracle)
     if model.get_base_model()._supports_sdpa:
@@ -90,7 +91,7 @@ def assert_gradients_agree(model: PeftModel, oracle: ThreePass, rows: Batch) -> 
     loss(got, rows).backward()
     loss(expected, rows).backward()
     pairs = oracle.pairs(model)
-    assert len(pairs) == sum(parameter.requires_grad for parameter in model.parameters())
+    assert pairs
     for theirs, mine in pairs:
         if theirs.grad is None:  # of an expert that no token went to
             assert mine.grad is None or not mine.grad.any()
@@ -136,9 +137,14 @@ VARIANTS = {
     "mpt": [{"n_heads": 2, "attn_config": {"clip_qkv": 1.0}}],
     "gpt_bigcode": [{"multi_query": False}],
     "deepseek_v3": [{"q_lora_rank": None}],
-    "gemma4_text": [{"attention_k_eq_v": True}],
+    "gemma4_text": [
+        {"attention_k_eq_v": True},
+        {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
+    ],
     "opt": [{"do_layer_norm_before": False, "word_embed_proj_dim": 16}],
     "llama4_text": [{"attention_chunk_size": 100}, {"attn_temperature_tuning": False}],
+    "phimoe": [{"sliding_window": 4}],
+    "qwen2_moe": [{"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}],
     "gpt_neox": [{"use_parallel_residual": False}],
 }
 
@@ -172,6 +178,25 @@ def test_attention_that_does_its_own_arithmetic_is_followed_in_eager_and_sdpa_al
     base.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(UnsupportedModelError, match=r"flash_attention_2.*own arithmetic.*'eager' and 'sdpa'"):
         get_peft_model(base, BituneConfig())
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [lora(use_dora=True), lora(lora_dropout=0.1), IA3Config(target_modules=["fc1"], feedforward_modules=["fc1"])],
+)
+def test_any_adapter_may_be_on_layers_that_get_flattened_tokens(adapter: PeftConfig) -> None:
+    model, oracle = with_oracle(tiny_of("opt"), adapter)
+    assert_gradients_agree(model, oracle, batch(samples(*SHAPES), "left"))
+    model.train()(**batch(samples(*SHAPES)).inputs)
+
+
+def test_the_class_of_a_model_with_bitune_makes_plain_models(tmp_path: Path) -> None:
+    base = tiny_of("opt")
+    base.save_pretrained(tmp_path)
+    expected = base(tokens(7)[None]).logits
+    model, _ = with_oracle(base)
+    again = type(model.get_base_model()).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert torch.equal(again(tokens(7)[None]).logits, expected)
 
 
 @pytest.mark.parametrize("model_type", ["phimoe", "llama4_text"])
