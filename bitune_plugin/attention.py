@@ -147,16 +147,18 @@ def reach_of(module: nn.Module, kwargs: dict[str, Any]) -> Reach | None:
     """
     config = getattr(module, "config", None)
     types = getattr(config, "layer_types", None)
-    window = config.sliding_window if isinstance(module, WindowInConfig) else kwargs.get("sliding_window")
     if types and types[module.layer_idx] == "chunked_attention":
         return Chunk(config.attention_chunk_size)
     slides = types[module.layer_idx] == "sliding_attention" if types else getattr(config, "sliding_window", None)
+    window = kwargs.get("sliding_window")
+    if slides and isinstance(module, WindowInConfig):
+        window = config.sliding_window
     if slides and window is None:
         raise RuntimeError(
             f"Layer {module.layer_idx} has a sliding window that {type(module).__name__} does not pass to its "
             "attention function, so Bitune would attend too far. This architecture is not supported."
         )
-    return Window(window) if slides and window is not None else None
+    return None if window is None else Window(window)
 
 
 def shares_keys(module: nn.Module) -> bool:
