@@ -16,10 +16,11 @@ from torch.nn.attention.flex_attention import flex_attention
 from transformers import PreTrainedModel
 from transformers import modeling_flash_attention_utils as flash_utils
 
+from agreement import assert_gradients_agree, assert_logits_agree, assert_tokens_agree
 from bitune_plugin.attention import base_of, implementation_for
 from bitune_plugin.kernels import KERNELS
 from bitune_plugin.layout import LayoutError
-from helpers import SHAPES, Batch, assert_close, batch, lora, samples, tokens, with_oracle
+from helpers import SHAPES, batch, lora, samples, tokens, with_oracle
 from models import tiny
 from three_pass import ThreePass
 from zoo import tiny_of
@@ -95,31 +96,6 @@ def with_implementation(base: PreTrainedModel, implementation: str, **settings: 
     return with_oracle(base, **settings)
 
 
-def assert_answers_agree(model: PeftModel, oracle: ThreePass, rows: Batch) -> tuple[list[Tensor], list[Tensor]]:
-    got = rows.answers(model(**rows.inputs).logits)
-    expected = [oracle(ids, prompt) for ids, prompt in rows.samples]
-    for mine, theirs in zip(got, expected, strict=True):
-        assert_close(mine, theirs)
-    return got, expected
-
-
-def assert_gradients_agree(model: PeftModel, oracle: ThreePass, rows: Batch) -> None:
-    for answers in assert_answers_agree(model, oracle, rows):
-        torch.cat(answers).square().mean().backward()
-    for theirs, mine in oracle.pairs(model):
-        if theirs.grad is not None:
-            assert_close(mine.grad, theirs.grad, 1e-4)
-
-
-@torch.no_grad()
-def assert_tokens_agree(model: PeftModel, oracle: ThreePass) -> None:
-    prompts = batch([(tokens(9), 9), (tokens(6, seed=1), 6)], "left")
-    inputs = {"input_ids": prompts.input_ids, "attention_mask": prompts.attention_mask}
-    answers = model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None)
-    for row, (ids, _) in zip(answers, prompts.samples, strict=True):
-        assert torch.equal(row[-4:], oracle.generate(ids, 4)[-4:])
-
-
 FLASH = ("llama", "mistral", "gemma2", "gemma3_text", "deepseek_v3")
 """Grouped heads; windows; soft caps; windows in some layers; values of another head size than keys."""
 
@@ -138,13 +114,13 @@ def test_flash_attention_is_asked_once_for_each_group_of_queries(
 @pytest.mark.parametrize("version", [2, 3, 4])
 def test_every_version_of_flash_attention_goes_by_its_name(version: int, flash: list[str]) -> None:
     model, oracle = with_implementation(tiny(), f"flash_attention_{version}", second_pass_attention="causal")
-    assert_answers_agree(model, oracle, batch(samples(*SHAPES), "left"))
+    assert_logits_agree(model, oracle, batch(samples(*SHAPES), "left"))
     assert set(flash) == {f"flash_attention_{version}"}
 
 
 def test_flash_attention_of_rows_that_all_agree(flash: list[str]) -> None:
     model, oracle = with_implementation(tiny(), "flash_attention_2")
-    assert_answers_agree(model, oracle, batch([(tokens(9, seed), 5) for seed in range(3)]))
+    assert_logits_agree(model, oracle, batch([(tokens(9, seed), 5) for seed in range(3)]))
 
 
 def test_flash_attention_refuses_several_completions_in_a_row(flash: list[str]) -> None:
@@ -175,7 +151,7 @@ def test_flex_attention(architecture: str, flex: None) -> None:
     model, oracle = with_implementation(tiny_of(architecture), "flex_attention")
     with torch.no_grad():
         for side in ("left", "right"):
-            assert_answers_agree(model, oracle, batch(samples(*SHAPES), side))
+            assert_logits_agree(model, oracle, batch(samples(*SHAPES), side))
     assert_tokens_agree(model, oracle)
 
 

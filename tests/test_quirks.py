@@ -9,26 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from transformers import PreTrainedModel
 
+from agreement import assert_gradients_agree, assert_logits_agree, assert_tokens_agree
 from bitune_plugin import BituneConfig
 from bitune_plugin.architectures import UnsupportedModelError, describe
 from bitune_plugin.attention import MIXING, shares_keys
 from bitune_plugin.layout import LayoutError
 from bitune_plugin.plugins import GROUP, plugin_manager
-from helpers import SHAPES, Batch, batch, lora, samples, tokens, with_oracle
+from helpers import SHAPES, batch, lora, samples, tokens, with_oracle
 from models import randomise
-from three_pass import ThreePass
 from zoo import MODEL_TYPES, UNBUILDABLE, model_of, tiny_of
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-
-NOISE = 3e-4
-"""Of gradients in float32, at most, to their largest entry (Gemma 4, whose scores are not scaled; 6e-5 for the others).
-With all arithmetic in float64 it is below 1e-12."""
 
 
 def listed(kind: str) -> set[str]:
@@ -70,58 +64,16 @@ def assert_exact(base: PreTrainedModel, adapter: LoraConfig) -> None:
         model.set_attn_implementation("sdpa")
     rows = batch(samples(*SHAPES), "right")
     with torch.no_grad():
-        outputs = model(**rows.inputs, use_cache=True)
-        for got, (ids, prompt) in zip(rows.answers(outputs.logits), rows.samples, strict=True):
-            assert_agrees(got, oracle(ids, prompt), 1e-5)
+        assert_logits_agree(model, oracle, rows)
+        cache = model(**rows.inputs, use_cache=True).past_key_values
     attentions = [a for a in model.base_model.architecture.attentions if not shares_keys(a)]
-    cached = [layer.keys.shape[1] for layer in outputs.past_key_values.layers if layer.keys is not None]
+    cached = [layer.keys.shape[1] for layer in cache.layers if layer.keys is not None]
     assert [getattr(attention, MIXING).heads for attention in attentions] == cached
 
 
 def adapter_for(model_type: str) -> LoraConfig:
     # PEFT by itself cannot adapt the routers of these two.
     return lora(exclude_modules=["router"]) if model_type in ("llama4", "llama4_text", "phimoe") else lora()
-
-
-def assert_gradients_agree(model: PeftModel, oracle: ThreePass, rows: Batch) -> None:
-    expected = [oracle(ids, prompt) for ids, prompt in rows.samples]
-    got = rows.answers(model(**rows.inputs).logits)
-    for mine, theirs in zip(got, expected, strict=True):
-        assert_agrees(mine, theirs, 1e-5)
-    loss(got, rows).backward()
-    loss(expected, rows).backward()
-    pairs = oracle.pairs(model)
-    assert pairs
-    for theirs, mine in pairs:
-        if theirs.grad is None:  # of an expert that no token went to
-            assert mine.grad is None or not mine.grad.any()
-            continue
-        assert_agrees(mine.grad, theirs.grad, NOISE)
-
-
-def assert_agrees(got: Tensor, expected: Tensor, tolerance: float) -> None:
-    """To `tolerance` of the largest entry, or of one where all are smaller."""
-    assert (got - expected).abs().max() <= tolerance * max(1.0, expected.abs().max().item())
-
-
-def loss(answers: list[Tensor], rows: Batch) -> Tensor:
-    pairs = [(logits[:-1], ids[prompt:]) for logits, (ids, prompt) in zip(answers, rows.samples, strict=True)]
-    return sum(cross_entropy(logits.float(), ids) for logits, ids in pairs if len(ids))
-
-
-def assert_tokens_agree(model: PeftModel, oracle: ThreePass) -> None:
-    prompts = [tokens(9), tokens(6, seed=1)]
-    rows = batch([(ids, len(ids)) for ids in prompts], "left")
-    with torch.no_grad():
-        got = model.generate(
-            input_ids=rows.input_ids,
-            attention_mask=rows.attention_mask,
-            max_new_tokens=4,
-            do_sample=False,
-            eos_token_id=None,
-        )
-        for row, ids in zip(got, prompts, strict=True):
-            assert torch.equal(row[-4:], oracle.generate(ids, 4)[-4:])
 
 
 # --- What one type comes as -------------------------------------------------------------------------------------------
