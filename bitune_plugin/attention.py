@@ -106,12 +106,9 @@ def _attend_in_groups(
     reach: Reach | None,
 ) -> tuple[Tensor, None]:
     layout = reading.layout
-    rows, copies = (slice(0, layout.tokens), slice(layout.tokens, layout.length))
-    (query_rows, query_copy), (key_rows, key_copy), (value_rows, value_copy) = (
-        (states[:, :, rows], states[:, :, copies]) for states in (query, key, value)
-    )
-    key_encoded, value_encoded = (layout.encoded.take(states, dim=2) for states in (key_rows, value_rows))
-    key_answer, value_answer = (layout.answer.take(states, dim=2) for states in (key_rows, value_rows))
+    query_encoded, query_answer, query_copy = layout.parts(query)
+    key_encoded, key_answer, key_copy = layout.parts(key)
+    value_encoded, value_answer, value_copy = layout.parts(value)
 
     key_mixed, value_mixed = getattr(module, MIXING)(
         (key_encoded, key_copy), (value_encoded, value_copy), reading.adapter
@@ -124,10 +121,10 @@ def _attend_in_groups(
         )
 
     seen_by_encoded, seen_by_copy, seen_by_answer = layout.sights(reach, reading.second_pass_causal)
-    encoded, _ = attend(layout.encoded.take(query_rows, dim=2), key_encoded, value_encoded, seen_by_encoded)
+    encoded, _ = attend(query_encoded, key_encoded, value_encoded, seen_by_encoded)
     copy, _ = attend(query_copy, key_copy, value_copy, seen_by_copy)
     answer, _ = attend(
-        layout.answer.take(query_rows, dim=2),
+        query_answer,
         torch.cat([key_mixed, key_answer], dim=2),
         torch.cat([value_mixed, value_answer], dim=2),
         seen_by_answer,

@@ -43,18 +43,13 @@ class MixingCache:
             The keys and values that `PromptLayout.joint_mask` is for, `2T + E` of them.
         """
         layout = self.reading.layout
-        (key_rows, key_copy), (value_rows, value_copy) = (
-            states.split([layout.tokens, layout.encoded.size], dim=2) for states in (key, value)
+        key_encoded, key_answer, key_copy = layout.parts(key)
+        value_encoded, value_answer, value_copy = layout.parts(value)
+        key_mixed, value_mixed = getattr(self.module, MIXING)(
+            (key_encoded, key_copy), (value_encoded, value_copy), self.reading.adapter
         )
-        mixed = getattr(self.module, MIXING)(
-            (layout.encoded.take(key_rows, dim=2), key_copy),
-            (layout.encoded.take(value_rows, dim=2), value_copy),
-            self.reading.adapter,
-        )
-        key_kept, value_kept = (
-            layout.in_token_order(states, layout.answer.take(rows, dim=2), dim=2)
-            for states, rows in zip(mixed, (key_rows, value_rows), strict=True)
-        )
+        key_kept = layout.in_token_order(key_mixed, key_answer, dim=2)
+        value_kept = layout.in_token_order(value_mixed, value_answer, dim=2)
         if self.reading.cache is not None:
             self.reading.cache.update(key_kept, value_kept, layer_idx)
         return torch.cat([key, key_kept], dim=2), torch.cat([value, value_kept], dim=2)

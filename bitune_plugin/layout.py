@@ -183,6 +183,11 @@ class PromptLayout:
         """As `lengthen`, for positions that all rows may share: `[1 or B, T]` to `[1 or B, T + E]`."""
         return self.lengthen(self._all_rows(positions))
 
+    def parts(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Encoded prompt, answer and copy of lengthened rows: `[B, H, T + E, D]` to `E`, `A` and `E` in its place."""
+        rows, copy = states.split([self.tokens, self.encoded.size], dim=2)
+        return self.encoded.take(rows, dim=2), self.answer.take(rows, dim=2), copy
+
     def in_token_order(self, encoded: Tensor, answer: Tensor, dim: int) -> Tensor:
         """Undoes `take`: `E` and `A` slots back to `T` tokens. What lands on padding has no meaning."""
         slots = torch.cat([encoded, answer], dim=dim)
