@@ -130,21 +130,25 @@ def test_beams_are_scored_with_the_oracles_probabilities(models: tuple[PeftModel
         assert_close(score, logarithms.gather(1, answer[len(prompt) :, None]).sum() / 6, 1e-5)
 
 
-def test_several_sequences_of_one_prompt_are_all_read_both_ways(models: tuple[PeftModel, ThreePass]) -> None:
-    model, oracle = models
-    torch.manual_seed(0)
+def sampled(model: nn.Module, steps: int, sequences: int, **inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Sampled sequences, each with the logits of its steps, `[steps, vocabulary]`."""
     answers = model.generate(
-        input_ids=PROMPT[None],
-        max_new_tokens=4,
+        **inputs,
+        max_new_tokens=steps,
         do_sample=True,
-        num_return_sequences=3,
+        num_return_sequences=sequences,
         return_dict_in_generate=True,
         output_logits=True,
         pad_token_id=0,
         eos_token_id=None,
     )
-    for row, answer in enumerate(answers.sequences):
-        got = torch.stack([step[row] for step in answers.logits])
+    return list(zip(answers.sequences, torch.stack(answers.logits, dim=1), strict=True))
+
+
+def test_several_sequences_of_one_prompt_are_all_read_both_ways(models: tuple[PeftModel, ThreePass]) -> None:
+    model, oracle = models
+    torch.manual_seed(0)
+    for answer, got in sampled(model, 4, 3, input_ids=PROMPT[None]):
         assert_close(got, oracle(answer, len(PROMPT))[:-1])
 
 
@@ -520,19 +524,8 @@ def test_beam_search_finds_what_a_literal_search_finds(models: tuple[PeftModel, 
 def test_every_row_is_repeated_for_the_sequences_it_returns(models: tuple[PeftModel, ThreePass]) -> None:
     model, oracle = models
     rows = unequal()
-    answers = model.generate(
-        input_ids=rows.input_ids,
-        attention_mask=rows.attention_mask,
-        max_new_tokens=3,
-        do_sample=True,
-        num_return_sequences=2,
-        return_dict_in_generate=True,
-        output_logits=True,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
-    for row, answer in enumerate(answers.sequences):
-        got = torch.stack([step[row] for step in answers.logits])
+    answers = sampled(model, 3, 2, input_ids=rows.input_ids, attention_mask=rows.attention_mask)
+    for row, (answer, got) in enumerate(answers):
         assert_close(got, oracle(answer[rows.starts[row // 2] :], LENGTHS[row // 2])[:-1])
 
 
