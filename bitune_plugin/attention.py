@@ -22,8 +22,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from .kernels import KERNELS
-from .layout import Chunk, PromptLayout, Reach, Window
+from .layout import Parts, PromptLayout
+from .masks import Chunk, Reach, Sight, Window
 from .routing import Extension, Reading, current_reading
+
+Attend = Callable[[Tensor, Tensor, Tensor, Sight], tuple[Tensor, Tensor | None]]
+"""A kernel that knows its module and keywords."""
 
 PREFIX = "bitune_"
 MIXING = "bitune_mixing"
@@ -34,7 +38,7 @@ class PlacedQueries(Extension):
     """An attention module that scales its queries by where they stand in a row."""
 
     def in_their_places(self, query: Tensor, layout: PromptLayout) -> Tensor:
-        """Queries of lengthened rows, `[B, heads, T + E, head size]`, scaled by the places of what they stand for."""
+        """Queries of lengthened rows, `[R, heads, M, head size]`, scaled by the places of what they stand for."""
         raise NotImplementedError
 
 
@@ -78,7 +82,7 @@ def bitune_attention(
     Args:
         base: the attention implementation that does the work.
         module: the attention module; carries the mixing layer.
-        query: `[B, heads, N, head size]`, with `N = T + E` during a reading.
+        query: `[B, heads, N, head size]`; lengthened rows during a reading.
         key, value: `[B, key/value heads, N, head size]`.
         attention_mask: for `base`; ignored during a reading, which makes its own masks.
 
@@ -89,7 +93,7 @@ def bitune_attention(
     attend = partial(KERNELS[base], module, kwargs)
     if reading is None:
         return attend(query, key, value, attention_mask)
-    reading.seen[module] += 1
+    reading.take_part(module)
     kwargs.pop("is_causal", None)
     if isinstance(module, PlacedQueries):
         query = module.in_their_places(query, reading.layout)
@@ -97,7 +101,7 @@ def bitune_attention(
 
 
 def _attend_in_groups(
-    attend: Callable[..., tuple[Tensor, Tensor | None]],
+    attend: Attend,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -106,30 +110,41 @@ def _attend_in_groups(
     reach: Reach | None,
 ) -> tuple[Tensor, None]:
     layout = reading.layout
-    query_encoded, query_answer, query_copy = layout.parts(query)
-    key_encoded, key_answer, key_copy = layout.parts(key)
-    value_encoded, value_answer, value_copy = layout.parts(value)
-
-    key_mixed, value_mixed = getattr(module, MIXING)(
-        (key_encoded, key_copy), (value_encoded, value_copy), reading.adapter
-    )
-    if reading.cache is not None and not shares_keys(module):
-        reading.cache.update(
-            layout.in_token_order(key_mixed, key_answer, dim=2),
-            layout.in_token_order(value_mixed, value_answer, dim=2),
-            module.layer_idx,
+    mixing = getattr(module, MIXING)
+    attended, keys_kept, values_kept = [], [], []
+    for documents, queries, keys, values in zip(layout.documents, *map(layout.parts, (query, key, value)), strict=True):
+        key_mixed, value_mixed = mixing((keys.encoded, keys.copy), (values.encoded, values.copy), reading.adapter)
+        seen_by_encoded, seen_by_copy, seen_by_answer = documents.sights(reach, reading.second_pass_causal)
+        encoded = _attended(attend, queries.encoded, keys.encoded, values.encoded, seen_by_encoded)
+        copy = _attended(attend, queries.copy, keys.copy, values.copy, seen_by_copy)
+        answer = _attended(
+            attend,
+            queries.answer,
+            torch.cat([key_mixed, keys.answer], dim=2),
+            torch.cat([value_mixed, values.answer], dim=2),
+            seen_by_answer,
         )
+        attended.append(Parts(encoded, answer, copy))
+        keys_kept.append(keys._replace(encoded=key_mixed))
+        values_kept.append(values._replace(encoded=value_mixed))
+    if reading.cache is not None and not shares_keys(module):
+        kept = (in_token_order(layout, parts) for parts in (keys_kept, values_kept))
+        reading.cache.update(*kept, module.layer_idx)
+    return layout.joined(attended), None
 
-    seen_by_encoded, seen_by_copy, seen_by_answer = layout.sights(reach, reading.second_pass_causal)
-    encoded, _ = attend(query_encoded, key_encoded, value_encoded, seen_by_encoded)
-    copy, _ = attend(query_copy, key_copy, value_copy, seen_by_copy)
-    answer, _ = attend(
-        query_answer,
-        torch.cat([key_mixed, key_answer], dim=2),
-        torch.cat([value_mixed, value_answer], dim=2),
-        seen_by_answer,
-    )
-    return torch.cat([layout.in_token_order(encoded, answer, dim=1), copy], dim=1), None
+
+def _attended(attend: Attend, query: Tensor, key: Tensor, value: Tensor, seen: Sight) -> Tensor:
+    """`[D, heads, slots, head size]` to `[D, slots, heads, head size]`."""
+    if query.shape[2] == 0:
+        return value.new_empty(query.shape[0], 0, query.shape[1], value.shape[3])
+    return attend(query, key, value, seen)[0]
+
+
+def in_token_order(layout: PromptLayout, states: list[Parts]) -> Tensor:
+    """Keys or values as a cache keeps them: `[D, heads, slots, head size]`, those of prompts mixed, to `[B, heads, T,
+    head size]`."""
+    slots_first = [Parts(*(piece.transpose(1, 2) for piece in parts)) for parts in states]
+    return layout.restore(layout.joined(slots_first)).transpose(1, 2)
 
 
 def reach_of(module: nn.Module, kwargs: dict[str, Any]) -> Reach | None:

@@ -28,18 +28,15 @@ from transformers.utils import ModelOutput
 from .adapter_methods import AdapterMethods
 from .architectures import Architecture
 from .attention import MIXING, PREFIX, base_of, implementation_for
-from .layout import LayoutError, PromptLayout, plan, prompt_from_labels
+from .layout import LayoutError, PromptLayout, document_starts, plan, prompt_from_labels
 from .per_thread import PerThread
 from .routing import Extension, FollowingLayer, Reading, by_name, extend, reading_in_progress, restore
 
 PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "per_layer_inputs")
 """Arguments of backbones that have one value per token, `[B, T, ...]`, positions and masks excepted."""
 
-REFUSED_KEYWORDS = {
-    "cu_seq_lens_q": "rows that hold several documents (packing, padding-free batches)",
-    "seq_idx": "rows that hold several documents (packing, padding-free batches)",
-}
-"""Keywords of the backbone under which one row is not one prompt and its completion, and what they stand for."""
+OF_PACKED_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+"""Keywords of the backbone that say where the documents of a row are, as its `position_ids` do too."""
 
 REFUSED_SETTINGS = {
     "guidance_scale": ((None, 1), "a second pass starts in the middle of the prompt, or from another"),
@@ -55,20 +52,22 @@ class Prompts:
     Attributes:
         prompt_mask: bool `[B, T]`, True on every prompt token, the last one included. Without it, inside `generate`
             the prompt is what `generate` was given; otherwise all of the input is prompt.
+        prompt_layout: what `plan_ahead` made of all this, in its place.
         completion_index: int `[B, T]`, for rows in which several completions follow one prompt; see `layout.plan`.
             Nothing can be generated from such a row: it needs `use_cache=False`.
-        answers_only: leave the encoded prompts out of `last_hidden_state`, so that the head has less to do. All `T`
-            tokens stay where no row has anything to encode.
+        answers_only: leave all but the answers out of `last_hidden_state`, so that the head has less to do:
+            `[1, n, H]`, one document after the other; see `PromptLayout.answers_of`.
     """
 
     prompt_mask: Tensor | None = None
+    prompt_layout: PromptLayout | None = None
     completion_index: Tensor | None = None
     answers_only: bool = False
 
     @classmethod
     def taken_from(cls, kwargs: dict[str, Any], otherwise: Prompts | None = None) -> Prompts:
         """Takes its attributes out of `kwargs`; those that are not among them are as in `otherwise`."""
-        names = ("prompt_mask", "completion_index", "answers_only")
+        names = tuple(cls.__dataclass_fields__)
         given = {name: kwargs.pop(name, None) for name in names}
         return replace(otherwise or cls(), **{name: value for name, value in given.items() if value is not None})
 
@@ -161,9 +160,11 @@ class CausalModel(AdapterMethods):
                 "`labels` came with `completion_index`: the loss would take the first token of a completion for what "
                 "follows the one before. Compute the loss from the logits, or give every completion a row of its own."
             )
-        if prompts.prompt_mask is None and active_adapter(self.bitune_architecture) is not None:
-            return replace(prompts, prompt_mask=prompt_from_labels(labels, _padding_mask(kwargs)))
-        return prompts
+        given = prompts.prompt_mask is not None or prompts.prompt_layout is not None
+        if given or active_adapter(self.bitune_architecture) is None:
+            return prompts
+        padding_mask = _padding_mask(kwargs)
+        return replace(prompts, prompt_mask=prompt_from_labels(labels, padding_mask, _starts(kwargs, padding_mask)))
 
     def generate(self, *args: Any, prompt_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """`generate` of transformers, with one argument more.
@@ -275,8 +276,8 @@ class TwoWayBackbone(Extension):
         model was given.
 
         Returns:
-            What the backbone returns, for the `T` tokens given, or the `A` slots of `PromptLayout.answer`; the cache
-            holds mixed keys and values of the prompt.
+            What the backbone returns, for the `T` tokens given, or for the answers alone; the cache holds mixed keys
+            and values of the prompt.
 
         Raises:
             LayoutError: it cannot be told where a prompt ends.
@@ -290,15 +291,12 @@ class TwoWayBackbone(Extension):
         prompts = Prompts.taken_from(kwargs, otherwise=call.prompts)
         reading = _start_reading(self.bitune_architecture, prompts, kwargs)
         if reading is None:
-            _check_one_completion(prompts.completion_index)
+            _check_plain(prompts)
             return super().forward(**kwargs)
         with reading_in_progress(reading):
             outputs = super().forward(**_lengthen(self.bitune_architecture, reading, kwargs))
         _check_all_took_part(self.bitune_architecture, reading)
-        outputs = _cut(reading, outputs)
-        if prompts.answers_only:
-            hidden_states = outputs["last_hidden_state"]  # on the device of the last layer
-            outputs["last_hidden_state"] = reading.layout.to(hidden_states.device).answer.take(hidden_states)
+        outputs = _restored(reading, outputs, prompts.answers_only)
         return outputs.to_tuple() if kwargs.get("return_dict") is False else outputs
 
 
@@ -357,7 +355,6 @@ def _start_reading(architecture: Architecture, prompts: Prompts, kwargs: dict[st
     adapter = active_adapter(architecture)
     if adapter is None:
         return None
-    _check_one_prompt_per_row(kwargs)
     past, generation = kwargs.get("past_key_values"), _generation_of(architecture)
     # A static cache is asked for its length once, and not in every step, where it would break a compiled graph.
     if past is not None and generation is not None and generation.cache is past:
@@ -366,17 +363,29 @@ def _start_reading(architecture: Architecture, prompts: Prompts, kwargs: dict[st
         if prompts.prompt_mask is not None:
             _check_unread(past)
         return None
-    layout = _plan(architecture, prompts, kwargs)
+    layout = prompts.prompt_layout
     if layout is None:
+        layout = _plan(architecture, prompts, kwargs)
+    # In training the second adapter takes part all the same: processes that share the work wait for its gradients.
+    if layout is None or (layout.plain and not (prompts.answers_only or torch.is_grad_enabled())):
         return None
     _check_outputs(architecture, kwargs)
     _use_attention_of_bitune(architecture)
     cache = _cache_to_fill(architecture.backbone, kwargs)
-    if layout.completion_index is not None:
+    if layout.documents[0].completion_index is not None:
         _check_several_completions(architecture, cache)
+    if layout.packed and cache is not None:
+        _check_nothing_follows(kwargs, generation)
+        cache = None
     if generation is not None:
         generation.cache = cache
-    settings = getattr(architecture.attentions[0], MIXING).settings[adapter]
+    mixing = getattr(architecture.attentions[0], MIXING)
+    if mixing.merged and architecture.backbone.training and torch.is_grad_enabled():
+        raise ValueError(
+            "The adapter is merged into the weights (`merge_adapter`), where it cannot be trained. Call "
+            "`unmerge_adapter()` before training, or `model.eval()`."
+        )
+    settings = mixing.settings[adapter]
     settings.unused = False
     return Reading(
         layout,
@@ -401,13 +410,14 @@ def _check_several_completions(architecture: Architecture, cache: Cache | None) 
         )
 
 
-def _check_one_prompt_per_row(kwargs: dict[str, Any]) -> None:
-    for name, meaning in REFUSED_KEYWORDS.items():
-        if kwargs.get(name) is not None:
-            raise LayoutError(
-                f"The model was called with `{name}`, which stands for {meaning}. Bitune needs one prompt and its "
-                "completion per row: set `packing=False` and `padding_free=False`."
-            )
+def _check_nothing_follows(kwargs: dict[str, Any], generation: Generation | None) -> None:
+    """Raises LayoutError if a cache was asked for rows that hold several documents; models make one unasked."""
+    if generation is not None or _has(kwargs, "past_key_values") or kwargs.get("use_cache"):
+        raise LayoutError(
+            "`position_ids` start again within a row, so it holds several documents (packing, padding-free batches), "
+            "and no text follows several at once. Pass `use_cache=False`, and to generate give every prompt a row of "
+            "its own."
+        )
 
 
 def _check_outputs(architecture: Architecture, kwargs: dict[str, Any]) -> None:
@@ -435,6 +445,22 @@ def _use_attention_of_bitune(architecture: Architecture) -> None:
         architecture.backbone.set_attn_implementation(implementation_for(implementation))
 
 
+def plan_ahead(model: nn.Module, **inputs: Any) -> PromptLayout | None:
+    """Lays out a batch before a model is called with it, to be handed over as `prompt_layout`. The caller then knows
+    where the answers are, and a compiled model is spared what torch.compile cannot trace.
+
+    Args:
+        model: a causal language model with a Bitune adapter, or a PeftModel around it.
+        inputs: what the model will be called with: `input_ids` or `inputs_embeds`, `prompt_mask`, and perhaps
+            `attention_mask` and `position_ids`.
+
+    Raises:
+        LayoutError: it cannot be told where a prompt ends.
+    """
+    architecture = next(each for each in model.modules() if isinstance(each, CausalModel)).bitune_architecture
+    return _plan(architecture, Prompts.taken_from(inputs), inputs)
+
+
 def _plan(architecture: Architecture, prompts: Prompts, kwargs: dict[str, Any]) -> PromptLayout | None:
     prompt_mask, completion_index = prompts.prompt_mask, prompts.completion_index
     tokens = _tokens(kwargs)
@@ -455,16 +481,39 @@ def _plan(architecture: Architecture, prompts: Prompts, kwargs: dict[str, Any]) 
                 "`position_ids` came with `completion_index`. Leave it out: Bitune lets the positions of every "
                 "completion go on from those of the prompt."
             )
-        completion_index = completion_index.to(tokens.device)
-    _check_one_document_per_row(kwargs.get("position_ids"), attention_mask)
-    return plan(prompt_mask.to(device=tokens.device, dtype=torch.bool), attention_mask, completion_index)
+    return plan(
+        prompt_mask.to(device=tokens.device, dtype=torch.bool),
+        attention_mask,
+        completion_index,
+        _starts(kwargs, attention_mask),
+        rows_apart=architecture.does_own_arithmetic,
+    )
+
+
+def _starts(kwargs: dict[str, Any], attention_mask: Tensor | None) -> Tensor | None:
+    """Where documents begin, bool `[B or 1, T]`, if `position_ids` tell."""
+    position_ids = kwargs.get("position_ids")
+    if position_ids is None:
+        given = [name for name in OF_PACKED_ROWS if _has(kwargs, name)]
+        if given:
+            raise LayoutError(
+                f"The model was called with `{given[0]}`, for rows that hold several documents. Pass `position_ids` "
+                "too, which start again with each document."
+            )
+        return None
+    if position_ids.dim() != 2:
+        raise LayoutError(
+            f"`position_ids` has shape {list(position_ids.shape)}; Bitune supports one position per token, [rows, "
+            "tokens]."
+        )
+    return document_starts(position_ids, attention_mask)
 
 
 def _lengthen(architecture: Architecture, reading: Reading, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the backbone for `T + E` tokens; the cache is taken out, the attention function fills it."""
+    """Arguments of the backbone for lengthened rows; the cache is taken out, the attention function fills it."""
     layout = reading.layout
     lengthened = {name: layout.lengthen(kwargs[name]) for name in PER_TOKEN if _has(kwargs, name)}
-    positions = kwargs["position_ids"] if _has(kwargs, "position_ids") else layout.positions
+    positions = layout.lengthen(kwargs["position_ids"]) if _has(kwargs, "position_ids") else layout.positions
     # The attention modules get masks of their own in a reading. transformers hands 4-D masks on as they are, which
     # spares it making another.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=_tokens(kwargs).device)
@@ -472,21 +521,24 @@ def _lengthen(architecture: Architecture, reading: Reading, kwargs: dict[str, An
     if "logits_to_keep" in kwargs:  # counted from the end of the row, where the copy is now
         lengthened["logits_to_keep"] = 0
     return {
-        **kwargs,
+        **{name: value for name, value in kwargs.items() if name not in OF_PACKED_ROWS},
         **lengthened,
-        "position_ids": layout.lengthen_positions(positions),
+        "position_ids": positions,
         "past_key_values": None,
         "use_cache": False,
         "return_dict": True,
     }
 
 
-def _cut(reading: Reading, outputs: ModelOutput) -> ModelOutput:
-    """Removes the copy from the hidden states that the backbone returns, and gives the caller's cache back."""
-    tokens = reading.layout.tokens
-    outputs["last_hidden_state"] = outputs["last_hidden_state"][:, :tokens]
+def _restored(reading: Reading, outputs: ModelOutput, answers_only: bool) -> ModelOutput:
+    """Takes hidden states back to the caller's rows, or the answers out of them, and gives the caller's cache back."""
+    hidden_states = outputs["last_hidden_state"]
+    layout = reading.layout.to(hidden_states.device)  # that of the last layer
+    outputs["last_hidden_state"] = (layout.answers_of if answers_only else layout.restore)(hidden_states)
     if outputs.get("hidden_states") is not None:
-        outputs["hidden_states"] = tuple(x if x is None else x[:, :tokens] for x in outputs["hidden_states"])
+        outputs["hidden_states"] = tuple(
+            x if x is None else reading.layout.to(x.device).restore(x) for x in outputs["hidden_states"]
+        )
     if reading.cache is not None:
         outputs["past_key_values"] = reading.cache
     return outputs
@@ -546,31 +598,18 @@ def _check_per_token(name: str, given: Any, tokens: Tensor | None) -> None:
         raise LayoutError(f"`{name}` has dtype {given.dtype}. Pass bools or integers.")
 
 
-def _check_one_completion(completion_index: Tensor | None) -> None:
-    """Raises LayoutError for several completions in a row of a plain forward pass, which would see each other."""
-    if completion_index is not None and (completion_index > 1).any():
+def _check_plain(prompts: Prompts) -> None:
+    """Raises LayoutError for what a plain forward pass would not do: keep the completions in a row apart, or know the
+    answers."""
+    if prompts.completion_index is not None and (prompts.completion_index > 1).any():
         raise LayoutError(
             "`completion_index` has several completions in a row, but no prompt is read here: the adapter is switched "
-            "off, the cache already holds the prompt, or every prompt has a single token. Give every completion a row "
-            "of its own."
+            "off, or the cache already holds the prompt. Give every completion a row of its own."
         )
-
-
-def _check_one_document_per_row(position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
-    if position_ids is None:
-        return
-    if position_ids.dim() != 2:
+    if prompts.answers_only:
         raise LayoutError(
-            f"`position_ids` has shape {list(position_ids.shape)}; Bitune supports one position per token, [rows, "
-            "tokens]."
-        )
-    attended = torch.ones_like(position_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    positions = position_ids.expand(attended.shape).masked_fill(~attended, -1)
-    so_far = nn.functional.pad(positions.cummax(dim=1).values[:, :-1], (1, 0), value=-1)
-    if (attended & (positions <= so_far)).any():
-        raise LayoutError(
-            "`position_ids` start again within a row, so it holds several documents (packing, padding-free batches). "
-            "Bitune needs one prompt and its completion per row: set `packing=False` and `padding_free=False`."
+            "`answers_only=True`, but no prompt is read here: the adapter is switched off, the cache already holds the "
+            "prompt, or there is nothing but padding. Leave it out."
         )
 
 

@@ -8,7 +8,8 @@ both:
     keys    [ keys of the lengthened row | keys that stay in the cache: the mixture, then the answer's own ]
     mask    encoded prompt -> its own, causally; copy -> its own, fully; answer -> those in the cache, causally
 
-The numbers are those of `attention.py`, at the price of scores that the mask then hides.
+Every document has a row of its own. The numbers are those of `attention.py`, at the price of scores that the mask then
+hides.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 
 from .attention import MIXING
 from .kernels import additive
-from .layout import PromptLayout, Reach
+from .layout import PromptLayout
+from .masks import Reach
 from .routing import Extension, Reading, by_name, current_reading
 
 
@@ -36,23 +38,28 @@ class MixingCache:
         """Mixes, and fills the cache of the reading.
 
         Args:
-            key, value: `[B, key/value heads, T + E, head size]`.
+            key, value: `[D, key/value heads, L + E, head size]`, a document in each row.
             layer_idx: where the cache keeps them.
 
         Returns:
-            The keys and values that `PromptLayout.joint_mask` is for, `2T + E` of them.
+            The keys and values that `Documents.joint_mask` is for, `2L + E` of them.
         """
         layout = self.reading.layout
-        key_encoded, key_answer, key_copy = layout.parts(key)
-        value_encoded, value_answer, value_copy = layout.parts(value)
-        key_mixed, value_mixed = getattr(self.module, MIXING)(
-            (key_encoded, key_copy), (value_encoded, value_copy), self.reading.adapter
-        )
-        key_kept = layout.in_token_order(key_mixed, key_answer, dim=2)
-        value_kept = layout.in_token_order(value_mixed, value_answer, dim=2)
+        (key_encoded, key_rest, key_copy), (value_encoded, value_rest, value_copy) = map(self._split, (key, value))
+        mixed = getattr(self.module, MIXING)((key_encoded, key_copy), (value_encoded, value_copy), self.reading.adapter)
+        # Short prompts leave slots of encoded prompts to the first tokens of their answers.
+        encoded = layout.documents[0].encoded[:, None, :, None]
+        key_kept = torch.cat([torch.where(encoded, mixed[0], key_encoded), key_rest], dim=2)
+        value_kept = torch.cat([torch.where(encoded, mixed[1], value_encoded), value_rest], dim=2)
         if self.reading.cache is not None:
-            self.reading.cache.update(key_kept, value_kept, layer_idx)
+            in_token_order = (layout.restore(kept.transpose(1, 2)).transpose(1, 2) for kept in (key_kept, value_kept))
+            self.reading.cache.update(*in_token_order, layer_idx)
         return torch.cat([key, key_kept], dim=2), torch.cat([value, value_kept], dim=2)
+
+    def _split(self, states: Tensor) -> tuple[Tensor, ...]:
+        """The first `E` tokens of each row, the others of its `L`, and the copy."""
+        tokens, size = self.reading.layout.streams
+        return states.split([size, tokens - size, size], dim=2)
 
     def get_seq_length(self, *_: Any) -> int:
         """As of a cache that is still empty."""
@@ -74,9 +81,10 @@ class JointAttention(Extension):
         reading = current_reading()
         if reading is None:
             return super().forward(*args, **kwargs)
-        reading.seen[self] += 1
+        reading.take_part(self)
         kwargs = by_name(super().forward, args, kwargs)
-        visible = reading.layout.joint_mask(self.reach(), reading.second_pass_causal)
+        (documents,) = reading.layout.documents
+        visible = documents.joint_mask(reading.layout.tokens, self.reach(), reading.second_pass_causal)
         kwargs[self.cache_argument] = MixingCache(self, reading)
         kwargs |= self.mask_arguments(kwargs, visible, reading.layout)
         return super(JointAttention, self.unmasked(visible)).forward(**kwargs)
@@ -90,7 +98,7 @@ class JointAttention(Extension):
 
         Args:
             kwargs: the arguments of the module, for the lengthened row.
-            visible: bool `[B or 1, 1, T + E, 2T + E]`, True where a query sees a key.
+            visible: bool `[D or 1, 1, L + E, 2L + E]`, True where a query sees a key.
             layout: where each token goes.
         """
         return {"attention_mask": additive(visible, kwargs["hidden_states"].dtype)}

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .layout import Chunk, LayoutError, Sight
+from .layout import LayoutError
+from .masks import Chunk, Sight
 from .routing import with_attributes
 
 Attended = tuple[Tensor, Tensor | None]
@@ -30,19 +31,22 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def sdpa(module: nn.Module, kwargs: dict[str, Any], *states: Any) -> Attended:
-    """torch's scaled dot product attention: takes bool masks, or none where `is_causal` says it all."""
+    """torch's scaled dot product attention: takes masks, or none where `is_causal` says it all."""
     *states, seen = states
     function = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if not isinstance(seen, Sight):
         return function(module, *states, seen, **kwargs)
-    return function(module, *states, seen.mask, is_causal=seen.causal and seen.mask is None, **kwargs)
+    if seen.mask is None:
+        return function(module, *states, None, is_causal=seen.causal, **kwargs)
+    # Bool masks would be made additive in every layer anew.
+    return function(module, *states, _additive(seen, states[0].dtype), is_causal=False, **kwargs)
 
 
 def eager(module: nn.Module, kwargs: dict[str, Any], *states: Any) -> Attended:
     """The matrix products of the model's own modelling file: takes additive masks."""
     *states, seen = states
     if isinstance(seen, Sight):
-        seen = seen.form(dtype := states[0].dtype, lambda: additive(seen.dense(), dtype))
+        seen = _additive(seen, states[0].dtype)
     return _eager_function(module)(module, *states, seen, **kwargs)
 
 
@@ -91,6 +95,10 @@ KERNELS: dict[str, Callable[..., Attended]] = {
     **{base: partial(flash_attention, base) for base in (f"flash_attention_{version}" for version in (2, 3, 4))},
 }
 """Attention implementations of transformers that Bitune can stand on."""
+
+
+def _additive(seen: Sight, dtype: torch.dtype) -> Tensor:
+    return seen.form(dtype, lambda: additive(seen.dense(), dtype))
 
 
 def _block_mask(seen: Sight) -> BlockMask:

@@ -1,343 +1,167 @@
-"""Where each token of a batch goes: index maps and attention masks. Tensors only, no model.
+"""Where each token of a batch goes: index maps. Tensors only, no model.
 
-A row holds a prompt `x[0..P-1]`, then a completion `x[P..T-1]`, and padding on either side. Bitune splits it in two:
+A document holds a prompt `x[0..P-1]`, then a completion `x[P..T-1]`. A row of a batch holds one document, with padding
+on either side, or several, one behind the other. Bitune splits a document in two:
 
 * the *encoded prompt* `x[0..P-2]`, which is read twice, causally and with full attention;
 * the *answer* `x[P-1..T-1]`: the last prompt token opens it, because its hidden state predicts the first token of
   the completion.
 
-One forward pass carries both readings, where the authors' code runs the model three times. The lengthened row is
+One forward pass carries both readings, where the authors' code runs the model three times, over *lengthened* rows:
 
-    tokens      [ x[0] ... x[T-1] | copy of the encoded prompt ]      T + E tokens
+    stream      [ causal          | bidirectional              ]
+    tokens      [ x[0] ... x[T-1] | copy of the encoded prompt ]
     positions   [   0 ... T-1     |          0 ... P-2         ]
-    stream      [ causal          |        bidirectional       ]
 
-where `E` is the longest encoded prompt of the batch.
-
-A prompt may have several completions in one row, one behind the other, as the choices of a question: each sees the
-prompt and itself, and none of the others.
-
-Shapes: `B` rows, `T` tokens in a row, `E` slots for encoded prompts, `A` slots for answers.
+Documents that are all alike keep a row each. Others stand one behind the other in a single row, without any padding,
+all copies behind all documents: only attention, which must keep documents apart, gives each its own slots again.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from .masks import Documents, Made, once
 
 IGNORED = -100
 """Label of a token that does not count for the loss."""
 
 
 class LayoutError(ValueError):
-    """A batch in which the prompt of a row cannot be told from its completion."""
+    """A batch in which the prompt of a document cannot be told from its completion."""
 
 
-@dataclass(frozen=True)
-class Window:
-    """Sliding window attention: of all that a token may see, only what is less than `size` tokens away, behind or
-    ahead."""
+class Parts(NamedTuple):
+    """What belongs to the slots of `Documents`: encoded prompts and their copies, `E` slots, and answers, `A`."""
 
-    size: int
-
-    def reaches(self, query: Tensor, key: Tensor) -> Tensor:
-        """bool, from the places of queries and keys in their rows, broadcast."""
-        return (query - key).abs() < self.size
+    encoded: Tensor
+    answer: Tensor
+    copy: Tensor
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Chunked attention: of all that a token may see, only what is in the same chunk of `size` tokens."""
-
-    size: int
-
-    def reaches(self, query: Tensor, key: Tensor) -> Tensor:
-        """bool, from the places of queries and keys in their rows, broadcast."""
-        return query // self.size == key // self.size
-
-
-Reach = Window | Chunk
-"""How far the tokens of a layer see."""
-
-
-@dataclass(frozen=True)
-class TokenGroup:
-    """Some tokens of every row, moved to the front of `size` slots.
-
-    Attributes:
-        index: int64 `[B, size]`, the token in each slot; free slots repeat some valid token.
-        filled: bool `[B, size]`, True where a slot holds a token of the group.
-        span: the tokens as one slice, when it is the same for every row; then no copy is needed to take them.
-    """
+class Move(NamedTuple):
+    """Where tokens are taken from: `index`, int64 `[n]`; those whose number is in `empty` are zero instead."""
 
     index: Tensor
-    filled: Tensor
-    span: slice | None
+    empty: Tensor
 
-    @property
-    def size(self) -> int:
-        return self.index.shape[1]
-
-    def take(self, tokens: Tensor, dim: int = 1) -> Tensor:
-        """Takes the group out of `tokens`.
-
-        Args:
-            tokens: `[B, T, ...]` for `dim=1`, `[B, H, T, ...]` for `dim=2`.
-            dim: the dimension that counts tokens.
-
-        Returns:
-            The same shape with `size` in place of `T`.
-        """
-        if self.span is not None:
-            return tokens.narrow(dim, self.span.start, self.size)
-        return take_along(tokens, self.index, dim)
-
-
-@dataclass(frozen=True)
-class Sight:
-    """What one group of queries sees, in the terms of dense and of packed attention.
-
-    Attributes:
-        queries, keys: bool `[B, Q]` and `[B, K]`, True where a slot holds a token.
-        causal: of the tokens of a row, in order, the last query sees all keys, the one before it all but the last, ...;
-            if False, each sees all. `None` where it is neither.
-        mask: bool `[B or 1, 1, Q or 1, K]`, True where a query sees a key; `None` where `causal` says it all.
-        reach: how far queries see; `mask` has it in it, `causal` has not.
-    """
-
-    queries: Tensor
-    keys: Tensor
-    causal: bool | None
-    mask: Tensor | None
-    reach: Reach | None
-    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
-
-    def dense(self) -> Tensor:
-        """The mask, written out where `causal` says it all: bool `[B or 1, 1, Q or 1, K]`."""
-        if self.mask is not None:
-            return self.mask
-        mask = torch.ones(self.queries.shape[1], self.keys.shape[1], dtype=torch.bool, device=self.queries.device)
-        return (mask.tril() if self.causal else mask)[None, None]
-
-    def form(self, name: Hashable, make: Callable[[], Any]) -> Any:
-        """The form of all this that an attention implementation wants, made once."""
-        if name not in self._made:
-            self._made[name] = make()
-        return self._made[name]
+    def to(self, device: torch.device) -> Move:
+        return Move(*(tensor.to(device) for tensor in self))
 
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """The parts of a batch and the masks between them.
+    """The parts of a batch, and the lengthened rows that a model reads in place of it.
 
     Attributes:
-        tokens: `T`, the length of a row as the caller gave it.
-        encoded: the encoded prompts, `E` slots.
-        answer: the answers, `A` slots.
-        order: int64 `[B, T]`, for each token its slot in `[encoded | answer]`; padding points at slot 0.
-            `None` when the slots already are in the order of the tokens.
-        positions: int64 `[B, T]` (`[1, T]` when all rows agree), each token's place among the tokens that it belongs
-            with: padding and other completions of its prompt are not counted.
-        completion_index: `[B, A]`, which completion the token in each slot of `answer` is part of, 0 for what all of
-            them share; `None` unless it was given.
+        shape: `(B, T)`, rows and tokens as the caller gave them.
+        packed: some row holds several documents.
+        plain: nothing is read twice, and no row holds several documents or completions: an ordinary forward pass says
+            the same.
+        tokens: length of the causal stream in a lengthened row; the bidirectional one lies behind it.
+        source: int64 `[R, M]`, which of the caller's `B * T` tokens is in each place of the lengthened rows.
+        positions: int64 `[R or 1, M]`, how many tokens of its document each has before it, those of other completions
+            of its prompt not counted.
+        documents: all documents, those of about the same length together.
+        target: int64 `[B * T]`, where each of the caller's tokens is among the `R * tokens` of the causal stream, 0 for
+            padding; `None` where all have kept their place.
+        answers: int64 `[n]`, the answers among the `R * tokens` of the causal stream, one document after the other.
+        to_slots, to_tokens: from the places of a single lengthened row to the slots of `documents`, in the order of
+            their `Parts`, and back; `None` where every document has a row.
     """
 
+    shape: tuple[int, int]
+    packed: bool
+    plain: bool
     tokens: int
-    encoded: TokenGroup
-    answer: TokenGroup
-    order: Tensor | None
+    source: Tensor
     positions: Tensor
-    completion_index: Tensor | None = None
-    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    documents: tuple[Documents, ...]
+    target: Tensor | None
+    answers: Tensor
+    to_slots: Move | None = None
+    to_tokens: Move | None = None
+    _made: Made = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def length(self) -> int:
-        """`T + E`, the length of a lengthened row."""
-        return self.tokens + self.encoded.size
+        """`M`, the length of a lengthened row."""
+        return self.source.shape[1]
+
+    @property
+    def streams(self) -> list[int]:
+        """Lengths of the causal and of the bidirectional stream in a lengthened row."""
+        return [self.tokens, self.length - self.tokens]
 
     def to(self, device: torch.device | str) -> PromptLayout:
         """The same on another device."""
         device = torch.device(device)
-        return self if self.positions.device == device else self._cached(device, lambda: self._moved_to(device))
+        return self if self.source.device == device else once(self._made, device, lambda: self._moved_to(device))
 
     def _moved_to(self, device: torch.device) -> PromptLayout:
-        groups = {
-            name: replace(group, index=group.index.to(device), filled=group.filled.to(device))
-            for name, group in (("encoded", self.encoded), ("answer", self.answer))
-        }
-        tensors = {name: getattr(self, name) for name in ("order", "positions", "completion_index")}
-        moved = {name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()}
-        return replace(self, **groups, **moved, _made={})
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Move)}
+        documents = tuple(documents.to(device) for documents in self.documents)
+        return replace(self, **moved, documents=documents, _made={})
 
     def lengthen(self, tokens: Tensor) -> Tensor:
-        """Appends the copy of the encoded prompt: `[B, T, ...]` to `[B, T + E, ...]`."""
-        return torch.cat([tokens, self.encoded.take(tokens)], dim=1)
+        """What the caller has for each token, `[B, T, ...]`, or `[1, T, ...]` for all rows, for each place of the
+        lengthened rows, `[R, M, ...]`."""
+        if tokens.shape[0] != self.shape[0]:
+            tokens = tokens.expand(self.shape[0], *tokens.shape[1:])
+        return tokens.flatten(0, 1)[self.source]
 
-    def lengthen_positions(self, positions: Tensor) -> Tensor:
-        """As `lengthen`, for positions that all rows may share: `[1 or B, T]` to `[1 or B, T + E]`."""
-        return self.lengthen(self._all_rows(positions))
+    def restore(self, states: Tensor) -> Tensor:
+        """Takes the causal stream back to where the caller's tokens are: `[R, M, ...]` or `[R, tokens, ...]` to
+        `[B, T, ...]`. What lands on padding has no meaning."""
+        states = states[:, : self.tokens]
+        if self.target is None:
+            return states
+        return states.flatten(0, 1).index_select(0, self.target).unflatten(0, self.shape)
 
-    def parts(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Encoded prompt, answer and copy of lengthened rows: `[B, H, T + E, D]` to `E`, `A` and `E` in its place."""
-        rows, copy = states.split([self.tokens, self.encoded.size], dim=2)
-        return self.encoded.take(rows, dim=2), self.answer.take(rows, dim=2), copy
+    def answers_of(self, states: Tensor) -> Tensor:
+        """The answers in lengthened rows, one document after the other: `[R, M, ...]` to `[1, n, ...]`."""
+        return states[:, : self.tokens].flatten(0, 1).index_select(0, self.answers)[None]
 
-    def in_token_order(self, encoded: Tensor, answer: Tensor, dim: int) -> Tensor:
-        """Undoes `take`: `E` and `A` slots back to `T` tokens. What lands on padding has no meaning."""
-        slots = torch.cat([encoded, answer], dim=dim)
-        return slots if self.order is None else take_along(slots, self.order, dim)
+    def answer_labels(self, labels: Tensor) -> Tensor:
+        """Labels for `answers_of`: `[B, T]` to `[1, n]`. The first token of a document follows nothing, so it counts
+        for no loss."""
+        positions = self.positions.expand(len(self.source), -1)
+        return self.answers_of(self.lengthen(labels).masked_fill(positions == 0, IGNORED))
 
-    def encoded_mask(self, reach: Reach | None = None) -> Tensor | None:
-        """Causal stream: encoded prompt to encoded prompt, causally.
+    def parts(self, states: Tensor) -> list[Parts]:
+        """Takes documents out of lengthened rows: `[R, heads, M, size]` to `[D, heads, slots, size]` for each of
+        `documents`. Not where rows were asked for that are not alike (`rows_apart`)."""
+        if self.to_slots is None:
+            encoded, answers = self.documents[0].slots
+            return [Parts(*states.split([encoded, answers, encoded], dim=2))]
+        slots = rearrange(states.transpose(1, 2).flatten(0, 1), self.to_slots, self.to_tokens)
+        masks = [mask for documents in self.documents for mask in documents.parts]
+        pieces = slots.split([mask.numel() for mask in masks])
+        in_slots = [piece.unflatten(0, mask.shape).transpose(1, 2) for piece, mask in zip(pieces, masks, strict=True)]
+        return list(map(Parts, in_slots[0::3], in_slots[1::3], in_slots[2::3]))
 
-        Returns:
-            bool `[1, 1, E, E]`, or `None` when it is the plain causal mask.
-        """
-        if reach is None or reach.size >= self.encoded.size:
-            return None
-        return self._cached(("encoded", reach), lambda: self._causal(reach)[None, None])
-
-    def copy_mask(self, reach: Reach | None = None, causal: bool = False) -> Tensor | None:
-        """Bidirectional stream: copy to copy, fully; within a sliding window, as far back as ahead.
-
-        Args:
-            reach: how far the layer sees.
-            causal: the ablation whose second reading is causal too.
-
-        Returns:
-            bool `[B or 1, 1, E or 1, E]`, or `None` when every token sees all the others.
-        """
-        if causal:
-            return self.encoded_mask(reach)
-        if reach is not None and reach.size >= self.encoded.size:
-            reach = None
-        if reach is None and self.encoded.span is not None:
-            return None
-        return self._cached(("copy", reach), lambda: self._copy_mask(reach))
-
-    def answer_mask(self, reach: Reach | None = None) -> Tensor:
-        """Answer to `[mixed encoded prompt | answer]`: all of its prompt, and causally itself.
-
-        Returns:
-            bool `[B or 1, 1, A, E + A]`.
-        """
-        if reach is not None and reach.size >= self.tokens:
-            reach = None
-        return self._cached(("answer", reach), lambda: self._answer_mask(reach))
-
-    def sights(self, reach: Reach | None = None, causal: bool = False) -> tuple[Sight, Sight, Sight]:
-        """What encoded prompt, copy and answer see.
-
-        Args:
-            reach, causal: as in `copy_mask`.
-        """
-        return self._cached(("sights", reach, causal), lambda: self._sights(reach, causal))
-
-    def _sights(self, reach: Reach | None, causal: bool) -> tuple[Sight, Sight, Sight]:
-        encoded, answer = self.encoded.filled, self.answer.filled
-        one_completion = True if self.completion_index is None else None
-        return (
-            Sight(encoded, encoded, True, self.encoded_mask(reach), reach),
-            Sight(encoded, encoded, causal, self.copy_mask(reach, causal), reach),
-            Sight(answer, torch.cat([encoded, answer], dim=1), one_completion, self.answer_mask(reach), reach),
-        )
-
-    def joint_mask(self, reach: Reach | None = None, causal: bool = False) -> Tensor:
-        """All three masks in one, for attention that cannot be asked three times.
-
-        Args:
-            reach, causal: as in `copy_mask`.
-
-        Returns:
-            bool `[B or 1, 1, T + E, 2T + E]`: the queries of a lengthened row, to its own keys and, behind them, to the
-            keys that stay in the cache: `in_token_order(mixed, answer)`. Padding sees itself.
-        """
-        return self._cached(("joint", reach, causal), lambda: self._joint_mask(reach, causal))
-
-    def joint_positions(self) -> Tensor:
-        """Positions of the keys that `joint_mask` is for, int64 `[B or 1, 2T + E]`."""
-        return torch.cat([self.lengthen_positions(self.positions), self._all_rows(self.positions)], dim=1)
-
-    def _cached(self, key: Hashable, build: Callable[[], Any]) -> Any:
-        if key not in self._made:
-            self._made[key] = build()
-        return self._made[key]
-
-    def _slots(self, group: TokenGroup) -> Tensor:
-        return torch.arange(group.size, device=group.index.device)
-
-    def _all_rows(self, positions: Tensor) -> Tensor:
-        """`[1 or B, T]`, for every row where rows differ."""
-        if positions.shape[0] == 1 and self.encoded.span is None:
-            return positions.expand(self.encoded.index.shape[0], -1)
-        return positions
-
-    def _causal(self, reach: Reach | None) -> Tensor:
-        slots = self._slots(self.encoded)
-        query, key = slots[:, None], slots[None, :]
-        return (query >= key) if reach is None else (query >= key) & reach.reaches(query, key)
-
-    def _copy_mask(self, reach: Reach | None) -> Tensor:
-        filled = self.encoded.filled if self.encoded.span is None else self.encoded.filled[:1]
-        mask = _at_least_one(filled)[:, None, None, :]
-        if reach is None:
-            return mask
-        slots = self._slots(self.encoded)
-        query, key = slots[:, None], slots[None, :]
-        # A free slot keeps sight of itself: no query may be left without any key.
-        return (mask & reach.reaches(query, key)) | (query == key)
-
-    def _answer_mask(self, reach: Reach | None) -> Tensor:
-        slots = self._slots(self.answer)
-        # Free slots come last, so the causal mask hides them from the answer and leaves each one itself.
-        own = (slots[:, None] >= slots[None, :])[None]
-        if self.completion_index is not None:
-            seen = self.completion_index[:, None, :]
-            own = own & ((seen == self.completion_index[:, :, None]) | (seen == 0))
-        filled = self.encoded.filled if self.encoded.span is None else self.encoded.filled[:1]
-        prompt = filled[:, None, :].expand(-1, self.answer.size, -1)
-        if reach is not None:
-            place = self.answer.take(self.positions)
-            own = own & reach.reaches(place[:, :, None], place[:, None, :])
-            prompt = prompt & reach.reaches(place[:, :, None], self._slots(self.encoded))
-        rows = max(own.shape[0], prompt.shape[0])
-        return torch.cat([prompt.expand(rows, -1, -1), own.expand(rows, -1, -1)], dim=2)[:, None]
-
-    def _joint_mask(self, reach: Reach | None, causal: bool) -> Tensor:
-        place = self.positions
-        near = torch.ones_like(place, dtype=torch.bool)[:, :, None]
-        if reach is not None:
-            near = reach.reaches(place[:, :, None], place[:, None, :])
-        encoded, answer = self._members(self.encoded), self._members(self.answer)
-        tokens = torch.arange(self.tokens, device=place.device)
-        behind = tokens[:, None] >= tokens[None, :]
-        own = answer[:, None, :] & behind
-        if self.completion_index is not None:
-            prompt = self.completion_index.new_zeros(self.encoded.index.shape)
-            part = self.in_token_order(prompt, self.completion_index, dim=1)
-            own = own & ((part[:, None, :] == part[:, :, None]) | (part[:, None, :] == 0))
-        causally = encoded[:, :, None] & encoded[:, None, :] & behind & near
-        padding = ~(encoded | answer)[:, :, None] & (tokens[:, None] == tokens[None, :])
-        from_mixture = answer[:, :, None] & (encoded[:, None, :] | own) & near
-        rows, size = encoded.shape[0], self.encoded.size
-        copy = self.sights(reach, causal)[1].dense().expand(rows, 1, size, size)[:, 0]
-        first = torch.cat([causally | padding, causally.new_zeros(rows, self.tokens, size), from_mixture], dim=2)
-        return torch.cat([first, nn.functional.pad(copy, (self.tokens, self.tokens))], dim=1)[:, None]
-
-    def _members(self, group: TokenGroup) -> Tensor:
-        """bool `[B, T]`, True on the tokens of a group."""
-        filled = group.filled.int()
-        return filled.new_zeros(filled.shape[0], self.tokens).scatter_reduce(1, group.index, filled, "amax").bool()
+    def joined(self, parts: Sequence[Parts]) -> Tensor:
+        """Puts documents back into lengthened rows: `[D, slots, heads, size]` for each of `documents` to
+        `[R, M, heads, size]`."""
+        if self.to_slots is None:
+            return torch.cat(parts[0], dim=1)
+        slots = torch.cat([piece.flatten(0, 1) for each in parts for piece in each])
+        return rearrange(slots, self.to_tokens, self.to_slots)[None]
 
 
 def plan(
-    prompt_mask: Tensor, attention_mask: Tensor | None = None, completion_index: Tensor | None = None
+    prompt_mask: Tensor,
+    attention_mask: Tensor | None = None,
+    completion_index: Tensor | None = None,
+    starts: Tensor | None = None,
+    rows_apart: bool = False,
 ) -> PromptLayout | None:
     """Lays out a batch.
 
@@ -346,107 +170,73 @@ def plan(
         attention_mask: `[B, T]`, zero or False on padding; `None` for a batch without padding.
         completion_index: int `[B, T]`, for rows in which several completions follow one prompt: 0 on the prompt,
             then 1, 2, ... on its completions in turn. By default what follows a prompt is one completion.
+        starts: bool `[B, T]`, True where a document begins; by default a row holds one. See `document_starts`.
+        rows_apart: give every document a row of its own, padded on the right, even where that takes padding.
 
     Returns:
-        The layout, or `None` when no row has anything to encode (every prompt has at most one token).
+        The layout, on the device of `prompt_mask`; `None` for a batch that is all padding.
 
     Raises:
-        LayoutError: a row in which a prompt token follows a completion token, or whose completions are not in order.
+        LayoutError: a document in which a prompt token follows a completion token, or whose completions are not in
+            order.
     """
-    attended = torch.ones_like(prompt_mask) if attention_mask is None else attention_mask.to(torch.bool)
-    prompt = prompt_mask & attended
-    place = attended.cumsum(dim=1) - 1
-    prompt_place = prompt.cumsum(dim=1) - 1
-    prompt_length = prompt.sum(dim=1, keepdim=True)
-    encoded = prompt & (prompt_place < prompt_length - 1)
-    answer = attended & ~encoded
-
-    steps = torch.arange(prompt.shape[1], device=prompt.device)
-    # One transfer to the host for all that Python must know.
-    scattered, aligned, encoded_size, answer_size = torch.stack(
-        [
-            (prompt & (place != prompt_place)).any(),
-            attended.all() & (encoded == encoded[:1]).all(),
-            encoded.sum(dim=1).max(),
-            answer.sum(dim=1).max(),
-        ]
-    ).tolist()
-    if scattered:
-        rows = (prompt & (place != prompt_place)).any(dim=1).nonzero().flatten().tolist()
-        raise LayoutError(
-            f"`prompt_mask` marks a prompt token after a completion token in row(s) {rows}. Bitune reads one prompt "
-            "and one completion per row: mark the tokens before the completion, all of them. For several turns, pass "
-            "everything before the last assistant turn as the prompt."
-        )
-    if completion_index is not None:
-        _check_completions(completion_index, prompt, attended)
-    if encoded_size == 0:
+    device, shape = prompt_mask.device, tuple(prompt_mask.shape)
+    # On the host, where Python must know the lengths anyhow: one transfer there, one back.
+    tokens = _Tokens.of(*(None if mask is None else mask.cpu() for mask in (prompt_mask, attention_mask, starts)))
+    if len(tokens.present) == 0:
         return None
-    if aligned:
-        encoded_group = _aligned_group(steps, slice(0, encoded_size), prompt.shape[0])
-        answer_group = _aligned_group(steps, slice(encoded_size, prompt.shape[1]), prompt.shape[0])
-        order = None
-        positions = steps[None]
+    if completion_index is not None:
+        tokens = tokens.with_completions(completion_index.cpu(), prompt_mask.cpu())
+    if tokens.all_alike and (len(tokens.length), len(tokens.present)) == (shape[0], shape[0] * shape[1]):
+        layout = _rows_kept(tokens, shape)
+    elif rows_apart:
+        layout = _rows_apart(tokens, shape)
     else:
-        encoded_group = _ragged_group(encoded, encoded_size)
-        answer_group = _ragged_group(answer, answer_size)
-        order = _order(encoded, answer, encoded_size)
-        positions = place.clamp(min=0)
-    if completion_index is None:
-        return PromptLayout(prompt.shape[1], encoded_group, answer_group, order, positions)
-    positions = _positions_in_completion(completion_index, place, attended)
-    index = answer_group.take(completion_index)
-    return PromptLayout(prompt.shape[1], encoded_group, answer_group, order, positions, index)
+        layout = _one_row(tokens, shape)
+    return layout.to(device)
 
 
-def _order(encoded: Tensor, answer: Tensor, encoded_size: int) -> Tensor:
-    """For each token its slot in `[encoded | answer]`, 0 for padding. All `[B, T]`."""
-    order = torch.where(encoded, encoded.cumsum(dim=1) - 1, encoded_size + answer.cumsum(dim=1) - 1)
-    return torch.where(encoded | answer, order, 0)
+def document_starts(position_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Where the documents of packed rows begin: where positions do not go on from those before.
+
+    Args:
+        position_ids: `[B or 1, T]`.
+        attention_mask: bool `[B, T]`, False on padding, or `None`.
+
+    Returns:
+        bool `[B or 1, T]`.
+    """
+    attended = torch.ones_like(position_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    place = torch.arange(attended.shape[1], device=attended.device).expand(attended.shape)
+    # The token before, padding left out: where it is, and then its position.
+    before = nn.functional.pad(torch.where(attended, place, -1).cummax(dim=1).values[:, :-1], (1, 0), value=-1)
+    position_ids = position_ids.expand(attended.shape)
+    return attended & ((before < 0) | (position_ids <= position_ids.gather(1, before.clamp(min=0))))
 
 
-def _check_completions(completion_index: Tensor, prompt: Tensor, attended: Tensor) -> None:
-    """Raises LayoutError unless each row counts its completions upwards."""
-    highest = torch.where(attended, completion_index, 0).cummax(dim=1).values
-    backwards = (completion_index < highest) | (completion_index < 0)
-    wrong = (attended & backwards) | (prompt & (completion_index != 0))
-    if wrong.any():
-        rows = wrong.any(dim=1).nonzero().flatten().tolist()
-        raise LayoutError(
-            f"`completion_index` is not in order in row(s) {rows}. Number the completions of a prompt 1, 2, ... in the "
-            "order in which they follow it, and its own tokens 0."
-        )
-
-
-def _positions_in_completion(completion_index: Tensor, place: Tensor, attended: Tensor) -> Tensor:
-    """Each token's place in its row as if its completion were the only one. All int64 `[B, T]`."""
-    index = torch.where(attended, completion_index, 0)
-    before = nn.functional.pad(index, (1, 0))[:, :-1].cummax(dim=1).values
-    start = torch.where(index > before, place, 0).cummax(dim=1).values
-    shared = (attended & (index == 0)).sum(dim=1, keepdim=True)
-    return torch.where(index > 0, shared + place - start, place).clamp(min=0)
-
-
-def prompt_from_labels(labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """The prompt of each row: its leading ignored labels.
+def prompt_from_labels(labels: Tensor, attention_mask: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
+    """The prompt of each document: its leading ignored labels.
 
     Args:
         labels: `[B, T]`; padding is ignored too.
         attention_mask: `[B, T]`, zero on padding, or `None`.
+        starts: as in `plan`.
 
     Returns:
-        bool `[B, T]`, True on prompt tokens; a row whose labels are all ignored is all prompt.
+        bool `[B, T]`, True on prompt tokens; a document whose labels are all ignored is all prompt.
 
     Raises:
-        LayoutError: a row whose first token carries a label, and so has no prompt.
+        LayoutError: a document whose first token carries a label, and so has no prompt.
     """
     attended = torch.ones_like(labels, dtype=torch.bool) if attention_mask is None else attention_mask.to(torch.bool)
+    starts = _with_first_of_rows(starts, attended)
     labelled = (labels != IGNORED) & attended
-    prompt = attended & ~(labelled.cumsum(dim=1) > 0)
-    ignored_within = attended & ~labelled & ~prompt & (labelled.flip(1).cumsum(dim=1).flip(1) > 0)
-    if ignored_within.any():
+    so_far = labelled.cumsum(dim=1)
+    in_documents_before = torch.where(starts, so_far - labelled.long(), 0).cummax(dim=1).values
+    prompt = attended & (so_far == in_documents_before)
+    if (attended & ~labelled & ~prompt & _comes_before_another(labelled, starts)).any():
         _warn_ignored_within()
-    without = (attended.any(dim=1) & ~prompt.any(dim=1)).nonzero().flatten().tolist()
+    without = (starts & labelled).any(dim=1).nonzero().flatten().tolist()
     if without:
         raise LayoutError(
             f"`labels` leave no prompt in row(s) {without}: their first token already counts for the loss. Bitune "
@@ -456,37 +246,272 @@ def prompt_from_labels(labels: Tensor, attention_mask: Tensor | None = None) -> 
     return prompt
 
 
+class _Rearranged(torch.autograd.Function):
+    """`rearrange`, whose gradient is the way back; torch's own adds up, token by token, what has one source anyhow."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, *there_and_back: Tensor) -> Tensor:
+        ctx.save_for_backward(*there_and_back)
+        index, empty, *_ = there_and_back
+        moved = states.index_select(0, index)
+        return moved.index_fill_(0, empty, 0) if len(empty) else moved
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        index, empty, *back = ctx.saved_tensors
+        return _Rearranged.apply(gradient, *back, index, empty), None, None, None, None
+
+
+def rearrange(states: Tensor, there: Move, back: Move) -> Tensor:
+    """Takes each of some states, `[m, ...]`, to at most one place, `[n, ...]`.
+
+    Args:
+        there: from where each place is filled.
+        back: the same for the way back.
+    """
+    return _Rearranged.apply(states, *there, *back)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """The `N` tokens of a batch that are not padding, in order, and their `D` documents.
+
+    Attributes:
+        present: `[N]`, which of the caller's `B * T` tokens each is.
+        document: `[N]`, which document each belongs to.
+        place: `[N]`, how many tokens of its document each has before it.
+        position: `[N]`, the same without those of other completions.
+        length, encoded_length: `[D]`, tokens of each document and of its encoded prompt.
+        packed: some row holds several documents.
+        attended: bool `[B, T]`, False on padding.
+        completion_index: `[N]`, or `None`.
+    """
+
+    present: Tensor
+    document: Tensor
+    place: Tensor
+    position: Tensor
+    length: Tensor
+    encoded_length: Tensor
+    packed: bool
+    attended: Tensor
+    completion_index: Tensor | None = None
+
+    @classmethod
+    def of(cls, prompt_mask: Tensor, attention_mask: Tensor | None, starts: Tensor | None) -> _Tokens:
+        attended = torch.ones_like(prompt_mask) if attention_mask is None else attention_mask.bool()
+        starts = _with_first_of_rows(starts, attended)
+        present = attended.flatten().nonzero().flatten()
+        starts_here = starts.flatten()[present]
+        first = starts_here.nonzero().flatten()
+        document = starts_here.cumsum(0) - 1
+        place = torch.arange(len(present)) - first[document]
+        prompt = prompt_mask.flatten()[present]
+        zeros = torch.zeros(len(first), dtype=torch.long)
+        prompt_length = zeros.index_add(0, document, prompt.long())
+        scattered = prompt != (place < prompt_length[document])
+        if scattered.any():
+            rows = (present[scattered] // prompt_mask.shape[1]).unique().tolist()
+            raise LayoutError(
+                f"`prompt_mask` marks a prompt token after a completion token in row(s) {rows}. Bitune reads a prompt, "
+                "then its completion: mark the tokens before the completion, all of them. For several turns, pass "
+                "everything before the last assistant turn as the prompt. In rows that hold several documents, let "
+                "`position_ids` start again with each."
+            )
+        return cls(
+            present,
+            document,
+            place,
+            place,
+            length=torch.bincount(document, minlength=len(first)),
+            encoded_length=(prompt_length - 1).clamp(min=0),
+            packed=bool((starts.sum(dim=1) > 1).any()),
+            attended=attended,
+        )
+
+    def with_completions(self, completion_index: Tensor, prompt_mask: Tensor) -> _Tokens:
+        """The same, where prompts have several completions. All `[B, T]`."""
+        if self.packed:
+            raise LayoutError(
+                "`completion_index` came with rows that hold several documents. Give every prompt a row of its own."
+            )
+        _check_completions(completion_index, prompt_mask, self.attended)
+        position = _positions_in_completion(completion_index, self.attended).flatten()[self.present]
+        return replace(self, position=position, completion_index=completion_index.flatten()[self.present])
+
+    @property
+    def is_encoded(self) -> Tensor:
+        """bool `[N]`."""
+        return self.place < self.encoded_length[self.document]
+
+    @property
+    def plain(self) -> bool:
+        several = self.completion_index is not None and bool((self.completion_index > 1).any())
+        return not (self.packed or several or self.encoded_length.any())
+
+    @property
+    def all_alike(self) -> bool:
+        """All documents have the same length, and encoded prompts of the same length, which is not zero."""
+        lengths = torch.stack([self.length, self.encoded_length])
+        return bool((lengths == lengths[:, :1]).all() and self.encoded_length[0] > 0)
+
+    @property
+    def first(self) -> Tensor:
+        """`[D]`, the number of each document's first token."""
+        return self.length.cumsum(0) - self.length
+
+    def documents(self, members: Tensor, encoded_slots: int = 0) -> Documents:
+        """Some of the documents, in slots; at least `encoded_slots` of encoded prompts."""
+        encoded_length, answer_length = self.encoded_length[members], (self.length - self.encoded_length)[members]
+        _, encoded = _slots(self.first[members], encoded_length, encoded_slots)
+        token, answer = _slots(self.first[members] + encoded_length, answer_length)
+        alike = bool(encoded.all() and answer.all())
+        index = None if self.completion_index is None else self.completion_index[token]
+        places = self.position[token]
+        return Documents(encoded, answer, places[:1] if alike and index is None else places, index, alike)
+
+
+def _rows_kept(tokens: _Tokens, shape: tuple[int, int]) -> PromptLayout:
+    """Documents that are all alike, one in each row: they stay where they are, and can be sliced."""
+    rows, size = shape[0], int(tokens.encoded_length[0])
+    copied = torch.cat([torch.arange(shape[1]), torch.arange(size)])
+    position = tokens.position.view(shape)[:, copied]
+    return PromptLayout(
+        shape,
+        packed=False,
+        plain=False,
+        tokens=shape[1],
+        source=torch.arange(rows)[:, None] * shape[1] + copied,
+        positions=position[:1] if tokens.completion_index is None else position,
+        documents=(tokens.documents(torch.arange(rows)),),
+        target=None,
+        answers=(~tokens.is_encoded).nonzero().flatten(),
+    )
+
+
+def _rows_apart(tokens: _Tokens, shape: tuple[int, int]) -> PromptLayout:
+    """Every document in a row of its own, from the left."""
+    rows, longest = len(tokens.length), int(tokens.length.max())
+    copies = tokens.is_encoded.nonzero().flatten()
+    length = longest + max(int(tokens.encoded_length.max()), 1)
+    in_row = tokens.document * length + tokens.place
+    filled = torch.cat([in_row, in_row[copies] + longest])
+    return PromptLayout(
+        shape,
+        packed=tokens.packed,
+        plain=tokens.plain,
+        tokens=longest,
+        source=_filled(rows * length, filled, torch.cat([tokens.present, tokens.present[copies]])).view(rows, length),
+        positions=_filled(rows * length, filled, torch.cat([tokens.position, tokens.position[copies]])).view(
+            rows, length
+        ),
+        documents=(tokens.documents(torch.arange(rows), encoded_slots=1),),
+        target=_filled(shape[0] * shape[1], tokens.present, tokens.document * longest + tokens.place),
+        answers=(tokens.document * longest + tokens.place)[~tokens.is_encoded],
+    )
+
+
+def _one_row(tokens: _Tokens, shape: tuple[int, int]) -> PromptLayout:
+    """One document behind the other, then their copies, without padding."""
+    count = len(tokens.present)
+    copies = tokens.is_encoded.nonzero().flatten()
+    # Where nothing is encoded, a token that nobody looks at: the second adapter takes part in every training step, or
+    # processes that share the work would wait for its gradients.
+    copied = copies if len(copies) else torch.zeros(1, dtype=torch.long)
+    groups = list(_of_about_the_same_length(tokens.length))
+    to_slots, filled = _to_slots(tokens, groups)
+    to_tokens = torch.full((count + len(copied),), -1).index_put((to_slots[filled],), filled.nonzero().flatten())
+    return PromptLayout(
+        shape,
+        packed=tokens.packed,
+        plain=tokens.plain,
+        tokens=count,
+        source=torch.cat([tokens.present, tokens.present[copied]])[None],
+        positions=torch.cat([tokens.position, tokens.position[copied]])[None],
+        documents=tuple(map(tokens.documents, groups)),
+        target=_filled(shape[0] * shape[1], tokens.present, torch.arange(count)),
+        answers=(~tokens.is_encoded).nonzero().flatten(),
+        to_slots=Move(to_slots, (~filled).nonzero().flatten()),
+        to_tokens=Move(to_tokens.clamp(min=0), (to_tokens < 0).nonzero().flatten()),
+    )
+
+
+def _to_slots(tokens: _Tokens, groups: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Which place of the single row is in each slot, in the order of `PromptLayout.to_slots`, and which are filled."""
+    first, encoded, answer = tokens.first, tokens.encoded_length, tokens.length - tokens.encoded_length
+    first_copy = len(tokens.present) + encoded.cumsum(0) - encoded
+    firsts, lengths = (first, first + encoded, first_copy), (encoded, answer, encoded)
+    slots = []
+    for members in groups:
+        slots += [_slots(at[members], length[members]) for at, length in zip(firsts, lengths, strict=True)]
+    indices, filled = zip(*slots, strict=True)
+    return torch.cat([index.flatten() for index in indices]), torch.cat([each.flatten() for each in filled])
+
+
+def _slots(first: Tensor, length: Tensor, at_least: int = 0) -> tuple[Tensor, Tensor]:
+    """Runs of numbers in slots: `first` and `length`, `[D]`, to the numbers and where they are, `[D, longest]`."""
+    slot = torch.arange(max(int(length.max()), at_least))
+    filled = slot < length[:, None]
+    return torch.where(filled, first[:, None] + slot, 0), filled
+
+
+def _of_about_the_same_length(lengths: Tensor) -> Iterator[Tensor]:
+    """Groups of documents whose longest is at most twice as long as their shortest: in slots of the same number they
+    take no more than a fixed multiple of the attention that each would take alone."""
+    order = lengths.argsort(descending=True, stable=True)
+    while len(order):
+        near = lengths[order] * 2 >= lengths[order[0]]
+        yield order[near].sort().values
+        order = order[~near]
+
+
+def _filled(size: int, places: Tensor, values: Tensor) -> Tensor:
+    """`[size]`, zero where nothing is put."""
+    return torch.zeros(size, dtype=torch.long).index_put((places,), values)
+
+
+def _with_first_of_rows(starts: Tensor | None, attended: Tensor) -> Tensor:
+    """bool `[B, T]`: where documents begin, the first token of every row among them."""
+    first = attended & (attended.cumsum(dim=1) == 1)
+    return first if starts is None else (starts.bool().expand(attended.shape) & attended) | first
+
+
+def _check_completions(completion_index: Tensor, prompt: Tensor, attended: Tensor) -> None:
+    """Raises LayoutError unless each row counts its completions upwards. All `[B, T]`."""
+    highest = torch.where(attended, completion_index, 0).cummax(dim=1).values
+    backwards = (completion_index < highest) | (completion_index < 0)
+    wrong = (attended & backwards) | (prompt & attended & (completion_index != 0))
+    if wrong.any():
+        rows = wrong.any(dim=1).nonzero().flatten().tolist()
+        raise LayoutError(
+            f"`completion_index` is not in order in row(s) {rows}. Number the completions of a prompt 1, 2, ... in the "
+            "order in which they follow it, and its own tokens 0."
+        )
+
+
+def _positions_in_completion(completion_index: Tensor, attended: Tensor) -> Tensor:
+    """Each token's place in its row as if its completion were the only one. All int64 `[B, T]`."""
+    index = torch.where(attended, completion_index, 0)
+    place = attended.cumsum(dim=1) - 1
+    before = nn.functional.pad(index, (1, 0))[:, :-1].cummax(dim=1).values
+    start = torch.where(index > before, place, 0).cummax(dim=1).values
+    shared = (attended & (index == 0)).sum(dim=1, keepdim=True)
+    return torch.where(index > 0, shared + place - start, place)
+
+
+def _comes_before_another(labelled: Tensor, starts: Tensor) -> Tensor:
+    """bool `[B, T]`: a labelled token of the same document is here or further on."""
+    document = starts.cumsum(dim=1)
+    next_labelled = torch.where(labelled, document, document.shape[1] + 1).flip(1).cummin(dim=1).values.flip(1)
+    return next_labelled == document
+
+
 @cache
 def _warn_ignored_within() -> None:
     warnings.warn(
         "`labels` are ignored again after a completion began. Only what comes before it is taken as prompt. Right for "
-        "tokens that do not count for the loss, and wrong where a row holds several documents: then set "
-        "`packing=False`. Pass `prompt_mask` to say what is prompt. This warning is shown once.",
+        "tokens that do not count for the loss, and wrong where a row holds several documents: then let "
+        "`position_ids` start again with each, or set `packing=False`. Pass `prompt_mask` to say what is prompt. This "
+        "warning is shown once.",
         stacklevel=3,
     )
-
-
-def take_along(tokens: Tensor, index: Tensor, dim: int) -> Tensor:
-    """`tokens[b, ..., index[b, i], ...]`: index `[B, n]` along dimension `dim` of `[B, ..., T, ...]`."""
-    shape = [1] * tokens.dim()
-    shape[0], shape[dim] = index.shape
-    size = list(tokens.shape)
-    size[dim] = index.shape[1]
-    return tokens.gather(dim, index.view(shape).expand(size))
-
-
-def _aligned_group(steps: Tensor, span: slice, rows: int) -> TokenGroup:
-    index = steps[span].expand(rows, -1)
-    return TokenGroup(index, torch.ones_like(index, dtype=torch.bool), span)
-
-
-def _ragged_group(members: Tensor, size: int) -> TokenGroup:
-    """Moves the True entries of `members` (bool `[B, T]`) to the front, in order, and keeps `size` of them."""
-    index = (~members).long().argsort(dim=1, stable=True)[:, :size]
-    return TokenGroup(index, members.gather(1, index), None)
-
-
-def _at_least_one(filled: Tensor) -> Tensor:
-    """Fills the first slot of rows that have none filled."""
-    empty = ~filled.any(dim=1)
-    return torch.cat([filled[:, :1] | empty[:, None], filled[:, 1:]], dim=1)

@@ -13,7 +13,8 @@ from .architectures import Architecture, UnsupportedModelError, decoder
 from .attention import MIXING, PlacedQueries, WindowInConfig
 from .joint_attention import JointAttention
 from .latent_attention import LatentAttention
-from .layout import PromptLayout, Reach, Window
+from .layout import PromptLayout
+from .masks import Reach, Window
 from .plugins import hookimpl
 from .routing import Extension, with_attributes
 
@@ -45,7 +46,7 @@ class TemperedAttention(PlacedQueries):
         if self.use_rope or not self.attn_temperature_tuning:
             return query
         place = torch.arange(layout.length, device=query.device)[None]
-        factor = self._scale(layout.lengthen_positions(layout.positions)) / self._scale(place)
+        factor = self._scale(layout.positions) / self._scale(place)
         return (query * factor[:, None, :, None]).to(query.dtype)
 
     def _scale(self, place: Tensor) -> Tensor:
@@ -107,15 +108,15 @@ class MptAttention(JointAttention):
     def mask_arguments(self, kwargs: dict[str, Any], visible: Tensor, layout: PromptLayout) -> dict[str, Any]:
         slope = -kwargs["position_bias"][:, :, -2:-1]  # what a key one token back is given
         # Places in the row in place of positions: what lies between is the same for all keys that a query sees.
-        rows, copy = (torch.arange(size, device=slope.device) for size in (layout.tokens, layout.encoded.size))
+        rows, copy = (torch.arange(size, device=slope.device) for size in layout.streams)
         return {"attention_mask": ~visible, "position_bias": slope * torch.cat([rows, copy, rows])}
 
 
 def _at_positions(alibi: Tensor, layout: PromptLayout, heads: int) -> Tensor:
-    """The biases of all keys: `[B * heads, 1, N]` by position to `[B, heads, 1, 2T + E]`."""
+    """The biases of all keys: `[D * heads, 1, N]` by position to `[D, heads, 1, 2L + E]`."""
     by_position = alibi.unflatten(0, (-1, heads))
-    positions = layout.joint_positions()[:, None, None, :].expand(*by_position.shape[:3], -1)
-    return by_position.gather(3, positions)
+    positions = torch.cat([layout.positions, layout.positions[:, : layout.tokens]], dim=1)
+    return by_position.gather(3, positions[:, None, None, :].expand(*by_position.shape[:3], -1))
 
 
 EXTENSIONS: dict[str, type[Extension]] = {

@@ -1,6 +1,6 @@
 """Which adapter a token sees.
 
-In a lengthened row the first `T` tokens belong to the causal stream, the copy behind them to the bidirectional one.
+A lengthened row holds the causal stream, and behind it the bidirectional one.
 Every PEFT layer runs its own `forward` on the first part with the causal adapter and on the second with the
 bidirectional adapter, so any PEFT method that works token by token works here, unchanged. Plain LoRA, by far the most
 used, has a shorter way to the same numbers (`both_loras`).
@@ -14,7 +14,6 @@ from __future__ import annotations
 import inspect
 import threading
 import types
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -30,6 +29,9 @@ from transformers import Cache
 
 from .layout import PromptLayout
 from .per_thread import PerThread
+
+UNMERGED = "_bitune_unmerged"
+"""Attribute of a merged PEFT layer (see `merging.py`): the parameters of its base layer from before, by name."""
 
 KEYWORD = "bitune_reading"
 """The keyword under which a decoder layer is given the reading that it is part of."""
@@ -62,7 +64,11 @@ class Reading:
     share_adapter: bool = False
     stream: Stream | None = None
     cache: Cache | None = None
-    seen: Counter[nn.Module] = field(default_factory=Counter, compare=False)
+    seen: dict[nn.Module, int] = field(default_factory=dict, compare=False)
+
+    def take_part(self, attention: nn.Module) -> None:
+        """Notes that an attention module follows this reading."""
+        self.seen[attention] = self.seen.get(attention, 0) + 1
 
     def to(self, device: torch.device, **_: Any) -> Reading:
         """The reading on another device: accelerate asks for it where a model is spread over several."""
@@ -110,20 +116,22 @@ class FollowingLayer(Extension):
 
 
 class TwoAdapterLayer(Extension):
-    """A PEFT layer: the causal adapter on the first `T` tokens of a reading, the bidirectional one on the copy."""
+    """A PEFT layer: the causal adapter on the causal stream of a reading, the bidirectional one on the other."""
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Any `tokens` outside a reading, `[B, T + E, ...]` or `[B, 1, T + E, ...]` in one.
+        """Any `tokens` outside a reading, lengthened rows `[R, M, ...]` or `[R, 1, M, ...]` in one.
 
         Raises:
             RuntimeError: tokens of another shape, so that they cannot be told apart.
         """
         reading = _current.value
         if reading is None or reading.share_adapter or reading.stream is Stream.CAUSAL:
-            return super().forward(tokens, *args, **kwargs)
+            # PEFT would say the same of a merged layer, after looking at all that could be otherwise.
+            run = self.base_layer if self.merged_adapters and not self.disable_adapters else super().forward
+            return run(tokens, *args, **kwargs)
         second_name = bidirectional(reading.adapter)
         if reading.stream is Stream.BIDIRECTIONAL:
-            second = with_active_adapter(self, second_name)
+            second = with_active_adapter(unmerged(self), second_name)
             return super(TwoAdapterLayer, second).forward(tokens, *args, **kwargs)
         layout = reading.layout
         if tokens.dim() == 4 and tokens.shape[1] == 1:  # states of latent attention, in the shape of a cache
@@ -134,7 +142,7 @@ class TwoAdapterLayer(Extension):
                 f"[rows, {layout.length}, ...]: it cannot tell which token belongs to which stream. Leave this module "
                 "out of the adapter's `target_modules` (`exclude_modules=...`)."
             )
-        if tokens.dim() == 3 and not args and not kwargs and _is_plain_lora(self, reading.adapter, second_name):
+        if tokens.dim() == 3 and not args and not kwargs and is_plain_lora(self, reading.adapter, second_name):
             return both_loras(self, tokens, layout.tokens, reading.adapter, second_name)
         return torch.cat(list(_on_each_part(self.forward, reading, tokens, *args, **kwargs)), dim=1)
 
@@ -143,7 +151,7 @@ class FlattenedTokens(TwoAdapterLayer):
     """A PEFT layer that gets its tokens flattened, row by row."""
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Any `tokens` outside a reading and in one of its parts, `[B * (T + E), ...]` where they are together."""
+        """Any `tokens` outside a reading and in one of its parts, `[R * M, ...]` where they are together."""
         reading = _current.value
         if reading is None or reading.stream is not None:
             return super().forward(tokens, *args, **kwargs)
@@ -166,7 +174,7 @@ class SeparateStreams(Extension):
     """A block of a decoder layer that flattens its tokens, as a mixture of experts does: it runs once on each part."""
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """`tokens` is `[B, T + E, ...]` in a reading."""
+        """`tokens` is `[R, M, ...]` in a reading."""
         reading = _current.value
         if reading is None or reading.share_adapter:
             return super().forward(tokens, *args, **kwargs)
@@ -176,8 +184,8 @@ class SeparateStreams(Extension):
 def _on_each_part(
     run: Callable[..., Any], reading: Reading, tokens: Tensor, *args: Any, **kwargs: Any
 ) -> Iterator[Any]:
-    """What `run` makes of the first `T` tokens as the causal stream, and of the copy as the bidirectional one."""
-    for stream, part in zip(Stream, tokens.split([reading.layout.tokens, reading.layout.encoded.size], 1), strict=True):
+    """What `run` makes of each stream."""
+    for stream, part in zip(Stream, tokens.split(reading.layout.streams, dim=1), strict=True):
         with reading_in_progress(replace(reading, stream=stream)):
             # Contiguous, because that is what a linear layer makes of them anyhow, and some demand.
             output = run(part.contiguous(), *args, **kwargs)
@@ -201,6 +209,16 @@ def with_active_adapter(layer: BaseTunerLayer, adapter_name: str) -> BaseTunerLa
     return with_attributes(layer, _active_adapter=[adapter_name])
 
 
+def unmerged(layer: BaseTunerLayer) -> BaseTunerLayer:
+    """The same PEFT layer with the weights from before it was merged, if it was; the layer itself is not touched."""
+    if not layer.merged:
+        return layer
+    base = layer.get_base_layer()
+    kept = {name: nn.Parameter(value.to(base.weight.device), False) for name, value in vars(layer)[UNMERGED].items()}
+    view = with_attributes(base, _parameters={**base._parameters, **kept})
+    return with_attributes(layer, merged_adapters=[], _modules={**layer._modules, "base_layer": view})
+
+
 def with_attributes(module: nn.Module, **attributes: Any) -> Any:
     """A module that shares everything with `module` but these attributes."""
     view = object.__new__(type(module))
@@ -216,34 +234,38 @@ def by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 def both_loras(layer: lora.Linear, tokens: Tensor, split: int, first: str, second: str) -> Tensor:
     """`W x + scaling * B A x` with LoRA `first` before token `split` and `second` from there on.
 
-    Both low-rank updates are one of twice the rank, in which every token has the other adapter's half set to zero, and
-    it is added by the matrix product itself, which spares PEFT's own passes over the output.
+    Where `first` is merged into `W`, it is taken off again for the others. Both low-rank updates are one of twice the
+    rank, in which every token has the other adapter's half set to zero, and it is added by the matrix product itself,
+    which spares PEFT's own passes over the output.
 
     Args:
-        layer: plain LoRA, see `_is_plain_lora`.
-        tokens: `[B, T + E, in]`.
+        layer: plain LoRA, see `is_plain_lora`.
+        tokens: `[R, M, in]`.
 
     Returns:
-        `[B, T + E, out]`.
+        `[R, M, out]`.
     """
     result = layer.base_layer(tokens)
     down = torch.cat([layer.lora_A[first].weight, layer.lora_A[second].weight])
     up = torch.cat([layer.lora_B[first].weight, layer.lora_B[second].weight], dim=1)
     scaling = down.new_zeros(tokens.shape[1], down.shape[0])
     rank = layer.lora_A[first].out_features
-    scaling[:split, :rank] = layer.scaling[first]
     scaling[split:, rank:] = layer.scaling[second]
+    if layer.merged:  # `first` is in the weights already, for every token
+        scaling[split:, :rank] = -layer.scaling[first]
+    else:
+        scaling[:split, :rank] = layer.scaling[first]
     inner = nn.functional.linear(tokens.to(down.dtype), down) * scaling
     # As in PEFT, adapters in float32 add up in float32, whatever the base is in.
     summed = torch.addmm(result.flatten(0, 1).to(down.dtype), inner.flatten(0, 1), up.t())
     return summed.view_as(result).to(result.dtype)
 
 
-def _is_plain_lora(layer: BaseTunerLayer, *names: str) -> bool:
+def is_plain_lora(layer: BaseTunerLayer, *names: str) -> bool:
     """Whether PEFT would add `scaling * B A x` to the base layer's output for these adapters, and do nothing else."""
     if type(layer).__bases__[-1] is not lora.Linear:
         return False
-    if layer.disable_adapters or layer.merged or not layer.cast_input_dtype_enabled:
+    if layer.disable_adapters or not layer.cast_input_dtype_enabled or layer.merged_adapters not in ([], [names[0]]):
         return False
     if any(name not in layer.lora_A or name in layer.lora_variant for name in names):
         return False

@@ -8,6 +8,7 @@ under the adapter's own name, for the bidirectional stream under `bidirectional(
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -32,6 +33,7 @@ from .architectures import describe
 from .attention import MIXING, implementation_for
 from .config import NO_MIXING, BituneConfig
 from .forward import attach, detach
+from .merging import merge, not_mergeable, unmerge
 from .mixing import AlphaFunction, mix
 from .plugins import mixings
 from .routing import FlattenedTokens, ParameterAdapter, SeparateStreams, TwoAdapterLayer, bidirectional, extend, restore
@@ -68,6 +70,7 @@ class MixingLayer(nn.Module, BaseTunerLayer):
         self.theta_value = Thetas()
         self.settings: dict[str, BituneConfig] = {}
         self.to_alpha: dict[str, AlphaFunction] = {}
+        self.merged_adapters: list[str] = []
         self.heads = heads
         # In tuples, so that torch does not take them for submodules and save them here too.
         self._owner = (self if owner is None else owner,)
@@ -208,6 +211,8 @@ class BituneModel(BaseTuner):
         """Puts one more Bitune adapter on the model: both streams and the mixing. See `BaseTuner.inject_adapter`."""
         config = self.peft_config[adapter_name]
         self._check_new_adapter(adapter_name, config)
+        if self.inner is not None:
+            self._unmerge_before("add_adapter")
         self._leave_out_unadaptable(config.causal_config())
         # Remembered for `unload`: the inner tuner freezes the model.
         if self.inner is None:
@@ -233,6 +238,7 @@ class BituneModel(BaseTuner):
             ValueError: several adapters at once; Bitune has no meaning for their sum.
         """
         names = self.check_one(adapter_name)
+        self._unmerge_before("set_adapter")
         super().set_adapter(names, inference_mode=inference_mode)
         self.inner.active_adapter = names
         peft_set_requires_grad(self.model, [bidirectional(name) for name in names], not inference_mode)
@@ -253,6 +259,7 @@ class BituneModel(BaseTuner):
         """Removes an adapter, both its streams. See `BaseTuner.delete_adapter`."""
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist. There are: {', '.join(self.peft_config)}.")
+        self._unmerge_before("delete_adapter")
         was_active = adapter_name in self.active_adapters
         for layer in self._tuner_layers():
             layer.delete_adapter(bidirectional(adapter_name))
@@ -280,19 +287,71 @@ class BituneModel(BaseTuner):
         }
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Refuses: see `merge_and_unload`."""
-        self._check_merge_allowed()
+        """Folds the causal adapter into the weights; the bidirectional one is expressed against them. Answers are the
+        same but for rounding, and after the prompt a token costs what it costs the bare model. See `merging.py`.
 
-    def _check_merge_allowed(self) -> None:
-        raise ValueError(
-            "A Bitune adapter cannot be merged into the model: the prompt is read with two different sets of weights, "
-            "and one set of weights cannot be both. Keep the adapter and load it with `PeftModel.from_pretrained`, or "
-            "get the base model back with `unload()`."
-        )
+        Args:
+            adapter_names: the active adapter, by default and at most.
+            safe_merge: as in PEFT: look for NaN before any weight is changed.
+
+        Raises:
+            ValueError: another adapter than the active one, or a layer that cannot be merged.
+        """
+        (active,) = self.active_adapters
+        if adapter_names is not None and list(adapter_names) != [active]:
+            raise ValueError(
+                f"`adapter_names={adapter_names}`: the adapter that is merged must be the active one, {active!r}. Call "
+                "`set_adapter` first."
+            )
+        self.inner._check_merge_allowed()
+        layers = {name: layer for name, layer in self.model.named_modules() if self._is_inner(layer, active)}
+        problems = list(not_mergeable(layers))
+        if problems:
+            raise ValueError(
+                f"The adapter cannot be merged: {'; '.join(problems[:3])}. Leave it as it is, which is exact too."
+            )
+        try:
+            for layer in layers.values():
+                merge(layer, active, safe_merge)
+        except Exception:
+            self._unmerge_layers()
+            raise
+        for mixing in self._mixing_layers():
+            mixing.merged_adapters = [active]
+
+    def unmerge_adapter(self) -> None:
+        """Takes `merge_adapter` back, bit for bit."""
+        self._unmerge_layers()
+        for mixing in self._mixing_layers():
+            mixing.merged_adapters = []
+
+    def _unmerge_layers(self) -> None:
+        for layer in self._tuner_layers():
+            unmerge(layer)
+
+    def _unmerge_before(self, action: str) -> None:
+        if any(mixing.merged for mixing in self._mixing_layers()):
+            warnings.warn(f"The adapter is merged. It is unmerged first, for `{action}`.", stacklevel=4)
+            self.unmerge_adapter()
+
+    def _mixing_layers(self) -> list[MixingLayer]:
+        return [getattr(attention, MIXING) for attention in self.architecture.attentions if hasattr(attention, MIXING)]
+
+    @staticmethod
+    def _is_inner(module: nn.Module, adapter_name: str) -> bool:
+        """Whether a module is a PEFT layer that has the adapter, theta's aside."""
+        is_layer = isinstance(module, BaseTunerLayer) and not isinstance(module, MixingLayer)
+        return is_layer and adapter_name in module._get_available_adapters()
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
-            self._check_merge_allowed()
+            raise ValueError(
+                "A Bitune adapter cannot be merged into the model for good: the prompt is read with two different sets "
+                "of weights, and one set of weights cannot be both. Keep the adapter and load it with "
+                "`PeftModel.from_pretrained`; `merge_adapter()` makes decoding as fast as the bare model's, and "
+                "`unload()` gives the base model back."
+            )
+        self._unmerge_before("unload")
         detach(self.model, self.architecture)
         del self.model.bitune_tuner
         for block in self.architecture.flattening_blocks():
@@ -308,6 +367,8 @@ class BituneModel(BaseTuner):
         return model
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        if not enabled:
+            self._unmerge_before("disable_adapter")
         super()._enable_adapter_layers(enabled)
         if enabled:
             peft_set_requires_grad(self.model, [bidirectional(name) for name in self.active_adapters], True)

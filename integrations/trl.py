@@ -27,7 +27,8 @@ from trl.trainer.utils import global_then_local_main_first
 
 from bitune_plugin.attention import MIXING
 from bitune_plugin.config import BituneConfig
-from bitune_plugin.layout import IGNORED, plan, prompt_from_labels
+from bitune_plugin.forward import plan_ahead
+from bitune_plugin.layout import IGNORED, document_starts, prompt_from_labels
 from bitune_plugin.tuner import BituneModel
 
 logger = get_logger(__name__)
@@ -146,12 +147,25 @@ class BituneSFTTrainer(SFTTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        # TRL calls the model without labels in places; the prompt must not depend on them.
-        if inputs.get("prompt_mask") is None and inputs.get("labels") is not None:
-            inputs["prompt_mask"] = prompt_from_labels(inputs["labels"], inputs.get("attention_mask"))
-        if not (return_outputs or self.compute_loss_func or self.label_smoother):  # those need logits of all tokens
+        inputs = self._with_layout(model, inputs)
+        needs_all_logits = return_outputs or self.compute_loss_func or self.label_smoother
+        if not needs_all_logits and inputs.get("prompt_layout") is not None and "labels" in inputs:
             inputs = answers_only(inputs)
         return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
+
+    def _with_layout(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Says what is prompt. TRL calls the model without labels in places, and the prompt must not depend on them."""
+        prompt_mask = inputs.get("prompt_mask")
+        if prompt_mask is None and inputs.get("labels") is None:
+            return inputs
+        if prompt_mask is None:
+            starts = document_starts(inputs["position_ids"]) if "position_ids" in inputs else None
+            prompt_mask = prompt_from_labels(inputs["labels"], inputs.get("attention_mask"), starts)
+        inputs = {**inputs, "prompt_mask": prompt_mask}
+        if isinstance(model, nn.DataParallel):  # which splits the rows of tensors alone
+            return inputs
+        layout_inputs = {k: v for k, v in inputs.items() if k != "labels"}
+        return {**inputs, "prompt_layout": plan_ahead(self.accelerator.unwrap_model(model), **layout_inputs)}
 
     # Theta.
 
@@ -238,19 +252,15 @@ def mark_prompt(sample: dict[str, Any], completion_only: bool, max_length: int |
 
 def answers_only(inputs: dict[str, Any]) -> dict[str, Any]:
     """Asks for the hidden states of the answers alone, and cuts `labels` to match: the LM head, the dearest part of a
-    small model, then skips the prompts. Leaves a batch alone in which prompt tokens count for the loss.
+    small model, then skips prompts and padding. Leaves a batch alone in which prompt tokens count for the loss.
 
     Args:
-        inputs: a batch with `labels`, `prompt_mask` and `attention_mask`, each `[B, T]`.
+        inputs: a batch with `labels` and `prompt_mask`, each `[B, T]`, and `prompt_layout`.
     """
-    labels, prompt_mask = inputs.get("labels"), inputs.get("prompt_mask")
-    if labels is None or ((labels != IGNORED) & prompt_mask).any():
+    labels, layout = inputs["labels"], inputs["prompt_layout"]
+    if layout is None or ((labels != IGNORED) & inputs["prompt_mask"]).any():
         return inputs
-    layout = plan(prompt_mask, inputs.get("attention_mask"))
-    if layout is None:
-        return inputs
-    labels = layout.answer.take(labels).masked_fill(~layout.answer.filled, IGNORED)
-    return {**inputs, "labels": labels, "answers_only": True}
+    return {**inputs, "labels": layout.answer_labels(labels), "answers_only": True}
 
 
 def has_prompt_and_completion(sample: dict[str, Any]) -> bool:

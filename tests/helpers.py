@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -77,7 +77,7 @@ class Batch:
     def inputs(self) -> dict[str, Tensor]:
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "prompt_mask": self.prompt_mask}
 
-    def answers(self, logits: Tensor) -> list[Tensor]:
+    def answers(self, logits: Iterable[Tensor]) -> list[Tensor]:
         """Logits of positions `P-1 .. T-1` of each sample."""
         return [
             row[start + prompt - 1 : start + len(ids)]
@@ -96,6 +96,46 @@ def batch(rows: Sequence[Sample], side: str = "right") -> Batch:
         attention_mask[row, start : start + len(ids)] = 1
         prompt_mask[row, start : start + prompt] = True
     return Batch(input_ids, attention_mask, prompt_mask, starts, list(rows))
+
+
+@dataclass(frozen=True)
+class Packed(Batch):
+    """Samples one behind the other in a few rows; their positions start again with each."""
+
+    position_ids: Tensor
+    rows: list[int]
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        padding = {} if self.attention_mask.all() else {"attention_mask": self.attention_mask}
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "prompt_mask": self.prompt_mask,
+            **padding,
+        }
+
+    def answers(self, logits: Tensor) -> list[Tensor]:
+        return super().answers([logits[row] for row in self.rows])
+
+
+def packed(documents: Sequence[Sample], rows: int = 1) -> Packed:
+    """Puts every `rows`-th document into the same row; padded on the right where rows come out unequal."""
+    in_rows = [batch_row(documents[row::rows]) for row in range(rows)]
+    whole = batch([(ids, 0) for ids, _, _ in in_rows])
+    prompt_mask, position_ids = torch.zeros_like(whole.prompt_mask), torch.zeros_like(whole.input_ids)
+    for row, (ids, prompt, positions) in enumerate(in_rows):
+        prompt_mask[row, : len(ids)], position_ids[row, : len(ids)] = prompt, positions
+    row_of = [number % rows for number in range(len(documents))]
+    starts = [sum(len(ids) for ids, _ in documents[number % rows : number : rows]) for number in range(len(documents))]
+    return Packed(whole.input_ids, whole.attention_mask, prompt_mask, starts, list(documents), position_ids, row_of)
+
+
+def batch_row(documents: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, prompt mask and positions of documents one behind the other."""
+    places = [torch.arange(len(ids)) for ids, _ in documents]
+    prompts = [place < prompt for place, (_, prompt) in zip(places, documents, strict=True)]
+    return torch.cat([ids for ids, _ in documents]), torch.cat(prompts), torch.cat(places)
 
 
 def one(ids: Tensor, prompt: int) -> dict[str, Tensor]:

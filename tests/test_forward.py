@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -433,10 +433,12 @@ class Choices:
         return self._pieces(logits, self.rows.starts)
 
     def answers_alone(self, logits: Tensor) -> list[Tensor]:
-        """As `answers`, from those of the answers only, which are moved to the front of each row."""
-        return self._pieces(logits, [-max(0, prompt - 1) for _, prompt in self.rows.samples])
+        """As `answers`, from those of the answers only, one row behind the other."""
+        encoded = [max(0, prompt - 1) for _, prompt in self.rows.samples]
+        lengths = [len(ids) - skipped for (ids, _), skipped in zip(self.rows.samples, encoded, strict=True)]
+        return self._pieces(logits[0].split(lengths), [-skipped for skipped in encoded])
 
-    def _pieces(self, logits: Tensor, starts: list[int]) -> list[Tensor]:
+    def _pieces(self, logits: Iterable[Tensor], starts: list[int]) -> list[Tensor]:
         pieces = []
         for row, start, (context, several) in zip(logits, starts, self.questions, strict=True):
             last, at = row[start + len(context) - 1][None], start + len(context)
@@ -559,6 +561,14 @@ def test_rows_that_all_split_at_one_place_may_have_other_completions(architectur
     assert_choices_agree(model, oracle, rows)
 
 
+@pytest.mark.parametrize("prompts", ["none", "of one token"])
+def test_completions_are_kept_apart_where_nothing_is_encoded(prompts: str) -> None:
+    model, oracle = with_oracle()
+    rows = choices([question(1, 3, 2), question(1, 4)], without_prompt=[0, 1] if prompts == "none" else [])
+    with torch.no_grad():
+        assert_all_close(rows.answers(model(**rows.inputs).logits), expected_answers(oracle, rows))
+
+
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
 def test_every_setting_holds_for_several_completions(settings: dict) -> None:
     model, oracle = with_oracle(**copy.deepcopy(settings))
@@ -601,8 +611,7 @@ def test_answers_only_leaves_the_encoded_prompts_out(architecture: str, side: st
     model = bitune(architecture)
     rows = ragged(side)
     logits = model(**rows.inputs, answers_only=True).logits
-    longest = max(len(ids) - max(prompt - 1, 0) for ids, prompt in rows.rows.samples)
-    assert logits.shape[:2] == (len(QUESTIONS), longest)
+    assert logits.shape[:2] == (1, sum(len(ids) - max(prompt - 1, 0) for ids, prompt in rows.rows.samples))
     assert_all_close(rows.answers_alone(logits), rows.answers(model(**rows.inputs).logits))
 
 
@@ -610,10 +619,7 @@ def test_answers_only_without_numbers() -> None:
     model = bitune()
     rows = batch(ROWS, "left")
     expected = rows.answers(model(**rows.inputs).logits)
-    logits = model(**rows.inputs, answers_only=True).logits
-    for row, answer, (_, prompt) in zip(logits, expected, rows.samples, strict=True):
-        assert prompt > 0
-        assert_close(row[: len(answer)], answer)
+    assert_close(model(**rows.inputs, answers_only=True).logits[0], torch.cat(expected))
 
 
 def test_hidden_states_of_several_completions_have_the_length_of_the_input() -> None:
@@ -650,11 +656,6 @@ NO_PROMPT = r"`completion_index` has several completions in a row, but no prompt
 REFUSED_CHOICES: dict[str, tuple[dict, str]] = {
     "a cache to fill": ({"use_cache": True}, "`completion_index` came with `use_cache=True`.*Pass `use_cache=False`"),
     "a cache by default": ({"use_cache": None}, "`completion_index` came with `use_cache=True`"),
-    "no token is prompt": ({"prompt_mask": torch.zeros(1, 11).bool()}, NO_PROMPT),
-    "a prompt of one token": (
-        {"prompt_mask": torch.arange(11)[None] < 1, **numbers(0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2)},
-        NO_PROMPT,
-    ),
     "numbers of another length": (numbers(0, 0, 1), r"`completion_index` has shape \[1, 3\].*1 row\(s\) of 11"),
     "numbers of other rows": (
         {"completion_index": CHOICES.completion_index.repeat(2, 1)},
@@ -845,12 +846,7 @@ MASK_4D = torch.ones(1, 1, 11, 11, dtype=torch.bool)
 REFUSED: dict[str, tuple[dict, str]] = {
     "4-D attention mask": ({"attention_mask": MASK_4D}, r"attention_mask.*\[1, 1, 11, 11\].*\[rows, tokens\]"),
     "attention masks by kind of layer": ({"attention_mask": {"full_attention": MASK_4D}}, "attention_mask.*dict"),
-    "packed positions": (
-        {"position_ids": torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4]])},
-        "position_ids.*several documents.*packing=False",
-    ),
     "positions in three parts": ({"position_ids": torch.arange(11).expand(3, 1, 11)}, r"position_ids.*\[3, 1, 11\]"),
-    "packed sequence lengths": ({"cu_seq_lens_q": torch.tensor([0, 6, 11])}, "cu_seq_lens_q.*packing=False"),
     "attention weights": ({"output_attentions": True}, r"output_attentions.*disable_adapter\(\)"),
     "mask of another length": ({"prompt_mask": torch.ones(1, 7).bool()}, r"prompt_mask.*\[1, 7\].*1 row\(s\) of 11"),
     "mask of other rows": ({"prompt_mask": torch.ones(2, 11).bool()}, r"prompt_mask.*\[2, 11\].*1 row\(s\) of 11"),

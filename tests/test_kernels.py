@@ -20,7 +20,7 @@ from agreement import assert_gradients_agree, assert_logits_agree, assert_tokens
 from bitune_plugin.attention import base_of, implementation_for
 from bitune_plugin.kernels import KERNELS
 from bitune_plugin.layout import LayoutError
-from helpers import SHAPES, batch, lora, samples, tokens, with_oracle
+from helpers import SHAPES, batch, lora, packed, samples, tokens, with_oracle
 from models import tiny
 from three_pass import ThreePass
 from zoo import tiny_of
@@ -107,6 +107,7 @@ def test_flash_attention_is_asked_once_for_each_group_of_queries(
 ) -> None:
     model, oracle = with_implementation(tiny_of(architecture), "flash_attention_2")
     assert_gradients_agree(model, oracle, batch(samples(*SHAPES), side))
+    assert_logits_agree(model, oracle, packed(samples(*SHAPES)))
     assert_tokens_agree(model, oracle)
     assert set(flash) == {"flash_attention_2"}
 
@@ -152,6 +153,7 @@ def test_flex_attention(architecture: str, flex: None) -> None:
     with torch.no_grad():
         for side in ("left", "right"):
             assert_logits_agree(model, oracle, batch(samples(*SHAPES), side))
+        assert_logits_agree(model, oracle, packed(samples(*SHAPES)))
     assert_tokens_agree(model, oracle)
 
 

@@ -18,7 +18,7 @@ from bitune_plugin.architectures import UnsupportedModelError, describe
 from bitune_plugin.attention import MIXING, shares_keys
 from bitune_plugin.layout import LayoutError
 from bitune_plugin.plugins import GROUP, plugin_manager
-from helpers import SHAPES, batch, lora, samples, tokens, with_oracle
+from helpers import SHAPES, batch, lora, packed, samples, tokens, with_oracle
 from models import randomise
 from zoo import MODEL_TYPES, UNBUILDABLE, model_of, tiny_of
 
@@ -65,6 +65,7 @@ def assert_exact(base: PreTrainedModel, adapter: LoraConfig) -> None:
     rows = batch(samples(*SHAPES), "right")
     with torch.no_grad():
         assert_logits_agree(model, oracle, rows)
+        assert_logits_agree(model, oracle, packed(samples(*SHAPES)))
         cache = model(**rows.inputs, use_cache=True).past_key_values
     attentions = [a for a in model.base_model.architecture.attentions if not shares_keys(a)]
     cached = [layer.keys.shape[1] for layer in cache.layers if layer.keys is not None]

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from bitune_plugin import BituneConfig, BituneSFTConfig, BituneSFTTrainer, layout
+from bitune_plugin.forward import plan_ahead
 from bitune_plugin.integrations.trl import (
     PROMPT_LENGTH,
     PromptCollator,
@@ -153,20 +154,22 @@ class TestAnswersOnly:
         assert short_metrics.pop("num_tokens") == batch["attention_mask"].sum()
         assert short_metrics == pytest.approx({k: whole_metrics[k] for k in short_metrics}, abs=1e-5)
 
-    def test_spares_the_head_the_prompts(self, trainer: Any) -> None:
+    def test_spares_the_head_prompts_and_padding(self, trainer: Any) -> None:
         t = trainer()
         batch = batch_of(t)
-        cut = answers_only(batch)
-        length = (batch["attention_mask"].sum(dim=1) - batch["prompt_mask"].sum(dim=1)).max() + 1
-        assert cut["labels"].shape == (4, length)
-        assert (cut["labels"] != -100).sum() == (batch["labels"] != -100).sum()
+        cut = answers_only({**batch, "prompt_layout": plan_ahead(t.model, **batch)})
+        answers = (batch["attention_mask"].sum() - batch["prompt_mask"].sum()) + 4
+        assert cut["labels"].shape == (1, answers)
+        assert cut["labels"][cut["labels"] != -100].tolist() == batch["labels"][batch["labels"] != -100].tolist()
         states = t.model.get_base_model().base_model(
-            **{name: cut[name] for name in ("input_ids", "attention_mask", "prompt_mask", "answers_only")}
+            **{name: cut[name] for name in ("input_ids", "attention_mask", "prompt_layout", "answers_only")}
         )
-        assert states.last_hidden_state.shape[:2] == (4, length)
+        assert states.last_hidden_state.shape[:2] == (1, answers)
 
     def test_leaves_prompts_that_count_for_the_loss(self, trainer: Any) -> None:
-        batch = batch_of(trainer(completion_only_loss=False))
+        t = trainer(completion_only_loss=False)
+        batch = batch_of(t)
+        batch["prompt_layout"] = plan_ahead(t.model, **batch)
         assert answers_only(batch) is batch
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -154,14 +155,17 @@ def scores_of(rows: Sequence[Row], logits: Tensor, dtype: torch.dtype | None = N
 
     Args:
         rows: the batch.
-        logits: `[B, A, vocabulary]`, for the answers of its rows (`answers_only=True`).
+        logits: `[1, n, vocabulary]`, for the answers of its rows, one behind the other (`answers_only=True`).
         dtype: of the softmax; that of `logits` by default.
     """
-    predictions = [(b, slot, token) for b, row in enumerate(rows) for slot, token in row.predictions()]
-    b, slot, token = torch.tensor(predictions, device=logits.device).unbind(dim=1)
-    log_probabilities = log_softmax(logits, dim=-1, dtype=dtype)
-    likelihood = log_probabilities[b, slot, token].cpu()
-    greedy = (log_probabilities.argmax(dim=-1)[b, slot] == token).cpu()
+    first = accumulate((row.answer_slots for row in rows), initial=0)
+    predictions = [
+        (start + slot, token) for start, row in zip(first, rows, strict=False) for slot, token in row.predictions()
+    ]
+    slot, token = torch.tensor(predictions, device=logits.device).unbind(dim=1)
+    log_probabilities = log_softmax(logits[0], dim=-1, dtype=dtype)
+    likelihood = log_probabilities[slot, token].cpu()
+    greedy = (log_probabilities.argmax(dim=-1)[slot] == token).cpu()
     lengths = [len(continuation) for row in rows for continuation in row.requests]
     parts = zip(likelihood.split(lengths), greedy.split(lengths), strict=True)
     return [(part.sum().item(), bool(same.all())) for part, same in parts]

@@ -1,0 +1,61 @@
+"""The causal adapter inside the weights: `W' = W + dW_causal`, for decoding at the cost of the bare model.
+
+Every token but the copies of encoded prompts is read with the causal adapter, so this is most of the work. The copies
+need `W + dW_bidirectional`. With plain LoRA that is
+
+    W' + dW_bidirectional - dW_causal
+
+one low-rank update of twice the rank (`routing.both_loras`), exact but for rounding. Other methods keep the weights
+from before for the copies. Those also serve to take the merge back, bit for bit, which subtracting would not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
+from torch import Tensor
+
+from .routing import UNMERGED, bidirectional, is_plain_lora
+
+
+def merge(layer: BaseTunerLayer, adapter_name: str, safe_merge: bool = False) -> None:
+    """Folds the causal adapter of a PEFT layer into its base layer.
+
+    Args:
+        layer: see `mergeable`.
+        adapter_name: the Bitune adapter.
+        safe_merge: as in PEFT: raise ValueError, and change nothing, if weights would become NaN.
+    """
+    if layer.merged:
+        return
+    names = [name for name in (adapter_name, bidirectional(adapter_name)) if name in layer._get_available_adapters()]
+    # Where only unmerging needs them, they do not have to take the memory of a GPU.
+    device = "cpu" if is_plain_lora(layer, *names) else None
+    with onload_layer(layer):
+        base = layer.get_base_layer()
+        kept = {name: p.detach().to(device=device or p.device, copy=True) for name, p in base.named_parameters()}
+        layer.merge(safe_merge=safe_merge, adapter_names=[adapter_name])
+        setattr(layer, UNMERGED, kept)
+
+
+def unmerge(layer: BaseTunerLayer) -> None:
+    """Takes `merge` back, bit for bit."""
+    kept: dict[str, Tensor] | None = vars(layer).pop(UNMERGED, None)
+    if kept is None:
+        return
+    with onload_layer(layer), torch.no_grad():
+        for name, parameter in layer.get_base_layer().named_parameters():
+            parameter.copy_(kept[name])
+    layer.merged_adapters.clear()
+
+
+def not_mergeable(layers: dict[str, BaseTunerLayer]) -> Iterator[str]:
+    """Which of some PEFT layers, by name, cannot be merged, and why."""
+    for name, layer in layers.items():
+        if isinstance(layer, ParamWrapper):
+            yield f"{name} adapts parameters of a module (`target_parameters`)"
+        elif not all(p.is_floating_point() and type(p.data) is Tensor for p in layer.get_base_layer().parameters()):
+            yield f"{name} is quantised"

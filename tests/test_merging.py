@@ -1,0 +1,162 @@
+"""`merge_adapter`: the same answers, with the causal adapter inside the weights; `unmerge_adapter` takes it back."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import IA3Config, PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from agreement import assert_answers_agree, assert_logits_agree
+from bitune_plugin import BituneConfig
+from helpers import SHAPES, batch, bitune, lora, packed, samples, tokens, unharmed, with_oracle
+from models import ARCHITECTURES, tiny
+from zoo import tiny_of
+
+ADAPTERS: dict[str, PeftConfig] = {
+    "lora": lora(),
+    "rank by module": lora(rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3}, use_rslora=True),
+    "dropout": lora(lora_dropout=0.5),
+    "dora": lora(use_dora=True),
+    "ia3": IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+}
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
+def test_a_merged_model_answers_as_three_passes(adapter: PeftConfig) -> None:
+    model, oracle = with_oracle(adapter=copy.deepcopy(adapter))
+    model.merge_adapter()
+    assert_answers_agree(model, oracle)
+    with torch.no_grad():
+        assert_logits_agree(model, oracle, packed(samples(*SHAPES)))
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gpt2", "bloom", "minicpm3"])
+def test_every_architecture_may_be_merged(architecture: str) -> None:
+    model, oracle = with_oracle(tiny(architecture) if architecture in ARCHITECTURES else tiny_of(architecture))
+    model.merge_adapter()
+    assert_answers_agree(model, oracle)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"share_adapter": True}, {"mixing": "none"}, {"second_pass_attention": "causal"}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_every_setting_may_be_merged(settings: dict) -> None:
+    model, oracle = with_oracle(**settings)
+    model.merge_adapter()
+    assert_answers_agree(model, oracle)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
+def test_unmerging_restores_every_weight_bit_for_bit(adapter: PeftConfig) -> None:
+    model = bitune(adapter=copy.deepcopy(adapter))
+    before = weights(model)
+    with unharmed(model):
+        model.merge_adapter()
+        assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        model.unmerge_adapter()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_merged_layer_is_the_bare_layer_after_the_prompt() -> None:
+    model = bitune()
+    model.merge_adapter()
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    states = torch.randn(1, 1, 32)
+    assert torch.equal(layer(states), layer.base_layer(states))
+
+
+def test_merging_twice_is_merging_once() -> None:
+    model = bitune()
+    model.merge_adapter()
+    once = weights(model)
+    model.merge_adapter()
+    assert all(torch.equal(value, once[name]) for name, value in model.state_dict().items())
+
+
+def test_unmerging_what_is_not_merged_changes_nothing() -> None:
+    model = bitune()
+    with unharmed(model):
+        model.unmerge_adapter()
+
+
+def test_what_is_saved_of_a_merged_model_is_the_adapter(tmp_path: object) -> None:
+    model = bitune()
+    expected = model(**batch(samples(*SHAPES)).inputs).logits
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny(), tmp_path)
+    assert torch.equal(loaded(**batch(samples(*SHAPES)).inputs).logits, expected)
+
+
+LEAVES = {
+    "disable_adapter": lambda model: model.disable_adapter().__enter__(),
+    "unload": lambda model: model.unload(),
+    "delete_adapter": lambda model: model.delete_adapter("other"),
+    "set_adapter": lambda model: model.set_adapter("other"),
+    "add_adapter": lambda model: model.add_adapter("third", BituneConfig(adapter=lora())),
+}
+
+
+@pytest.mark.parametrize("leave", LEAVES.values(), ids=LEAVES)
+def test_what_does_not_go_with_a_merged_adapter_unmerges_it_first(leave: object) -> None:
+    base = tiny()
+    model = bitune(base)
+    model.add_adapter("other", BituneConfig(adapter=lora()))
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "base_layer" in name}
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="is merged. It is unmerged first"):
+        leave(model)
+    after = {name.replace(".base_layer", ""): p for name, p in base.named_parameters()}
+    for name, weight in before.items():
+        assert torch.equal(after[name.removeprefix("base_model.model.").replace(".base_layer", "")], weight)
+
+
+def test_a_merged_adapter_is_not_trained() -> None:
+    model = bitune().train()
+    model.merge_adapter()
+    rows = batch(samples(*SHAPES))
+    with pytest.raises(ValueError, match=r"merged into the weights.*unmerge_adapter\(\)"):
+        model(**rows.inputs)
+    model.unmerge_adapter()
+    model(**rows.inputs).logits.sum().backward()
+
+
+def test_another_adapter_than_the_active_one_is_refused() -> None:
+    model = bitune()
+    with unharmed(model), pytest.raises(ValueError, match=r"adapter_names=\['other'\].*active one, 'default'"):
+        model.merge_adapter(adapter_names=["other"])
+
+
+def test_a_merge_that_fails_half_way_changes_nothing() -> None:
+    model = bitune()
+    model.base_model.model.model.layers[2].mlp.up_proj.lora_A["default"].weight.data[0, 0] = float("nan")
+    before = weights(model)
+    with pytest.raises(ValueError, match="NaNs"):
+        model.base_model.merge_adapter(safe_merge=True)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if "up_proj" not in name)
+    assert not model.base_model.model.model.layers[0].self_attn.q_proj.merged
+
+
+def test_adapters_of_parameters_are_refused() -> None:
+    config = BituneConfig(adapter=lora(target_modules=["q_proj"], target_parameters=["experts.down_proj"]))
+    model = get_peft_model(tiny("mixtral"), config)
+    with unharmed(model), pytest.raises(ValueError, match=r"cannot be merged.*target_parameters.*exact too"):
+        model.merge_adapter()
+
+
+def test_decoding_goes_on_from_a_cache_across_a_merge() -> None:
+    model = bitune()
+    ids = tokens(9)[None]
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, **settings)
+    model.merge_adapter()
+    assert torch.equal(model.generate(ids, **settings), expected)
