@@ -57,18 +57,21 @@ class Prompts:
             Nothing can be generated from such a row: it needs `use_cache=False`.
         answers_only: leave all but the answers out of `last_hidden_state`, so that the head has less to do:
             `[1, n, H]`, one document after the other; see `PromptLayout.answers_of`.
+        position_ids: `[B or 1, T]`, which start again with every document of a row. The causal language model fills
+            it in; not every one hands them on.
     """
 
     prompt_mask: Tensor | None = None
     prompt_layout: PromptLayout | None = None
     completion_index: Tensor | None = None
     answers_only: bool = False
+    position_ids: Tensor | None = None
 
     @classmethod
     def taken_from(cls, kwargs: dict[str, Any], otherwise: Prompts | None = None) -> Prompts:
         """Takes its attributes out of `kwargs`; those that are not among them are as in `otherwise`."""
-        names = tuple(cls.__dataclass_fields__)
-        given = {name: kwargs.pop(name, None) for name in names}
+        names = ("prompt_mask", "prompt_layout", "completion_index", "answers_only")
+        given = {name: kwargs.pop(name, None) for name in names} | {"position_ids": kwargs.get("position_ids")}
         return replace(otherwise or cls(), **{name: value for name, value in given.items() if value is not None})
 
 
@@ -164,7 +167,8 @@ class CausalModel(AdapterMethods):
         if given or active_adapter(self.bitune_architecture) is None:
             return prompts
         padding_mask = _padding_mask(kwargs)
-        return replace(prompts, prompt_mask=prompt_from_labels(labels, padding_mask, _starts(kwargs, padding_mask)))
+        starts = _starts(prompts, kwargs, padding_mask)
+        return replace(prompts, prompt_mask=prompt_from_labels(labels, padding_mask, starts))
 
     def generate(self, *args: Any, prompt_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """`generate` of transformers, with one argument more.
@@ -476,7 +480,7 @@ def _plan(architecture: Architecture, prompts: Prompts, kwargs: dict[str, Any]) 
         prompt_mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     if completion_index is not None:
         _check_per_token("completion_index", completion_index, tokens)
-        if kwargs.get("position_ids") is not None:
+        if prompts.position_ids is not None:
             raise LayoutError(
                 "`position_ids` came with `completion_index`. Leave it out: Bitune lets the positions of every "
                 "completion go on from those of the prompt."
@@ -485,14 +489,14 @@ def _plan(architecture: Architecture, prompts: Prompts, kwargs: dict[str, Any]) 
         prompt_mask.to(device=tokens.device, dtype=torch.bool),
         attention_mask,
         completion_index,
-        _starts(kwargs, attention_mask),
+        _starts(prompts, kwargs, attention_mask),
         rows_apart=architecture.does_own_arithmetic,
     )
 
 
-def _starts(kwargs: dict[str, Any], attention_mask: Tensor | None) -> Tensor | None:
+def _starts(prompts: Prompts, kwargs: dict[str, Any], attention_mask: Tensor | None) -> Tensor | None:
     """Where documents begin, bool `[B or 1, T]`, if `position_ids` tell."""
-    position_ids = kwargs.get("position_ids")
+    position_ids = prompts.position_ids
     if position_ids is None:
         given = [name for name in OF_PACKED_ROWS if _has(kwargs, name)]
         if given:

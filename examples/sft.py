@@ -17,7 +17,7 @@
     python examples/sft.py --config examples/sft.yaml --model_name_or_path MODEL
 
 `sft.yaml` trains on a local JSON file with columns `prompt` and `completion`. It takes what `trl sft` takes, with
-`--use_peft`; rows that hold several documents (`--packing`, `--padding_free`) are refused.
+`--use_peft`; packing (`--packing`, `--padding_free`) and datasets of conversations (`messages`) included.
 """
 
 import argparse

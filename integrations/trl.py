@@ -1,8 +1,9 @@
 """TRL's `SFTTrainer` for Bitune: `from bitune_plugin import BituneSFTTrainer as SFTTrainer`.
 
 The stock trainer with `peft_config=BituneConfig()` trains the same numbers from a prompt/completion dataset. This one
-knows the prompt also where labels do not tell it (`completion_only_loss=False`, label smoothing, `compute_metrics`),
-checks the dataset before training starts, treats theta apart, and logs alpha.
+knows the prompt also where labels do not tell it (`completion_only_loss=False`, label smoothing, `compute_metrics`,
+conversations, every way to pack), checks the dataset before training starts, treats theta apart, and logs alpha.
+What becomes of a dataset is in `trl_data.py`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import SFTConfig, SFTTrainer
+from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import global_then_local_main_first
 
 from bitune_plugin.attention import MIXING
@@ -31,23 +33,44 @@ from bitune_plugin.forward import plan_ahead
 from bitune_plugin.layout import IGNORED, document_starts, prompt_from_labels
 from bitune_plugin.tuner import BituneModel
 
-logger = get_logger(__name__)
+from .trl_data import (
+    ASSISTANT_TURNS,
+    DOCUMENT_LENGTHS,
+    PROMPT_MASK,
+    PromptCollator,
+    StreamFilter,
+    chatml,
+    has_assistant_turn,
+    has_prompt_and_completion,
+    keeps_its_prompt,
+    mark_prompt,
+    pack,
+    split_conversations,
+)
 
-PROMPT_LENGTH = "bitune_prompt_length"
-"""Dataset column: how many tokens of a sample are its prompt."""
+logger = get_logger(__name__)
 
 
 @dataclass
 class BituneSFTConfig(SFTConfig):
-    """`SFTConfig`, and what concerns theta alone. `BituneSFTTrainer` takes a plain `SFTConfig` as well.
+    """`SFTConfig`, and what concerns Bitune alone. `BituneSFTTrainer` takes a plain `SFTConfig` as well.
 
     Args:
+        assistant_turns: what is learnt from a conversation (column `messages`): its "last" assistant turn, or "each"
+            of them as an example of its own. Everything before the turn is its prompt, as `generate` will be given it.
         theta_learning_rate: learning rate of theta; `learning_rate` by default. The schedule is the same.
         theta_max_grad_norm: clip the gradient of theta by its own norm, and that of all other parameters by
             `max_grad_norm`. By default everything is clipped together, as the authors do; theta's gradient is by
             far the largest, and then sets the factor for all parameters.
     """
 
+    assistant_turns: str = field(
+        default=ASSISTANT_TURNS[0],
+        metadata={
+            "help": "Which assistant turns of a conversation are completions: the 'last', or 'each' as an example.",
+            "choices": list(ASSISTANT_TURNS),
+        },
+    )
     theta_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of theta; `learning_rate` by default."}
     )
@@ -61,11 +84,14 @@ class BituneSFTTrainer(SFTTrainer):
 
     `peft_config` may be a `BituneConfig` or any other PEFT config, which then is the adapter of both streams; leave
     it out for a model that already carries Bitune. Datasets need a prompt: columns `prompt` and `completion` (text or
-    messages), or token ids with `completion_mask` or `labels`.
+    messages), `messages`, or token ids with `completion_mask`, `labels` or `prompt_mask`. The loss is on the
+    completions, unless `completion_only_loss=False`.
+
+    Packing (every strategy) and padding-free batches keep documents apart, whatever `attn_implementation` is.
 
     Raises:
-        ValueError: no Bitune adapter to train, a dataset without prompts, or a setting that would put several
-            documents into one row; the message says what to change.
+        ValueError: no Bitune adapter to train, a dataset without prompts, or a setting under which rows are cut into
+            pieces; the message says what to change.
     """
 
     _tag_names = ["trl", "sft", "bitune"]  # noqa: RUF012
@@ -89,8 +115,12 @@ class BituneSFTTrainer(SFTTrainer):
         arguments = inspect.signature(SFTTrainer.__init__).bind(self, *args, **kwargs).arguments
         del arguments["self"]
         arguments["peft_config"] = _bitune_config(arguments["model"], arguments.get("peft_config"))
-        _check_settings(arguments.get("args"))
+        _check_settings(arguments.get("args"), arguments.get("data_collator"))
+        if isinstance(arguments.get("train_dataset"), Dataset | IterableDataset):  # TRL refuses anything else
+            columns = get_dataset_column_names(arguments["train_dataset"])
+            _check_text(columns, arguments.get("processing_class"), "train")
         super().__init__(**arguments)
+        _check_parallelism(self.accelerator.parallelism_config)
         self.data_collator = PromptCollator(self.data_collator)
         if arguments["peft_config"] is not None:
             _start_theta_in_float32(self.model.base_model)
@@ -106,23 +136,21 @@ class BituneSFTTrainer(SFTTrainer):
         formatting_func: Callable[[dict], str] | None,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
-        columns = next(iter(dataset)).keys()
-        if PROMPT_LENGTH in columns:
-            return dataset
-        _check_has_prompt(columns, formatting_func, dataset_name)
-        dataset = self._tokenize_uncut(dataset, processing_class, args, dataset_name)
-        workers = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
-        by_default = args.completion_only_loss is None and "completion_mask" in columns
-        marking = {
-            "completion_only": (self.completion_only_loss or by_default) and "labels" not in columns,
-            "max_length": args.max_length,
-            "keep_end": args.truncation_mode == "keep_end",
-        }
+        given = get_dataset_column_names(dataset)
+        _check_has_prompt(given, formatting_func, dataset_name)
+        _check_text(given, processing_class, dataset_name)
+        if _is_conversation(given):
+            dataset = _split(dataset, args, dataset_name)
+        dataset = self._tokenize_uncut(dataset, processing_class, args, dataset_name).with_format(None)
         with global_then_local_main_first():  # as TRL does, so that one process fills the cache for all
-            marked = dataset.map(mark_prompt, fn_kwargs=marking, **workers)
-            kept = marked.filter(has_prompt_and_completion, **workers)
-        _report_dropped(marked, kept, dataset_name, args.max_length)
-        return kept.shuffle(seed=args.seed) if args.shuffle_dataset else kept
+            if "input_ids" not in given:
+                template = {"tokenizer": processing_class, "chat_template": self.chat_template}
+                dataset = _filtered(dataset, keeps_its_prompt, _CHANGED.format(dataset_name), args, **template)
+            dataset = _marked(dataset, given, args, packing, dataset_name)
+            if packing and not _is_packed(given):
+                dataset = dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+                dataset = pack(dataset, args.max_length, args.packing_strategy, _workers(dataset, args))
+        return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
     def _tokenize_uncut(
         self, dataset: Any, processing_class: PreTrainedTokenizerBase | ProcessorMixin, args: SFTConfig, name: str
@@ -133,13 +161,18 @@ class BituneSFTTrainer(SFTTrainer):
         completion_only, self.completion_only_loss = self.completion_only_loss, False
         try:
             return super()._prepare_dataset(dataset, processing_class, uncut, False, None, name)
+        except StopIteration:
+            raise ValueError(
+                f"The {name} dataset is a stream without a sample that Bitune can learn from. Look at what was left "
+                "out of it, above, if anything was."
+            ) from None
         finally:
             self.completion_only_loss = completion_only
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if PROMPT_LENGTH not in self._signature_columns:
-            self._signature_columns.append(PROMPT_LENGTH)
+        if PROMPT_MASK not in self._signature_columns:
+            self._signature_columns.append(PROMPT_MASK)
 
     def _reject_skip_prepare_without_labels(self, datasets: dict[str, Any], data_collator: Any) -> None:
         super()._reject_skip_prepare_without_labels(datasets, getattr(data_collator, "collator", data_collator))
@@ -159,8 +192,9 @@ class BituneSFTTrainer(SFTTrainer):
         if prompt_mask is None and inputs.get("labels") is None:
             return inputs
         if prompt_mask is None:
-            starts = document_starts(inputs["position_ids"]) if "position_ids" in inputs else None
-            prompt_mask = prompt_from_labels(inputs["labels"], inputs.get("attention_mask"), starts)
+            padding_mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+            starts = None if positions is None else document_starts(positions, padding_mask)
+            prompt_mask = prompt_from_labels(inputs["labels"], padding_mask, starts)
         inputs = {**inputs, "prompt_mask": prompt_mask}
         if isinstance(model, nn.DataParallel):  # which splits the rows of tensors alone
             return inputs
@@ -206,50 +240,6 @@ class BituneSFTTrainer(SFTTrainer):
         super().log(logs, *args, **kwargs)
 
 
-@dataclass
-class PromptCollator:
-    """Adds `prompt_mask` to the batches of another collator, for samples that know their prompt's length.
-
-    Args:
-        collator: makes a batch of samples; may pad on either side.
-    """
-
-    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
-
-    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        lengths = [sample.get(PROMPT_LENGTH) for sample in samples]
-        batch = self.collator([{k: v for k, v in sample.items() if k != PROMPT_LENGTH} for sample in samples])
-        if None not in lengths:
-            mask = batch.get("attention_mask")
-            attended = torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
-            batch["prompt_mask"] = attended & (attended.cumsum(dim=1) <= torch.tensor(lengths)[:, None])
-        return batch
-
-
-def mark_prompt(sample: dict[str, Any], completion_only: bool, max_length: int | None, keep_end: bool) -> dict:
-    """Counts the prompt of a tokenised sample, and cuts the sample to `max_length` without losing the boundary.
-
-    Args:
-        sample: `input_ids` and `labels`, and `completion_mask` where TRL tokenised a prompt and a completion.
-        completion_only: prompt tokens do not count for the loss.
-        max_length: tokens to keep; `None` for all.
-        keep_end: cut from the left.
-    """
-    outside = sample.get("completion_mask") or [label != IGNORED for label in sample["labels"]]
-    length = outside.index(True) if True in outside else len(outside)
-    labels = sample["labels"]
-    if completion_only:
-        labels = [label if kept else IGNORED for label, kept in zip(labels, outside, strict=True)]
-    total = len(sample["input_ids"])
-    start = max(0, total - max_length) if keep_end and max_length is not None else 0
-    stop = total if max_length is None else min(total, start + max_length)
-    return {
-        "input_ids": sample["input_ids"][start:stop],
-        "labels": labels[start:stop],
-        PROMPT_LENGTH: min(max(length - start, 0), stop - start),
-    }
-
-
 def answers_only(inputs: dict[str, Any]) -> dict[str, Any]:
     """Asks for the hidden states of the answers alone, and cuts `labels` to match: the LM head, the dearest part of a
     small model, then skips prompts and padding. Leaves a batch alone in which prompt tokens count for the loss.
@@ -261,11 +251,6 @@ def answers_only(inputs: dict[str, Any]) -> dict[str, Any]:
     if layout is None or ((labels != IGNORED) & inputs["prompt_mask"]).any():
         return inputs
     return {**inputs, "labels": layout.answer_labels(labels), "answers_only": True}
-
-
-def has_prompt_and_completion(sample: dict[str, Any]) -> bool:
-    """Whether something is left on both sides of the boundary."""
-    return sample[PROMPT_LENGTH] > 0 and any(label != IGNORED for label in sample["labels"][sample[PROMPT_LENGTH] :])
 
 
 def _bitune_config(model: Any, peft_config: PeftConfig | None) -> PeftConfig | None:
@@ -286,58 +271,140 @@ def _bitune_config(model: Any, peft_config: PeftConfig | None) -> PeftConfig | N
     return peft_config if isinstance(peft_config, BituneConfig) else BituneConfig(adapter=peft_config)
 
 
-def _check_settings(args: Any) -> None:
-    mode = getattr(args, "truncation_mode", "keep_start")
-    if mode not in ("keep_start", "keep_end"):
-        raise ValueError(f"`truncation_mode={mode!r}` is unknown. Choose 'keep_start' or 'keep_end'.")
+def _check_settings(args: Any, data_collator: Any) -> None:
+    _check_choice(args, "truncation_mode", ("keep_start", "keep_end"))
+    _check_choice(args, "assistant_turns", ASSISTANT_TURNS)
     if getattr(args, "theta_max_grad_norm", None) is not None and args.max_grad_norm <= 0:
         raise ValueError(
             f"`max_grad_norm={args.max_grad_norm}` switches all clipping off, and with it `theta_max_grad_norm="
             f"{args.theta_max_grad_norm}`. To clip theta alone, set `max_grad_norm` to a very large number."
         )
-    for name in ("packing", "eval_packing", "padding_free"):
+    for name in ("packing", "eval_packing"):
         if getattr(args, name, None):
+            _check_packing(name, args, data_collator)
+    _check_parallelism(getattr(args, "parallelism_config", None))
+
+
+def _check_choice(args: Any, name: str, choices: tuple[str, ...]) -> None:
+    given = getattr(args, name, choices[0])
+    if given not in choices:
+        raise ValueError(f"`{name}={given!r}` is unknown. Choose {' or '.join(map(repr, choices))}.")
+
+
+def _check_packing(name: str, args: Any, data_collator: Any) -> None:
+    if args.max_length is None:
+        raise ValueError(f"`{name}=True` fills rows of `max_length` tokens, and `max_length=None`. Set `max_length`.")
+    if data_collator is not None:
+        raise ValueError(
+            f"`{name}=True` came with a `data_collator` ({type(data_collator).__name__}), which cannot know the "
+            f"documents of a packed row. Leave `data_collator` out, or set `{name}=False`."
+        )
+
+
+def _check_parallelism(config: Any) -> None:
+    """Raises ValueError for settings that share a row out among processes."""
+    for setting in ("cp", "sp"):
+        if getattr(config, f"{setting}_enabled", False):
             raise ValueError(
-                f"`{name}=True` puts several documents into one row, and Bitune reads one prompt and its completion "
-                f"per row. Set `{name}=False`."
+                f"`parallelism_config` has `{setting}_size={getattr(config, f'{setting}_size')}`, which cuts every row "
+                f"into pieces, and Bitune reads a prompt in one piece. Set `{setting}_size=1`."
             )
 
 
-def _check_has_prompt(columns: Any, formatting_func: Callable | None, name: str) -> None:
+def _check_text(columns: Iterable[str], processing_class: Any, name: str) -> None:
+    images = sorted({"image", "images"} & set(columns))
+    if images:
+        raise ValueError(
+            f"The {name} dataset has images (column {images[0]!r}), and Bitune reads text alone. Remove the column to "
+            "train on the text of the samples."
+        )
+    if isinstance(processing_class, ProcessorMixin):
+        raise ValueError(
+            f"`processing_class` is a {type(processing_class).__name__}, for more than text, and Bitune reads text "
+            "alone. Pass its tokenizer: `processing_class=processor.tokenizer`."
+        )
+
+
+def _check_has_prompt(columns: Iterable[str], formatting_func: Callable | None, name: str) -> None:
     if formatting_func is not None:
         raise ValueError(
             "`formatting_func` makes plain text, in which nothing tells the prompt from the completion. Map the "
             "dataset to columns 'prompt' and 'completion' before, and leave `formatting_func` out."
         )
-    if "seq_lengths" in columns or "position_ids" in columns:
+    if "input_ids" in columns:
+        told = any(column in columns for column in ("labels", "completion_mask", PROMPT_MASK))
+    else:
+        told = _is_conversation(columns) or ("prompt" in columns and "completion" in columns)
+    if not told:
         raise ValueError(
-            f"The {name} dataset is packed (columns {sorted(columns)}): its rows hold several documents, and Bitune "
-            "reads one prompt and its completion per row. Pass the dataset from before `pack_dataset`."
+            f"The {name} dataset has columns {sorted(columns)}, which do not tell the prompt from the completion, and "
+            "Bitune reads the two differently. Map it to columns 'prompt' and 'completion', or to 'messages', or add "
+            "a 'completion_mask' beside 'input_ids'."
         )
-    prepared = "input_ids" in columns and ("labels" in columns or "completion_mask" in columns)
-    if prepared or ("prompt" in columns and "completion" in columns):
-        return
-    advice = (
-        "Make 'prompt' of all messages before the last assistant turn, and 'completion' of that turn."
-        if "messages" in columns
-        else "Map it to columns 'prompt' and 'completion', or add a 'completion_mask' beside 'input_ids'."
-    )
-    raise ValueError(
-        f"The {name} dataset has columns {sorted(columns)}, which do not tell the prompt from the completion, and "
-        f"Bitune reads the two differently. {advice}"
-    )
 
 
-def _report_dropped(marked: Any, kept: Any, name: str, max_length: int | None) -> None:
-    if isinstance(marked, IterableDataset) or len(kept) == len(marked):
-        return
-    message = (
-        f"{len(marked) - len(kept)} of {len(marked)} samples of the {name} dataset have no prompt or no completion "
-        f"left within `max_length={max_length}`."
+def _is_conversation(columns: Iterable[str]) -> bool:
+    return not {"input_ids", "completion"} & set(columns) and bool({"messages", "conversations"} & set(columns))
+
+
+def _is_packed(columns: Iterable[str]) -> bool:
+    return bool({DOCUMENT_LENGTHS, "position_ids"} & set(columns))
+
+
+_CHANGED = (
+    "samples of the {} dataset: the chat template renders the messages of the prompt differently once the completion "
+    "follows, so that generation would start from another prompt. Use a template that does not, or render 'prompt' "
+    "and 'completion' to text."
+)
+"""Why a sample is left out whose prompt does not keep."""
+
+
+def _split(dataset: Any, args: SFTConfig, name: str) -> Any:
+    """Prompts and completions of conversations, without those that have none."""
+    workers = _workers(dataset, args)
+    reason = (
+        f"conversations of the {name} dataset have no turn of the role 'assistant' that something comes before: there "
+        "is no completion to learn."
     )
-    if len(kept) == 0:
-        raise ValueError(f"{message} Raise `max_length`, or look at the dataset.")
-    logger.warning(f"{message} They are left out.")
+    with global_then_local_main_first():
+        if "conversations" in get_dataset_column_names(dataset):
+            dataset = chatml(dataset, workers)
+        dataset = _filtered(dataset, has_assistant_turn, reason, args)
+        return split_conversations(dataset, getattr(args, "assistant_turns", ASSISTANT_TURNS[0]), workers)
+
+
+def _marked(dataset: Any, given: Iterable[str], args: SFTConfig, packing: bool, name: str) -> Any:
+    """Samples that know their prompts and are no longer than they may be, without those that then have nothing to
+    learn. `given` are the columns that the dataset came with."""
+    cuts_itself = packing and args.packing_strategy != "bfd"  # and throws nothing away
+    marking = {
+        "completion_only": args.completion_only_loss is not False and "labels" not in given,
+        "max_length": None if cuts_itself else args.max_length,
+        "keep_end": args.truncation_mode == "keep_end",
+    }
+    marked = dataset.map(mark_prompt, fn_kwargs=marking, **_workers(dataset, args))
+    reason = (
+        f"samples of the {name} dataset have no prompt or no completion left within `max_length={args.max_length}`. "
+        "Raise `max_length`, or look at the dataset."
+    )
+    return marked if _is_packed(given) else _filtered(marked, has_prompt_and_completion, reason, args)
+
+
+def _workers(dataset: Any, args: SFTConfig) -> dict[str, Any]:
+    return {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
+
+
+def _filtered(dataset: Any, keep: Callable[..., bool], reason: str, args: SFTConfig, **settings: Any) -> Any:
+    """Leaves out samples, and says how many; `reason` goes on after "3 of 9 ". Raises ValueError if none is left."""
+    if isinstance(dataset, IterableDataset):
+        return dataset.filter(StreamFilter(keep, reason), fn_kwargs=settings)
+    kept = dataset.filter(keep, fn_kwargs=settings, num_proc=args.dataset_num_proc)
+    if len(kept) < len(dataset):
+        message = f"{len(dataset) - len(kept)} of {len(dataset)} {reason}"
+        if len(kept) == 0:
+            raise ValueError(message)
+        logger.warning(f"{message} They are left out.")
+    return kept
 
 
 def _thetas(model: nn.Module) -> list[nn.Parameter]:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face is imported; subprocesses inherit it
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
+import pytest
 import torch
 
 # Tiny models: handing their work to threads costs more than the work, above all where tests run side by side.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Callable[..., Any]:
+    """Builds trainers of tiny models: `training.build`."""
+    from training import build  # TRL takes seconds to import
+
+    return functools.partial(build, tmp_path / "run")

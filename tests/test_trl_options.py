@@ -1,0 +1,204 @@
+"""Losses, metrics and ways to save memory of TRL and of the Trainer, against three literal passes."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from trl.models.selective_activation_checkpointing import _aten_attention_ops, _build_policy_fn
+
+from helpers import assert_close
+from training import (
+    ONE_STEP,
+    TokenLoss,
+    assert_exact,
+    batch_of,
+    documents,
+    literal_logits,
+    losses,
+    nll,
+    oracle_of,
+    pairs,
+)
+
+SAVES_ATTENTION = _build_policy_fn(_aten_attention_ops())
+"""What TRL's `selective` hands to checkpointing. TRL 1.16 itself hands it to a method that transformers 5.23 no longer
+calls, so that `selective` fails with any model."""
+
+PACKED = {"packing": True, "max_length": 40}
+EVAL_ROWS = Dataset.from_list(pairs(6))
+
+layouts = pytest.mark.parametrize("layout", [{}, PACKED], ids=["padded", "packed"])
+
+
+def dft(logits: Tensor, labels: Tensor) -> Tensor:
+    """Dynamic fine-tuning: every token weighs its own probability."""
+    negative = cross_entropy(logits, labels, reduction="none")
+    return (negative * (-negative).exp().detach()).sum()
+
+
+def smoothed(logits: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(logits, labels, reduction="sum", label_smoothing=0.1)
+
+
+def of_the_user(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+    return 2 * nll(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()) / num_items_in_batch
+
+
+def doubled(logits: Tensor, labels: Tensor) -> Tensor:
+    return 2 * nll(logits, labels)
+
+
+class TestLosses:
+    @layouts
+    @pytest.mark.parametrize("everywhere", [False, True], ids=["completions", "all text"])
+    @pytest.mark.parametrize(
+        ("settings", "token_loss"),
+        [
+            ({"loss_type": "dft"}, dft),
+            ({"label_smoothing_factor": 0.1}, smoothed),
+            ({"compute_loss_func": of_the_user}, doubled),
+        ],
+        ids=["dft", "label smoothing", "of the user"],
+    )
+    def test_are_exact(
+        self, trainer: Any, settings: dict[str, Any], token_loss: TokenLoss, everywhere: bool, layout: dict[str, Any]
+    ) -> None:
+        settings = settings | ({"completion_only_loss": False} if everywhere else {})
+        assert_exact(trainer(**ONE_STEP, **settings, **layout), token_loss)
+
+    @layouts
+    def test_of_accumulated_batches_is_that_of_one(self, trainer: Any, layout: dict[str, Any]) -> None:
+        batches = assert_exact(
+            trainer(**ONE_STEP, **layout, per_device_train_batch_size=1, gradient_accumulation_steps=5)
+        )
+        assert len(batches) == 5
+        assert len({batch["input_ids"].numel() for batch in batches}) > 1
+
+
+class TestMemory:
+    """What saves memory changes no gradient."""
+
+    @layouts
+    @pytest.mark.parametrize(
+        "how",
+        [
+            None,
+            {"use_reentrant": True},
+            {"use_reentrant": False},
+            {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, SAVES_ATTENTION)},
+        ],
+        ids=["off", "reentrant", "not reentrant", "selective"],
+    )
+    def test_checkpointing(self, trainer: Any, how: dict[str, Any] | None, layout: dict[str, Any]) -> None:
+        settings = {"gradient_checkpointing": how is not None, "gradient_checkpointing_kwargs": how}
+        assert_exact(trainer(**ONE_STEP, **settings, **layout))
+
+    @layouts
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    def test_activation_offloading(
+        self, trainer: Any, checkpointing: bool, layout: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # TRL's own hooks on saved tensors need an accelerator. These are torch's.
+        monkeypatch.setattr(
+            "trl.trainer.sft_trainer.get_act_offloading_ctx_manager", lambda model: torch.autograd.graph.save_on_cpu()
+        )
+        settings = {"activation_offloading": True, "gradient_checkpointing": checkpointing}
+        assert_exact(trainer(**ONE_STEP, **settings, **layout))
+
+
+class TestOtherSettings:
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"shuffle_dataset": True},
+            {"train_sampling_strategy": "group_by_length"},
+            {"dataset_num_proc": 2},
+            {"auto_find_batch_size": True},
+        ],
+        ids=lambda settings: next(iter(settings)),
+    )
+    def test_change_nothing(self, trainer: Any, settings: dict[str, Any]) -> None:
+        assert_exact(trainer(**ONE_STEP, **settings))
+
+    def test_a_model_that_would_use_its_cache(self, trainer: Any) -> None:
+        t = trainer(**ONE_STEP)
+        t.model.config.use_cache = True
+        assert_exact(t)
+
+    def test_noise_on_embeddings_is_there_in_training_alone(self, trainer: Any) -> None:
+        noisy = trainer(**ONE_STEP, neftune_noise_alpha=5.0, eval_dataset=EVAL_ROWS)
+        plain = trainer(**ONE_STEP, eval_dataset=EVAL_ROWS)
+        assert noisy.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
+        noisy.train()
+        plain.train()
+        assert losses(noisy) != losses(plain)
+        assert losses(noisy) == pytest.approx(losses(plain), rel=0.5)
+
+
+class TestMetrics:
+    """Of the model's own logits, for the tokens that count."""
+
+    def literal(self, trainer: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        oracle = oracle_of(trainer)
+        kept = [
+            (literal_logits(oracle, ids, prompt)[:-1][labels[1:] != -100], labels[1:][labels[1:] != -100])
+            for ids, labels, prompt in documents(batch)
+        ]
+        logits, labels = zip(*kept, strict=True)
+        return torch.cat(logits).detach(), torch.cat(labels)
+
+    @layouts
+    @pytest.mark.parametrize("everywhere", [False, True], ids=["completions", "all text"])
+    def test_entropy_accuracy_and_tokens(self, trainer: Any, layout: dict[str, Any], everywhere: bool) -> None:
+        t = trainer(**layout, **({"completion_only_loss": False} if everywhere else {}))
+        batch = batch_of(t)
+        logits, labels = self.literal(t, batch)
+        t.compute_loss(t.model, dict(batch))
+        found = {name: values[-1] for name, values in t._metrics["train"].items()}
+        entropy = torch.distributions.Categorical(logits=logits).entropy().mean().item()
+        accuracy = (logits.argmax(-1) == labels).float().mean().item()
+        assert found["entropy"] == pytest.approx(entropy, abs=1e-5)
+        assert found["mean_token_accuracy"] == pytest.approx(accuracy, abs=1e-6)
+        assert found["num_tokens"] == sum(len(ids) for ids, _, _ in documents(batch))
+
+    @layouts
+    def test_of_the_user_are_given_the_logits_of_all_tokens(self, trainer: Any, layout: dict[str, Any]) -> None:
+        seen = {}
+
+        def metrics(prediction: Any) -> dict[str, float]:
+            seen["logits"] = torch.tensor(prediction.predictions)
+            return {}
+
+        t = trainer(**layout, eval_dataset=EVAL_ROWS, compute_metrics=metrics, per_device_eval_batch_size=6)
+        t.evaluate()
+        (batch,) = t.get_eval_dataloader()
+        oracle = oracle_of(t)
+        expected = [literal_logits(oracle, ids, prompt) for ids, _, prompt in documents(batch)]
+        attended = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        assert_close(seen["logits"][attended], torch.cat(expected).detach())
+
+    @pytest.mark.parametrize("way", ["evaluate", "predict"])
+    def test_of_the_user_are_given_what_he_makes_of_the_logits(self, trainer: Any, way: str) -> None:
+        def count(prediction: Any) -> dict[str, float]:
+            guesses, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
+            return {"right": int((guesses == labels)[labels != -100].sum())}
+
+        t = trainer(
+            eval_dataset=EVAL_ROWS,
+            compute_metrics=count,
+            preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+            per_device_eval_batch_size=6,
+        )
+        logits, labels = self.literal(t, next(iter(t.get_eval_dataloader())))
+        right = int((logits.argmax(-1) == labels).sum())
+        if way == "evaluate":
+            assert t.evaluate()["eval_right"] == right
+        else:
+            assert t.predict(t.eval_dataset).metrics["test_right"] == right
