@@ -30,9 +30,19 @@ format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmarks: $(VENV)/demo
-	$(BIN)/python examples/benchmarks/train_step.py --models smollm2-135m gemma-3-270m --shapes 128x64 256x128 256x64 --rounds 4 --json examples/benchmarks/results/train_step.json
-	$(BIN)/python examples/benchmarks/lm_eval.py --models gemma-3-270m smollm2-135m --rounds 2 --json examples/benchmarks/results/lm_eval.json
+# $(call measure,SCRIPT,FILE): a table, its JSON and its plots. OPTIONS=--resume goes on where it was stopped.
+RESULTS = examples/benchmarks/results
+measure = $(BIN)/python examples/benchmarks/$(1).py --models smollm2-135m gemma-3-270m --json $(RESULTS)/$(2).json $(OPTIONS)
+
+benchmarks: $(VENV)/demo     ## every table of the README
+	$(call measure,train_step,train_step) --shapes 128x64 256x128 256x64 --rounds 4
+	$(call measure,train_step,train_step-checkpointing) --shapes 256x128 --rounds 4 --checkpointing --contenders lora bitune
+	$(call measure,ragged,ragged) --shapes 1x8 --rounds 4
+	$(call measure,lengths,lengths) --rounds 2
+	$(call measure,authors,authors) --shapes 128x64 --rounds 4
+	$(call measure,generate,generate) --rounds 5
+	$(call measure,lm_eval,lm_eval) --rounds 2
+	$(BIN)/python examples/benchmarks/report.py --write README.md
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,14 +71,87 @@ def test_quickstart_runs_from_end_to_end(model: Path, tmp_path: Path) -> None:
     assert (output / "adapter_model.safetensors").is_file()
 
 
+def measured(script: str, model: Path, tmp_path: Path, *arguments: object) -> list[dict]:
+    """What a benchmark writes; it prints it and draws it, too."""
+    stem = tmp_path / "new folder" / script
+    arguments = ["--models", model, "--rounds", 1, *arguments, "--json", stem.with_suffix(".json")]
+    printed = run(f"benchmarks/{script}.py", *arguments)
+    assert f"| {model} |" in printed
+    assert all(stem.with_suffix(ending).stat().st_size > 1000 for ending in (".png", ".svg"))
+    return json.loads(stem.with_suffix(".json").read_text())
+
+
 def test_train_step_measures_all_contenders(model: Path, tmp_path: Path) -> None:
-    results = tmp_path / "new folder" / "results.json"
-    run(
-        "benchmarks/train_step.py", "--models", model, "--shapes", "12x8", "--rounds", 1, "--rows", 2, "--json", results
-    )
-    measured = json.loads(results.read_text())
-    assert [entry["contender"] for entry in measured] == ["lora", "bitune", "three-pass"]
-    assert all(entry["seconds"] > 0 and entry["memory"] is not None for entry in measured)
+    results = measured("train_step", model, tmp_path, "--shapes", "12x8", "--rows", 2)
+    assert [entry["contender"] for entry in results] == ["lora", "bitune", "three-pass"]
+    for entry in results:
+        assert entry["seconds"] > 0
+        assert entry["total"] >= entry["activations"] >= 0
+        assert {"fastest", "slowest", "ratio", "tokens", "over", "activations", "total_ratio"} <= entry.keys()
+
+
+def test_ragged_measures_all_contenders(model: Path, tmp_path: Path) -> None:
+    results = measured("ragged", model, tmp_path, "--shapes", "1x3", "--max-tokens", 100)
+    names = ["lora", "bitune", "lora packed", "bitune packed", "three-pass"]
+    assert [entry["contender"] for entry in results] == names
+    assert all(entry["seconds"] > 0 and 0 < entry["padding"] < 1 for entry in results)
+    by_tokens = {entry["contender"]: entry["tokens"] for entry in results}
+    assert by_tokens["lora"] == 1
+    assert by_tokens["lora packed"] < 1
+    assert by_tokens["bitune"] == by_tokens["bitune packed"] > by_tokens["lora packed"]
+
+
+def test_contenders_read_the_same_tokens_and_score_the_same() -> None:
+    """LoRA starts as the model alone, so all losses of a method are to be the same, however a batch is laid out."""
+    import torch
+
+    from benchmarks.training import Document, make_run
+
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(5, 90, (length,), generator=generator) for length in (9, 14, 6)]
+    documents = [Document(row, prompt_length) for row, prompt_length in zip(tokens, (4, 9, 2), strict=True)]
+    names = ("lora", "lora packed", "bitune", "bitune packed", "three-pass")
+    losses = {name: torch.tensor(make_run(name, tiny(), [documents, documents])()) for name in names}
+    assert torch.allclose(losses["lora"], losses["lora packed"], atol=1e-5)
+    assert torch.allclose(losses["three-pass"], losses["bitune"], atol=1e-5)
+    assert torch.allclose(losses["three-pass"], losses["bitune packed"], atol=1e-5)
+    assert not torch.allclose(losses["three-pass"], losses["lora"], atol=1e-3)
+
+
+def test_authors_measures_several_batch_sizes(model: Path, tmp_path: Path) -> None:
+    results = measured("authors", model, tmp_path, "--shapes", "12x8", "--rows", 1, 2)
+    assert [entry["contender"] for entry in results] == ["three-pass", "bitune, batch of 1", "bitune, batch of 2"]
+    assert all(entry["samples_per_second"] > 0 and entry["ratio"] > 0 for entry in results)
+    assert sum(entry["best"] for entry in results[1:]) == 1
+
+
+def test_lengths_can_be_stopped_and_resumed(model: Path, tmp_path: Path) -> None:
+    first = measured("lengths", model, tmp_path, "--shapes", 16)
+    both = measured("lengths", model, tmp_path, "--shapes", 16, 32, "--resume")
+    assert both[:2] == first
+    assert [(entry["length"], entry["contender"]) for entry in both[2:]] == [(32, "lora"), (32, "bitune")]
+    assert all(1 < entry["work"] < 2 and 1 < entry["tokens"] < 2 for entry in both if entry["contender"] == "bitune")
+
+
+def test_generate_measures_all_contenders(model: Path, tmp_path: Path) -> None:
+    results = measured("generate", model, tmp_path, "--shapes", "12x2", "--tokens", 2)
+    assert [entry["contender"] for entry in results] == ["lora", "bitune", "merged", "base"]
+    assert [entry["reference"] for entry in results] == ["lora", "lora", "base", "base"]
+    for entry in results:
+        assert entry["prefill"]["seconds"] > 0
+        assert entry["per_token"]["seconds"] > 0
+        assert entry["prefill_ratio"] > 0
+        assert entry["per_token_ratio"] > 0
+
+
+def test_the_readme_shows_the_results() -> None:
+    """Every table of a benchmark is what `report.py` makes of its JSON file."""
+    from benchmarks.report import RESULTS, tables_of, with_tables
+
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    assert "<!-- benchmark: lm_eval -->" in readme
+    named = [RESULTS / f"{name}.json" for name in re.findall(r"<!-- benchmark: (\S+) -->", readme)]
+    assert with_tables(readme, tables_of(named)) == readme
 
 
 def test_evaluate_scores_the_model_it_was_given_beside_lora_and_bitune(model: Path, tmp_path: Path) -> None:
@@ -132,14 +206,11 @@ def test_the_prompts_to_train_on_are_those_that_are_scored() -> None:
 
 
 def test_scoring_measures_all_contenders(model: Path, tmp_path: Path) -> None:
-    results = tmp_path / "results.json"
-    run("benchmarks/lm_eval.py", "--models", model, "--shapes", "12x1", "12x4", "--memory-shapes", "12x4",
-        "--rounds", 1, "--questions", 2, "--json", results)  # fmt: skip
-
-    measured = json.loads(results.read_text())
-    assert [entry["contender"] for entry in measured] == ["hf with LoRA", "bitune", "one by one"] * 2
-    assert all(entry["questions_per_second"] > 0 for entry in measured)
-    assert [entry["memory"] is not None for entry in measured] == [False] * 3 + [True] * 3
+    shapes = ["--shapes", "12x1", "12x4", "--memory-shapes", "12x4"]
+    results = measured("lm_eval", model, tmp_path, *shapes, "--questions", 2)
+    assert [entry["contender"] for entry in results] == ["hf with LoRA", "bitune", "one by one"] * 2
+    assert all(entry["questions_per_second"] > 0 for entry in results)
+    assert [entry["memory"] is not None for entry in results] == [False] * 3 + [True] * 3
 
 
 def test_an_answer_is_right_by_its_first_line() -> None:

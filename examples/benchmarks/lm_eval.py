@@ -6,36 +6,39 @@ A shape `PxL` is a question whose context has P tokens and whose four choices ha
 All contenders run in one process, in turn, in float32, with adapters of the same rank; `hf` and `bitune` through the
 method that lm-eval's requests arrive at after tokenisation, with the same batch size: for `hf` that counts choices, for
 Bitune questions. `one by one` is Bitune's forward pass for each choice alone, with `prompt_mask`. Peak memory is that
-of a process of its own, less what it held before the first question.
+of a process of its own, less what it held before the questions.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 # In place of this file's own folder, where it would pass for lm-eval.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
+from lm_eval.models.huggingface import HFLM
+from peft import PeftModel, get_peft_model
+from transformers import AutoTokenizer
+
 from benchmarks.measuring import (
-    in_own_process,
+    Benchmark,
+    Run,
+    described,
+    load,
     lora_config,
+    memory_in_own_process,
     parser_for,
-    peak_memory_of,
     ratio,
     run_benchmark,
     summary,
     time_in_turn,
 )
-from lm_eval.models.huggingface import HFLM
-from peft import PeftModel, get_peft_model
-from transformers import AutoTokenizer
-
+from benchmarks.report import Result
 from bitune_plugin import BituneConfig, BituneLM
-from pretrained import load_model, resolve
+from pretrained import resolve
 
 CONTENDERS = ("hf with LoRA", "bitune", "one by one")
 CHOICES = 4
@@ -43,10 +46,11 @@ CHOICES = 4
 Request = tuple[tuple[str, str], list[int], list[int]]
 
 
-def make_run(contender: str, model: str, shape: str, questions: int, device: torch.device) -> Callable[[], object]:
-    """Scores all choices of `questions` questions, with a batch size of that many."""
+def make_run(arguments: argparse.Namespace, model: str, shape: str, contender: str) -> Run:
+    """Scores all choices of a batch of questions."""
+    questions = questions_of(arguments, contender)
     adapter = lora_config() if contender == "hf with LoRA" else BituneConfig(adapter=lora_config())
-    peft = get_peft_model(load_model(model).to(device), adapter)
+    peft = get_peft_model(load(arguments, model), adapter)
     asked = requests(peft, shape, questions)
     if contender == "one by one":
         return lambda: [score_alone(peft.eval(), context, choice) for _, context, choice in asked]
@@ -54,6 +58,11 @@ def make_run(contender: str, model: str, shape: str, questions: int, device: tor
     lm_class = HFLM if contender == "hf with LoRA" else BituneLM
     lm = lm_class(peft, tokenizer=tokenizer, batch_size=questions)
     return lambda: lm._loglikelihood_tokens(asked, disable_tqdm=True)
+
+
+def questions_of(arguments: argparse.Namespace, contender: str) -> int:
+    """What goes one by one takes as long for every question, so one will do."""
+    return 1 if contender == "one by one" else arguments.questions
 
 
 def requests(model: PeftModel, shape: str, questions: int) -> list[Request]:
@@ -79,66 +88,33 @@ def score_alone(model: PeftModel, context: list[int], choice: list[int]) -> floa
     return logits.log_softmax(-1).gather(1, tokens[0, len(context) :, None]).sum().item()
 
 
-def measure(arguments: argparse.Namespace, model: str, shape: str) -> list[dict[str, object]]:
-    device = torch.device(arguments.device)
-    # What goes one by one takes as long for every question, so one will do.
-    questions = {c: 1 if c == "one by one" else arguments.questions for c in CONTENDERS}
-    runs = {c: make_run(c, model, shape, questions[c], device) for c in CONTENDERS}
-    seconds = time_in_turn(runs, arguments.rounds, f"{model} {shape}", device)
-    per_question = {c: [s / questions[c] for s in seconds[c]] for c in CONTENDERS}
+def measure(arguments: argparse.Namespace, model: str, shape: str) -> list[Result]:
+    runs = {c: make_run(arguments, model, shape, c) for c in arguments.contenders}
+    seconds = time_in_turn(runs, arguments.rounds, f"{model} {shape}", torch.device(arguments.device))
+    del runs  # the memory of the processes to come
+    per_question = {c: [s / questions_of(arguments, c) for s in seconds[c]] for c in seconds}
     return [
         {
-            "model": model,
-            "shape": shape,
-            "device": arguments.device,
-            "batch_size": questions[contender],
-            "contender": contender,
+            **described(arguments, model, shape, contender),
+            "batch_size": questions_of(arguments, contender),
             **summary(per_question[contender]),
             "questions_per_second": 1 / summary(per_question[contender])["seconds"],
-            "speed": ratio(per_question["hf with LoRA"], per_question[contender]),
-            "memory": peak_memory(arguments, model, shape, contender) if shape in arguments.memory_shapes else None,
+            "speed": ratio(per_question, "hf with LoRA", contender),
+            "memory": memory_in_own_process(model, shape, contender)["activations"]
+            if shape in arguments.memory_shapes
+            else None,
         }
-        for contender in CONTENDERS
+        for contender in arguments.contenders
     ]
 
 
-def peak_memory(arguments: argparse.Namespace, model: str, shape: str, contender: str) -> float:
-    command = ["--models", model, "--shapes", shape, "--questions", str(arguments.questions)]
-    return in_own_process(__file__, *command, "--device", arguments.device, "--only-memory", contender)
-
-
-def print_own_peak_memory(arguments: argparse.Namespace) -> None:
-    device = torch.device(arguments.device)
-    questions = 1 if arguments.only_memory == "one by one" else arguments.questions
-    run = make_run(arguments.only_memory, arguments.models[0], arguments.shapes[0], questions, device)
-    print(peak_memory_of(run, device))
-
-
-def print_table(results: list[dict[str, object]]) -> None:
-    """A line for each model and shape: questions per second, their ratio to `hf`, and peak memory."""
-    print("\n| model | P x L | hf with LoRA, questions/s (min-max) | bitune | to hf | one by one | to hf | peak MiB |")
-    print("|---|---|---|---|---|---|---|---|")
-    for start in range(0, len(results), len(CONTENDERS)):
-        lora, bitune, alone = results[start : start + len(CONTENDERS)]
-        memory = [f"{r['memory']:.0f}" for r in (lora, bitune, alone) if r["memory"] is not None]
-        cells = [lora["model"], lora["shape"], _rate(lora), _rate(bitune), f"**{bitune['speed']:.2f}**"]
-        cells += [_rate(alone), f"{alone['speed']:.2f}", " / ".join(memory)]
-        print("| " + " | ".join(map(str, cells)) + " |")
-
-
-def _rate(result: dict[str, object]) -> str:
-    rates = result["questions_per_second"], 1 / result["slowest"], 1 / result["fastest"]
-    return "{:.2f} ({:.2f}-{:.2f})".format(*rates)
-
-
 def parse_arguments() -> argparse.Namespace:
-    parser = parser_for(__doc__, CONTENDERS, rounds=3)
     shapes = [f"{context}x{choice}" for context in (64, 128, 512) for choice in (1, 4, 16)]
-    parser.add_argument("--shapes", nargs="+", default=shapes, help="PxL, tokens of a context and of a choice")
+    parser = parser_for(__doc__, shapes, "PxL, tokens of a context and of a choice", CONTENDERS, rounds=3)
     parser.add_argument("--questions", type=int, default=4, help="in a round, and in a batch")
     parser.add_argument("--memory-shapes", nargs="*", default=["128x4"], help="shapes to measure peak memory of")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    run_benchmark(parse_arguments(), measure, print_table, print_own_peak_memory)
+    run_benchmark(parse_arguments(), Benchmark("lm_eval", measure, make_run))
