@@ -110,26 +110,28 @@ def _attend_in_groups(
     reach: Reach | None,
 ) -> tuple[Tensor, None]:
     layout = reading.layout
-    mixing = getattr(module, MIXING)
-    attended, keys_kept, values_kept = [], [], []
-    for documents, queries, keys, values in zip(layout.documents, *map(layout.parts, (query, key, value)), strict=True):
-        key_mixed, value_mixed = mixing((keys.encoded, keys.copy), (values.encoded, values.copy), reading.adapter)
-        seen_by_encoded, seen_by_copy, seen_by_answer = documents.sights(reach, reading.second_pass_causal)
-        encoded = _attended(attend, queries.encoded, keys.encoded, values.encoded, seen_by_encoded)
-        copy = _attended(attend, queries.copy, keys.copy, values.copy, seen_by_copy)
-        answer = _attended(
-            attend,
-            queries.answer,
-            torch.cat([key_mixed, keys.answer], dim=2),
-            torch.cat([value_mixed, values.answer], dim=2),
-            seen_by_answer,
-        )
-        attended.append(Parts(encoded, answer, copy))
-        keys_kept.append(keys._replace(encoded=key_mixed))
-        values_kept.append(values._replace(encoded=value_mixed))
+    queries, keys, values = map(layout.parts, (query, key, value))
+    keys_mixed, values_mixed = getattr(module, MIXING)(
+        [(parts.encoded, parts.copy) for parts in keys],
+        [(parts.encoded, parts.copy) for parts in values],
+        reading.adapter,
+    )
+    # As the answer sees them, and as the cache keeps them.
+    keys_kept = [parts._replace(encoded=mixed) for parts, mixed in zip(keys, keys_mixed, strict=True)]
+    values_kept = [parts._replace(encoded=mixed) for parts, mixed in zip(values, values_mixed, strict=True)]
     if reading.cache is not None and not shares_keys(module):
         kept = (in_token_order(layout, parts) for parts in (keys_kept, values_kept))
         reading.cache.update(*kept, module.layer_idx)
+
+    attended = []
+    for documents, *parts in zip(layout.documents, queries, keys, values, keys_kept, values_kept, strict=True):
+        q, k, v, k_kept, v_kept = parts
+        by_encoded, by_copy, by_answer = documents.sights(reach, reading.second_pass_causal)
+        encoded = _attended(attend, q.encoded, k.encoded, v.encoded, by_encoded)
+        k_seen, v_seen = (torch.cat([kept.encoded, kept.answer], dim=2) for kept in (k_kept, v_kept))
+        answer = _attended(attend, q.answer, k_seen, v_seen, by_answer)
+        copy = _attended(attend, q.copy, k.copy, v.copy, by_copy)
+        attended.append(Parts(encoded, answer, copy))
     return layout.joined(attended), None
 
 

@@ -30,7 +30,16 @@ from .architectures import Architecture
 from .attention import MIXING, PREFIX, base_of, implementation_for
 from .layout import LayoutError, PromptLayout, document_starts, plan, prompt_from_labels
 from .per_thread import PerThread
-from .routing import Extension, FollowingLayer, Reading, by_name, extend, reading_in_progress, restore
+from .routing import (
+    Extension,
+    FollowingLayer,
+    Reading,
+    by_name,
+    extend,
+    follow_into_checkpoints,
+    reading_in_progress,
+    restore,
+)
 
 PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "per_layer_inputs")
 """Arguments of backbones that have one value per token, `[B, T, ...]`, positions and masks excepted."""
@@ -297,6 +306,8 @@ class TwoWayBackbone(Extension):
         if reading is None:
             _check_plain(prompts)
             return super().forward(**kwargs)
+        if self.training:
+            follow_into_checkpoints(self)
         with reading_in_progress(reading):
             outputs = super().forward(**_lengthen(self.bitune_architecture, reading, kwargs))
         _check_all_took_part(self.bitune_architecture, reading)

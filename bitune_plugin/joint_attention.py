@@ -46,11 +46,13 @@ class MixingCache:
         """
         layout = self.reading.layout
         (key_encoded, key_rest, key_copy), (value_encoded, value_rest, value_copy) = map(self._split, (key, value))
-        mixed = getattr(self.module, MIXING)((key_encoded, key_copy), (value_encoded, value_copy), self.reading.adapter)
+        (key_mixed,), (value_mixed,) = getattr(self.module, MIXING)(
+            [(key_encoded, key_copy)], [(value_encoded, value_copy)], self.reading.adapter
+        )
         # Short prompts leave slots of encoded prompts to the first tokens of their answers.
         encoded = layout.documents[0].encoded[:, None, :, None]
-        key_kept = torch.cat([torch.where(encoded, mixed[0], key_encoded), key_rest], dim=2)
-        value_kept = torch.cat([torch.where(encoded, mixed[1], value_encoded), value_rest], dim=2)
+        key_kept = torch.cat([torch.where(encoded, key_mixed, key_encoded), key_rest], dim=2)
+        value_kept = torch.cat([torch.where(encoded, value_mixed, value_encoded), value_rest], dim=2)
         if self.reading.cache is not None:
             in_token_order = (layout.restore(kept.transpose(1, 2)).transpose(1, 2) for kept in (key_kept, value_kept))
             self.reading.cache.update(*in_token_order, layer_idx)

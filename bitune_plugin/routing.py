@@ -25,6 +25,7 @@ import torch
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from transformers import Cache
 
 from .layout import PromptLayout
@@ -70,10 +71,23 @@ class Reading:
         """Notes that an attention module follows this reading."""
         self.seen[attention] = self.seen.get(attention, 0) + 1
 
-    def to(self, device: torch.device, **_: Any) -> Reading:
-        """The reading on another device: accelerate asks for it where a model is spread over several."""
-        return replace(self, layout=self.layout.to(device))
 
+class Sealed:
+    """A reading among the arguments of a module. No dataclass: FSDP2 takes those apart, to cast tensors inside.
+
+    Attributes:
+        reading: `None` outside a reading.
+    """
+
+    def __init__(self, reading: Reading | None) -> None:
+        self.reading = reading
+
+    def to(self, device: torch.device, **_: Any) -> Sealed:
+        """The reading on another device: accelerate asks for it where a model is spread over several."""
+        return self if self.reading is None else Sealed(replace(self.reading, layout=self.reading.layout.to(device)))
+
+
+NO_READING = Sealed(None)
 
 _current: PerThread[Reading] = PerThread()
 
@@ -108,15 +122,57 @@ class FollowingLayer(Extension):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # What checkpointing keeps are the arguments of `forward`.
-        return super().__call__(*args, **kwargs, **{KEYWORD: _current.value})
+        if _current.value is not None and KEYWORD not in kwargs:
+            kwargs[KEYWORD] = Sealed(_current.value)
+        return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with reading_in_progress(kwargs.pop(KEYWORD, None)):
+        reading = kwargs.pop(KEYWORD, NO_READING).reading
+        if reading is _current.value:
             return super().forward(*args, **kwargs)
+        with reading_in_progress(reading):
+            return super().forward(*args, **kwargs)
+
+
+class RecomputedLayer(Extension):
+    """torch's `CheckpointWrapper` around a decoder layer: it calls the layer itself again, not the layer's `forward`,
+    so the reading has to be among its own arguments."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _current.value is not None:
+            kwargs[KEYWORD] = Sealed(_current.value)
+        return super().__call__(*args, **kwargs)
+
+    def named_modules(self, memo: set | None = None, prefix: str = "", *args: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Names without the wrapper's, as torch gives them to parameters. PEFT 0.21.2 looks for these in what it saves,
+        and saves nothing of an adapter whose layers it finds under others."""
+        yield prefix, self
+        yield from self._checkpoint_wrapped_module.named_modules(memo, prefix, *args)
+
+
+def follow_into_checkpoints(backbone: nn.Module) -> None:
+    """Hands the reading on to decoder layers that were wrapped for activation checkpointing, as accelerate does for
+    FSDP2, after the adapter was put on. They lie in a list of the backbone's."""
+    for child in backbone.children():
+        for layer in child.children():
+            if isinstance(layer, ActivationWrapper) and isinstance(_unwrapped(layer), FollowingLayer):
+                extend(layer, RecomputedLayer)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    while isinstance(module, ActivationWrapper):
+        module = module._checkpoint_wrapped_module
+    return module
 
 
 class TwoAdapterLayer(Extension):
     """A PEFT layer: the causal adapter on the causal stream of a reading, the bidirectional one on the other."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # After the prompt a merged layer is its base layer; so many calls of small modules take their time.
+        if self.merged_adapters and _current.value is None and not (self._forward_hooks or self._forward_pre_hooks):
+            return self._modules["base_layer"](*args, **kwargs)
+        return super().__call__(*args, **kwargs)
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Any `tokens` outside a reading, lengthened rows `[R, M, ...]` or `[R, 1, M, ...]` in one.
@@ -126,9 +182,7 @@ class TwoAdapterLayer(Extension):
         """
         reading = _current.value
         if reading is None or reading.share_adapter or reading.stream is Stream.CAUSAL:
-            # PEFT would say the same of a merged layer, after looking at all that could be otherwise.
-            run = self.base_layer if self.merged_adapters and not self.disable_adapters else super().forward
-            return run(tokens, *args, **kwargs)
+            return super().forward(tokens, *args, **kwargs)
         second_name = bidirectional(reading.adapter)
         if reading.stream is Stream.BIDIRECTIONAL:
             second = with_active_adapter(unmerged(self), second_name)
@@ -295,7 +349,17 @@ def extend(module: nn.Module, extension: type[Extension]) -> None:
 def restore(module: nn.Module, extension: type[Extension]) -> None:
     """Takes `extend` back."""
     if isinstance(module, extension):
-        _set_class(module, type(module).__bases__[1])
+        _set_class(module, _without(type(module), extension))
+
+
+def _without(cls: type, extension: type[Extension]) -> type:
+    """The class that `extension` was put in front of; what was put in front of both since, as by FSDP2, stays."""
+    if extension in cls.__bases__:
+        return cls.__bases__[1]
+    bases = tuple(_without(base, extension) if issubclass(base, extension) else base for base in cls.__bases__)
+    # transformers gives every subclass of a decoder layer a `forward` of its own.
+    kept = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__", "forward")}
+    return type(cls.__name__, bases, kept)
 
 
 @cache

@@ -42,6 +42,10 @@ BIDIRECTIONAL = "bidirectional"
 """What stands in the keys of a saved adapter where the inner adapter's name stands in the model."""
 
 
+Pair = tuple[Tensor, Tensor]
+"""The same of the causal and of the bidirectional stream."""
+
+
 class Thetas(nn.ParameterDict):
     """Theta by adapter name. A module that is called, so that accelerate's hooks load what is kept off the device."""
 
@@ -120,11 +124,12 @@ class MixingLayer(nn.Module, BaseTunerLayer):
         self._find_alpha_functions()
 
     def forward(
-        self, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], adapter_name: str
-    ) -> tuple[Tensor, Tensor]:
-        """Mixes causal and bidirectional keys, and values, all `[B, heads, E, head size]`."""
+        self, keys: Sequence[Pair], values: Sequence[Pair], adapter_name: str
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Mixes causal with bidirectional keys, and values, of several sets of documents, all `[D, heads, E, head
+        size]`. All in one call: processes that share out theta must ask for it equally often."""
         alpha_key, alpha_value = self.alphas(adapter_name)
-        return mix(*keys, alpha_key), mix(*values, alpha_value)
+        return [mix(*pair, alpha_key) for pair in keys], [mix(*pair, alpha_value) for pair in values]
 
     def _apply(self, fn: Any, recurse: bool = True) -> MixingLayer:
         # `model.to(bfloat16)` must not round theta: a step of 1e-3 on 0.01 needs more than its 8 bits.

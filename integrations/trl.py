@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
@@ -31,7 +32,7 @@ from bitune_plugin.attention import MIXING
 from bitune_plugin.config import BituneConfig
 from bitune_plugin.forward import plan_ahead
 from bitune_plugin.layout import IGNORED, document_starts, prompt_from_labels
-from bitune_plugin.tuner import BituneModel
+from bitune_plugin.tuner import BituneModel, Thetas
 
 from .trl_data import (
     ASSISTANT_TURNS,
@@ -202,6 +203,11 @@ class BituneSFTTrainer(SFTTrainer):
         return {**inputs, "prompt_layout": plan_ahead(self.accelerator.unwrap_model(model), **layout_inputs)}
 
     # Theta.
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self.accelerator.is_fsdp2 and self.accelerator.state.fsdp_plugin.mixed_precision_policy is not None:
+            _keep_theta_in_float32(self.model, self.accelerator)
+        return super()._prepare_for_training(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The stock optimizer, with theta in a group of its own: its own learning rate, no weight decay."""
@@ -421,6 +427,19 @@ def _start_theta_in_float32(model: BituneModel) -> None:
     for theta in _thetas(model):
         if theta.dtype != torch.float32:
             theta.data = torch.full_like(theta, model.peft_config["default"].theta_init, dtype=torch.float32)
+
+
+def _keep_theta_in_float32(model: nn.Module, accelerator: Accelerator) -> None:
+    """Makes FSDP2 units of theta, before accelerate makes them of all else, which FSDP2 then casts for each forward
+    pass. A theta is too small to be shared out: every process has all of it."""
+    from torch.distributed.device_mesh import init_device_mesh  # not in every build of torch
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    sizes = (accelerator.num_processes, 1)
+    mesh = init_device_mesh(accelerator.device.type, sizes, mesh_dim_names=("replicate", "shard"))
+    for module in model.modules():
+        if isinstance(module, Thetas) and len(module) > 0 and not isinstance(module, FSDPModule):
+            fully_shard(module, mesh=mesh, reshard_after_forward=False)
 
 
 def _alpha_summary(model: BituneModel) -> dict[str, float]:

@@ -183,7 +183,7 @@ def test_keys_and_values_have_each_their_own_theta() -> None:
         layer.theta_key["default"].fill_(0.0)
         layer.theta_value["default"].fill_(0.03)
     keys, values = streams(heads=3), streams(heads=3)
-    mixed_keys, mixed_values = layer(keys, values, "default")
+    (mixed_keys,), (mixed_values,) = layer([keys], [values], "default")
     assert torch.equal(mixed_keys, keys[0])
     torch.testing.assert_close(mixed_values, torch.lerp(*values, 0.75))
 

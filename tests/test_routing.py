@@ -22,6 +22,7 @@ from bitune_plugin.routing import (
     Extension,
     FollowingLayer,
     Reading,
+    Sealed,
     TwoAdapterLayer,
     bidirectional,
     extend,
@@ -334,7 +335,7 @@ def test_a_decoder_layer_follows_the_reading_that_it_was_called_in() -> None:
     with reading_in_progress(reading):
         expected = decoder.linear(tokens)
         assert torch.equal(decoder(tokens), expected)
-    assert torch.equal(decoder.forward(tokens, **{KEYWORD: reading}), expected)
+    assert torch.equal(decoder.forward(tokens, **{KEYWORD: Sealed(reading)}), expected)
 
 
 def test_a_decoder_layer_computed_again_is_plain_if_it_was_whatever_goes_on_around_it() -> None:
