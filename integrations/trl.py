@@ -17,10 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import trl
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
+from packaging.version import Version
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -50,6 +52,9 @@ from .trl_data import (
 )
 
 logger = get_logger(__name__)
+
+SELECTIVE_WORKS = Version(trl.__version__) >= Version("1.17")
+"""TRL 1.16 puts its selective checkpointing where transformers 5.23 no longer looks, in its own trainer too."""
 
 
 @dataclass
@@ -289,6 +294,11 @@ def _check_settings(args: Any, data_collator: Any) -> None:
         if getattr(args, name, None):
             _check_packing(name, args, data_collator)
     _check_parallelism(getattr(args, "parallelism_config", None))
+    if (getattr(args, "gradient_checkpointing_kwargs", None) or {}).get("selective") and not SELECTIVE_WORKS:
+        raise ValueError(
+            f"`gradient_checkpointing_kwargs={args.gradient_checkpointing_kwargs}`: TRL {trl.__version__} hands "
+            "'selective' on to transformers, which does not know it. Leave 'selective' out."
+        )
 
 
 def _check_choice(args: Any, name: str, choices: tuple[str, ...]) -> None:

@@ -277,6 +277,10 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"`max_grad_norm=0\.0` switches all clipping off"):
             trainer(theta_max_grad_norm=1.0, max_grad_norm=0.0)
 
+    def test_selective_checkpointing_that_trl_hands_to_the_wrong_place(self, trainer: Any) -> None:
+        with pytest.raises(ValueError, match=r"'selective': True.*Leave 'selective' out"):
+            trainer(gradient_checkpointing_kwargs={"selective": True, "use_reentrant": False})
+
     def test_an_unknown_truncation_mode(self, trainer: Any) -> None:
         with pytest.raises(ValueError, match="`truncation_mode='middle'`"):
             trainer(truncation_mode="middle")
