@@ -19,7 +19,8 @@ class PerThread(threading.local, Generic[T]):
         value: what holds now; `None` outside every block.
     """
 
-    value: T | None = None
+    def __init__(self) -> None:
+        self.value: T | None = None  # in every thread; an attribute of the class torch.compile would guard the lack of
 
     @contextmanager
     def set(self, value: T | None) -> Iterator[None]:
