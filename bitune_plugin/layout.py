@@ -253,8 +253,10 @@ class _Rearranged(torch.autograd.Function):
     def forward(ctx: Any, states: Tensor, *there_and_back: Tensor) -> Tensor:
         ctx.save_for_backward(*there_and_back)
         index, empty, *_ = there_and_back
-        moved = states.index_select(0, index)
-        return moved.index_fill_(0, empty, 0) if len(empty) else moved
+        moved = states.flatten(1).index_select(0, index)  # three times as fast in two dimensions
+        if len(empty):
+            moved.index_fill_(0, empty, 0)
+        return moved.unflatten(1, states.shape[1:])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -935,9 +935,10 @@ def test_a_compiled_step_is_one_graph_as_with_lora(graphs: list[object]) -> None
 def test_the_mixing_can_be_compiled(graphs: list[object]) -> None:
     """As it is in a model that is compiled as a whole, prompts included."""
     mixing = bitune(tiny(num_hidden_layers=1)).get_base_model().model.layers[0].self_attn.bitune_mixing
-    states = [(torch.ones(1, 2, 3, 8), torch.zeros(1, 2, 3, 8))] * 2
+    states = [[(torch.ones(1, 2, 3, 8), torch.zeros(1, 2, 3, 8))]] * 2
     expected = mixing(*states, "default")
-    assert_close(torch.compile(mixing, backend="eager")(*states, "default")[0], expected[0])
+    (found,), _ = torch.compile(mixing, backend="eager")(*states, "default")
+    assert_close(found, expected[0][0])
 
 
 # --- Architectures with attention of their own ------------------------------------------------------------------------

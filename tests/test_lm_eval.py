@@ -690,21 +690,18 @@ def imagined(encoded: int, seen: tuple[int, ...]) -> tuple[float, ...]:
 def imagined_model(
     input_ids: Tensor, attention_mask: Tensor, prompt_mask: Tensor, completion_index: Tensor | None = None
 ) -> Tensor:
-    """Logits of the answers of each row, as of a model called with `answers_only=True`."""
+    """Logits of the answers, one row behind the other, as of a model called with `answers_only=True`."""
     completion_index = torch.zeros_like(input_ids) if completion_index is None else completion_index
-    rows = []
+    answers = []
     for ids, attended, prompt, index in zip(input_ids, attention_mask, prompt_mask, completion_index, strict=True):
         tokens, parts = ids[attended.bool()].tolist(), index[attended.bool()].tolist()
         encoded = max(int(prompt.sum()) - 1, 0)
         assert prompt.tolist() == [i < prompt.sum() for i in range(len(prompt))]
         assert not any(parts[: encoded + 1])
-        rows.append([])
         for last in range(encoded, len(tokens)):
             seen = [token for token, part in zip(tokens[: last + 1], parts, strict=False) if part in (0, parts[last])]
-            rows[-1].append(imagined(encoded, tuple(seen)))
-    length = max(map(len, rows))
-    nothing = (float("nan"),) * VOCABULARY
-    return torch.tensor([[*row, *[nothing] * (length - len(row))] for row in rows], dtype=torch.float64)
+            answers.append(imagined(encoded, tuple(seen)))
+    return torch.tensor([answers], dtype=torch.float64)
 
 
 def score_in_rows(requests: list[Request], max_length: int, share: bool, batch_size: int) -> list[Score]:
