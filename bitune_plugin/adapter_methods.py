@@ -32,6 +32,11 @@ class AdapterMethods(Extension):
         super().set_adapter(adapter_name)
         self.bitune_tuner.set_adapter(adapter_name)
 
+    def disable_adapters(self) -> None:
+        """Switches Bitune off. See `PeftAdapterMixin.disable_adapters`."""
+        self.bitune_tuner.unmerge_for("disable_adapters")
+        super().disable_adapters()
+
     def enable_adapters(self) -> None:
         """Switches Bitune on again. See `PeftAdapterMixin.enable_adapters`."""
         super().enable_adapters()

@@ -151,7 +151,7 @@ class CausalModel(AdapterMethods):
             return super().__call__(*args, **kwargs)
         # Not in `forward`, which TRL's fused LM head puts its own in place of.
         kwargs = by_name(super().forward, args, kwargs)
-        call = Call(self._prompts_of(kwargs))
+        call = Call(self.prompts_of(kwargs))
         with _call.set(call):
             outputs = super().__call__(**kwargs)
         if not call.reached_backbone:
@@ -162,7 +162,8 @@ class CausalModel(AdapterMethods):
             )
         return outputs
 
-    def _prompts_of(self, kwargs: dict[str, Any]) -> Prompts:
+    def prompts_of(self, kwargs: dict[str, Any]) -> Prompts:
+        """What the arguments of a call say of the prompts; takes those of `Prompts` out of them."""
         prompts = Prompts.taken_from(kwargs)
         labels = kwargs.get("labels")
         if labels is None:
@@ -378,9 +379,7 @@ def _start_reading(architecture: Architecture, prompts: Prompts, kwargs: dict[st
         if prompts.prompt_mask is not None:
             _check_unread(past)
         return None
-    layout = prompts.prompt_layout
-    if layout is None:
-        layout = _plan(architecture, prompts, kwargs)
+    layout = _plan(architecture, prompts, kwargs) if prompts.prompt_layout is None else _planned(prompts, kwargs)
     # In training the second adapter takes part all the same: processes that share the work wait for its gradients.
     if layout is None or (layout.plain and not (prompts.answers_only or torch.is_grad_enabled())):
         return None
@@ -394,13 +393,8 @@ def _start_reading(architecture: Architecture, prompts: Prompts, kwargs: dict[st
         cache = None
     if generation is not None:
         generation.cache = cache
-    mixing = getattr(architecture.attentions[0], MIXING)
-    if mixing.merged and architecture.backbone.training and torch.is_grad_enabled():
-        raise ValueError(
-            "The adapter is merged into the weights (`merge_adapter`), where it cannot be trained. Call "
-            "`unmerge_adapter()` before training, or `model.eval()`."
-        )
-    settings = mixing.settings[adapter]
+    _check_trainable(architecture)
+    settings = getattr(architecture.attentions[0], MIXING).settings[adapter]
     settings.unused = False
     return Reading(
         layout,
@@ -409,6 +403,15 @@ def _start_reading(architecture: Architecture, prompts: Prompts, kwargs: dict[st
         share_adapter=settings.share_adapter,
         cache=cache,
     )
+
+
+def _check_trainable(architecture: Architecture) -> None:
+    merged = getattr(architecture.attentions[0], MIXING).merged
+    if merged and architecture.backbone.training and torch.is_grad_enabled():
+        raise ValueError(
+            "The adapter is merged into the weights (`merge_adapter`), where it cannot be trained. Call "
+            "`unmerge_adapter()` before training, or `model.eval()`."
+        )
 
 
 def _check_several_completions(architecture: Architecture, cache: Cache | None) -> None:
@@ -466,14 +469,14 @@ def plan_ahead(model: nn.Module, **inputs: Any) -> PromptLayout | None:
 
     Args:
         model: a causal language model with a Bitune adapter, or a PeftModel around it.
-        inputs: what the model will be called with: `input_ids` or `inputs_embeds`, `prompt_mask`, and perhaps
-            `attention_mask` and `position_ids`.
+        inputs: what the model will be called with: `input_ids` or `inputs_embeds`, `prompt_mask` or `labels`, and
+            perhaps `attention_mask` and `position_ids`.
 
     Raises:
         LayoutError: it cannot be told where a prompt ends.
     """
-    architecture = next(each for each in model.modules() if isinstance(each, CausalModel)).bitune_architecture
-    return _plan(architecture, Prompts.taken_from(inputs), inputs)
+    causal_model = next(each for each in model.modules() if isinstance(each, CausalModel))
+    return _plan(causal_model.bitune_architecture, causal_model.prompts_of(inputs), inputs)
 
 
 def _plan(architecture: Architecture, prompts: Prompts, kwargs: dict[str, Any]) -> PromptLayout | None:
@@ -503,6 +506,17 @@ def _plan(architecture: Architecture, prompts: Prompts, kwargs: dict[str, Any]) 
         _starts(prompts, kwargs, attention_mask),
         rows_apart=architecture.does_own_arithmetic,
     )
+
+
+def _planned(prompts: Prompts, kwargs: dict[str, Any]) -> PromptLayout:
+    """The layout that was made ahead. Raises LayoutError if it is for a batch of another shape."""
+    tokens, layout = _tokens(kwargs), prompts.prompt_layout
+    if layout.shape != tuple(tokens.shape[:2]):
+        raise LayoutError(
+            f"`prompt_layout` is for {list(layout.shape)} rows and tokens, but the input has "
+            f"{list(tokens.shape[:2])}. Make it of the same batch: `plan_ahead(model, **inputs)`."
+        )
+    return layout.to(tokens.device)
 
 
 def _starts(prompts: Prompts, kwargs: dict[str, Any], attention_mask: Tensor | None) -> Tensor | None:

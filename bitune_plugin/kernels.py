@@ -59,10 +59,10 @@ def flex_attention(module: nn.Module, kwargs: dict[str, Any], *states: Any) -> A
 
 
 class Packing(NamedTuple):
-    """The tokens of a group without the free slots between them, row after row.
+    """The tokens of a group without the free slots between them, document after document.
 
     Attributes:
-        queries, keys: int64, where they are in `[B * slots]`.
+        queries, keys: int64, where they are in `[D * slots]`.
         lengths: the keywords under which flash attention takes the lengths of rows.
     """
 
@@ -127,7 +127,7 @@ def _pack(seen: Sight) -> Packing:
 
 
 def _take(states: Tensor, index: Tensor) -> Tensor:
-    """`[B, heads, slots, head size]` to `[1, heads, tokens, head size]`."""
+    """`[D, heads, slots, head size]` to `[1, heads, tokens, head size]`."""
     return states.transpose(1, 2).flatten(0, 1)[index].transpose(0, 1)[None]
 
 

@@ -14,7 +14,8 @@ One forward pass carries both readings, where the authors' code runs the model t
     positions   [   0 ... T-1     |          0 ... P-2         ]
 
 Documents that are all alike keep a row each. Others stand one behind the other in a single row, without any padding,
-all copies behind all documents: only attention, which must keep documents apart, gives each its own slots again.
+all copies behind all documents: only attention, which must keep documents apart, gives each its own slots again. For
+models whose attention cannot be asked that way each has a padded row (`rows_apart`).
 """
 
 from __future__ import annotations
@@ -130,10 +131,11 @@ class PromptLayout:
         return states[:, : self.tokens].flatten(0, 1).index_select(0, self.answers)[None]
 
     def answer_labels(self, labels: Tensor) -> Tensor:
-        """Labels for `answers_of`: `[B, T]` to `[1, n]`. The first token of a document follows nothing, so it counts
-        for no loss."""
-        positions = self.positions.expand(len(self.source), -1)
-        return self.answers_of(self.lengthen(labels).masked_fill(positions == 0, IGNORED))
+        """Labels for `answers_of`: `[B, T]` to `[1, n]`. What predicts the first token of an answer is not among them,
+        so it counts for no loss."""
+        positions = self.answers_of(self.positions.expand(len(self.source), -1))
+        goes_on = nn.functional.pad(self.answers.diff() == 1, (1, 0))[None]
+        return self.answers_of(self.lengthen(labels)).masked_fill((positions == 0) | ~goes_on, IGNORED)
 
     def parts(self, states: Tensor) -> list[Parts]:
         """Takes documents out of lengthened rows: `[R, heads, M, size]` to `[D, heads, slots, size]` for each of
@@ -156,6 +158,7 @@ class PromptLayout:
         return rearrange(slots, self.to_tokens, self.to_slots)[None]
 
 
+@torch.compiler.disable
 def plan(
     prompt_mask: Tensor,
     attention_mask: Tensor | None = None,
@@ -181,12 +184,15 @@ def plan(
             order.
     """
     device, shape = prompt_mask.device, tuple(prompt_mask.shape)
-    # On the host, where Python must know the lengths anyhow: one transfer there, one back.
-    tokens = _Tokens.of(*(None if mask is None else mask.cpu() for mask in (prompt_mask, attention_mask, starts)))
+    # On the host, in one transfer, as Python must know the lengths anyhow.
+    attended = torch.ones_like(prompt_mask) if attention_mask is None else attention_mask.bool()
+    masks = torch.stack([prompt_mask, attended, _with_first_of_rows(starts, attended)])
+    prompt_mask, attended, starts = masks.cpu().unbind()
+    tokens = _Tokens.of(prompt_mask, attended, starts)
     if len(tokens.present) == 0:
         return None
     if completion_index is not None:
-        tokens = tokens.with_completions(completion_index.cpu(), prompt_mask.cpu())
+        tokens = tokens.with_completions(completion_index.cpu(), prompt_mask)
     if tokens.all_alike and (len(tokens.length), len(tokens.present)) == (shape[0], shape[0] * shape[1]):
         layout = _rows_kept(tokens, shape)
     elif rows_apart:
@@ -300,9 +306,8 @@ class _Tokens:
     completion_index: Tensor | None = None
 
     @classmethod
-    def of(cls, prompt_mask: Tensor, attention_mask: Tensor | None, starts: Tensor | None) -> _Tokens:
-        attended = torch.ones_like(prompt_mask) if attention_mask is None else attention_mask.bool()
-        starts = _with_first_of_rows(starts, attended)
+    def of(cls, prompt_mask: Tensor, attended: Tensor, starts: Tensor) -> _Tokens:
+        """All bool `[B, T]`. Raises LayoutError for prompts in several parts."""
         present = attended.flatten().nonzero().flatten()
         starts_here = starts.flatten()[present]
         first = starts_here.nonzero().flatten()

@@ -66,16 +66,21 @@ class Sight:
         queries, keys: bool `[D, Q]` and `[D, K]`, True where a slot holds a token.
         causal: of the tokens of a document, in order, the last query sees all keys, the one before it all but the
             last, ...; if False, each sees all. `None` where it is neither.
-        mask: bool `[D or 1, 1, Q or 1, K]`, True where a query sees a key; `None` where `causal` says it all.
         reach: how far queries see; `mask` has it in it, `causal` has not.
+        make_mask: makes `mask`, which not every kernel wants.
     """
 
     queries: Tensor
     keys: Tensor
     causal: bool | None
-    mask: Tensor | None
     reach: Reach | None
+    make_mask: Callable[[], Tensor | None]
     _made: Made = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """bool `[D or 1, 1, Q or 1, K]`, True where a query sees a key; `None` where `causal` says it all."""
+        return self.form("mask", self.make_mask)
 
     def dense(self) -> Tensor:
         """The mask, written out where `causal` says it all: bool `[D or 1, 1, Q or 1, K]`."""
@@ -193,9 +198,9 @@ class Documents:
         both = torch.cat([self.encoded, self.answer], dim=1)
         one_completion = True if self.completion_index is None else None
         return (
-            Sight(self.encoded, self.encoded, True, self.encoded_mask(reach), reach),
-            Sight(self.encoded, self.encoded, causal, self.copy_mask(reach, causal), reach),
-            Sight(self.answer, both, one_completion, self.answer_mask(reach), reach),
+            Sight(self.encoded, self.encoded, True, reach, lambda: self.encoded_mask(reach)),
+            Sight(self.encoded, self.encoded, causal, reach, lambda: self.copy_mask(reach, causal)),
+            Sight(self.answer, both, one_completion, reach, lambda: self.answer_mask(reach)),
         )
 
     def _filled(self, slots: Tensor) -> Tensor:
@@ -229,12 +234,12 @@ class Documents:
         documents = max(own.shape[0], prompt.shape[0])
         return torch.cat([prompt.expand(documents, -1, -1), own.expand(documents, -1, -1)], dim=2)[:, None]
 
-    def _joint_mask(self, tokens: int, reach: Reach | None, causal: bool) -> Tensor:
+    def _joint_mask(self, length: int, reach: Reach | None, causal: bool) -> Tensor:
         rows = 1 if self.alike and self.completion_index is None else len(self)
         size = self.encoded.shape[1]
         encoded_length = self.encoded[:rows].sum(dim=1, keepdim=True)
         lengths = encoded_length + self.answer[:rows].sum(dim=1, keepdim=True)
-        query, key = _pairs(tokens, self.encoded.device)
+        query, key = _pairs(length, self.encoded.device)
         encoded = key < encoded_length
         answer = (key < lengths) & ~encoded
         place, own = key.expand(rows, -1), answer[:, None, :] & (query >= key)
@@ -249,8 +254,8 @@ class Documents:
         padding = (key >= lengths)[:, :, None] & (query == key)
         from_mixture = answer[:, :, None] & (encoded[:, None, :] | own) & near
         copy = self.sights(reach, causal)[1].dense().expand(rows, 1, size, size)[:, 0]
-        first = torch.cat([causally | padding, causally.new_zeros(rows, tokens, size), from_mixture], dim=2)
-        return torch.cat([first, nn.functional.pad(copy, (tokens, tokens))], dim=1)[:, None]
+        first = torch.cat([causally | padding, causally.new_zeros(rows, length, size), from_mixture], dim=2)
+        return torch.cat([first, nn.functional.pad(copy, (length, length))], dim=1)[:, None]
 
 
 def _pairs(size: int, device: torch.device) -> tuple[Tensor, Tensor]:

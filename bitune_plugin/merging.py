@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
-from torch import Tensor
+from torch import Tensor, nn
 
 from .routing import UNMERGED, bidirectional, is_plain_lora
 
@@ -36,7 +36,7 @@ def merge(layer: BaseTunerLayer, adapter_name: str, safe_merge: bool = False) ->
     device = "cpu" if is_plain_lora(layer, *names) else None
     with onload_layer(layer):
         base = layer.get_base_layer()
-        kept = {name: p.detach().to(device=device or p.device, copy=True) for name, p in base.named_parameters()}
+        kept = {name: p.detach().to(device=device or p.device, copy=True) for name, p in _parameters(base)}
         layer.merge(safe_merge=safe_merge, adapter_names=[adapter_name])
         setattr(layer, UNMERGED, kept)
 
@@ -47,9 +47,13 @@ def unmerge(layer: BaseTunerLayer) -> None:
     if kept is None:
         return
     with onload_layer(layer), torch.no_grad():
-        for name, parameter in layer.get_base_layer().named_parameters():
+        for name, parameter in _parameters(layer.get_base_layer()):
             parameter.copy_(kept[name])
     layer.merged_adapters.clear()
+
+
+def _parameters(base_layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return base_layer.named_parameters(recurse=False)
 
 
 def not_mergeable(layers: dict[str, BaseTunerLayer]) -> Iterator[str]:
@@ -57,5 +61,7 @@ def not_mergeable(layers: dict[str, BaseTunerLayer]) -> Iterator[str]:
     for name, layer in layers.items():
         if isinstance(layer, ParamWrapper):
             yield f"{name} adapts parameters of a module (`target_parameters`)"
-        elif not all(p.is_floating_point() and type(p.data) is Tensor for p in layer.get_base_layer().parameters()):
-            yield f"{name} is quantised"
+        elif any(True for _ in layer.get_base_layer().children()):
+            yield f"{name} adapts a module of several parts"
+        elif not all(p.is_floating_point() and type(p.data) is Tensor for _, p in _parameters(layer.get_base_layer())):
+            yield f"{name} is quantised, or shared out among processes"

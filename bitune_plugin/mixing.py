@@ -38,7 +38,7 @@ def mix(causal: Tensor, bidirectional: Tensor, alpha: Tensor | None) -> Tensor:
     """Mixes keys with keys, or values with values, in float32.
 
     Args:
-        causal, bidirectional: `[B, key/value heads, E, head size]`.
+        causal, bidirectional: `[D, key/value heads, E, head size]`.
         alpha: `[1]` or `[key/value heads]`; `None` keeps only the bidirectional features.
 
     Returns:

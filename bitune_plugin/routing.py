@@ -25,7 +25,6 @@ import torch
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from transformers import Cache
 
 from .layout import PromptLayout
@@ -33,6 +32,9 @@ from .per_thread import PerThread
 
 UNMERGED = "_bitune_unmerged"
 """Attribute of a merged PEFT layer (see `merging.py`): the parameters of its base layer from before, by name."""
+
+WRAPPED = "_checkpoint_wrapped_module"
+"""What torch's `CheckpointWrapper` calls the module inside. Not every build of torch has the class."""
 
 KEYWORD = "bitune_reading"
 """The keyword under which a decoder layer is given the reading that it is part of."""
@@ -147,7 +149,7 @@ class RecomputedLayer(Extension):
         """Names without the wrapper's, as torch gives them to parameters. PEFT 0.21.2 looks for these in what it saves,
         and saves nothing of an adapter whose layers it finds under others."""
         yield prefix, self
-        yield from self._checkpoint_wrapped_module.named_modules(memo, prefix, *args)
+        yield from getattr(self, WRAPPED).named_modules(memo, prefix, *args)
 
 
 def follow_into_checkpoints(backbone: nn.Module) -> None:
@@ -155,14 +157,11 @@ def follow_into_checkpoints(backbone: nn.Module) -> None:
     FSDP2, after the adapter was put on. They lie in a list of the backbone's."""
     for child in backbone.children():
         for layer in child.children():
-            if isinstance(layer, ActivationWrapper) and isinstance(_unwrapped(layer), FollowingLayer):
+            wrapped = getattr(layer, WRAPPED, None)
+            while hasattr(wrapped, WRAPPED):
+                wrapped = getattr(wrapped, WRAPPED)
+            if isinstance(wrapped, FollowingLayer):
                 extend(layer, RecomputedLayer)
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    while isinstance(module, ActivationWrapper):
-        module = module._checkpoint_wrapped_module
-    return module
 
 
 class TwoAdapterLayer(Extension):
@@ -184,7 +183,11 @@ class TwoAdapterLayer(Extension):
         if reading is None or reading.share_adapter or reading.stream is Stream.CAUSAL:
             return super().forward(tokens, *args, **kwargs)
         second_name = bidirectional(reading.adapter)
+        plain = not args and not kwargs and is_plain_lora(self, reading.adapter, second_name)
         if reading.stream is Stream.BIDIRECTIONAL:
+            if self.merged and plain:
+                flat = tokens.reshape(1, -1, tokens.shape[-1])
+                return both_loras(self, flat, 0, reading.adapter, second_name).view(*tokens.shape[:-1], -1)
             second = with_active_adapter(unmerged(self), second_name)
             return super(TwoAdapterLayer, second).forward(tokens, *args, **kwargs)
         layout = reading.layout
@@ -196,7 +199,7 @@ class TwoAdapterLayer(Extension):
                 f"[rows, {layout.length}, ...]: it cannot tell which token belongs to which stream. Leave this module "
                 "out of the adapter's `target_modules` (`exclude_modules=...`)."
             )
-        if tokens.dim() == 3 and not args and not kwargs and is_plain_lora(self, reading.adapter, second_name):
+        if tokens.dim() == 3 and plain:
             return both_loras(self, tokens, layout.tokens, reading.adapter, second_name)
         return torch.cat(list(_on_each_part(self.forward, reading, tokens, *args, **kwargs)), dim=1)
 
@@ -268,8 +271,10 @@ def unmerged(layer: BaseTunerLayer) -> BaseTunerLayer:
     if not layer.merged:
         return layer
     base = layer.get_base_layer()
-    kept = {name: nn.Parameter(value.to(base.weight.device), False) for name, value in vars(layer)[UNMERGED].items()}
-    view = with_attributes(base, _parameters={**base._parameters, **kept})
+    # As the weights are now: the model may have moved, or changed its dtype.
+    now = base._parameters
+    kept = {name: nn.Parameter(value.to(now[name]), False) for name, value in vars(layer)[UNMERGED].items()}
+    view = with_attributes(base, _parameters={**now, **kept})
     return with_attributes(layer, merged_adapters=[], _modules={**layer._modules, "base_layer": view})
 
 

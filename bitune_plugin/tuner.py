@@ -217,7 +217,7 @@ class BituneModel(BaseTuner):
         config = self.peft_config[adapter_name]
         self._check_new_adapter(adapter_name, config)
         if self.inner is not None:
-            self._unmerge_before("add_adapter")
+            self.unmerge_for("add_adapter")
         self._leave_out_unadaptable(config.causal_config())
         # Remembered for `unload`: the inner tuner freezes the model.
         if self.inner is None:
@@ -243,7 +243,7 @@ class BituneModel(BaseTuner):
             ValueError: several adapters at once; Bitune has no meaning for their sum.
         """
         names = self.check_one(adapter_name)
-        self._unmerge_before("set_adapter")
+        self.unmerge_for("set_adapter")
         super().set_adapter(names, inference_mode=inference_mode)
         self.inner.active_adapter = names
         peft_set_requires_grad(self.model, [bidirectional(name) for name in names], not inference_mode)
@@ -264,7 +264,7 @@ class BituneModel(BaseTuner):
         """Removes an adapter, both its streams. See `BaseTuner.delete_adapter`."""
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist. There are: {', '.join(self.peft_config)}.")
-        self._unmerge_before("delete_adapter")
+        self.unmerge_for("delete_adapter")
         was_active = adapter_name in self.active_adapters
         for layer in self._tuner_layers():
             layer.delete_adapter(bidirectional(adapter_name))
@@ -303,6 +303,8 @@ class BituneModel(BaseTuner):
             ValueError: another adapter than the active one, or a layer that cannot be merged.
         """
         (active,) = self.active_adapters
+        if not all(mixing.is_on for mixing in self._mixing_layers()):
+            raise ValueError("The adapter is switched off (`disable_adapter`). Merge it when it is on again.")
         if adapter_names is not None and list(adapter_names) != [active]:
             raise ValueError(
                 f"`adapter_names={adapter_names}`: the adapter that is merged must be the active one, {active!r}. Call "
@@ -334,7 +336,8 @@ class BituneModel(BaseTuner):
         for layer in self._tuner_layers():
             unmerge(layer)
 
-    def _unmerge_before(self, action: str) -> None:
+    def unmerge_for(self, action: str) -> None:
+        """Unmerges, with a warning, before something that does not go with a merged adapter."""
         if any(mixing.merged for mixing in self._mixing_layers()):
             warnings.warn(f"The adapter is merged. It is unmerged first, for `{action}`.", stacklevel=4)
             self.unmerge_adapter()
@@ -356,7 +359,7 @@ class BituneModel(BaseTuner):
                 "`PeftModel.from_pretrained`; `merge_adapter()` makes decoding as fast as the bare model's, and "
                 "`unload()` gives the base model back."
             )
-        self._unmerge_before("unload")
+        self.unmerge_for("unload")
         detach(self.model, self.architecture)
         del self.model.bitune_tuner
         for block in self.architecture.flattening_blocks():
@@ -373,7 +376,7 @@ class BituneModel(BaseTuner):
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         if not enabled:
-            self._unmerge_before("disable_adapter")
+            self.unmerge_for("disable_adapter")
         super()._enable_adapter_layers(enabled)
         if enabled:
             peft_set_requires_grad(self.model, [bidirectional(name) for name in self.active_adapters], True)

@@ -33,7 +33,7 @@ from trl.trainer.utils import global_then_local_main_first
 from bitune_plugin.attention import MIXING
 from bitune_plugin.config import BituneConfig
 from bitune_plugin.forward import plan_ahead
-from bitune_plugin.layout import IGNORED, document_starts, prompt_from_labels
+from bitune_plugin.layout import IGNORED
 from bitune_plugin.tuner import BituneModel, Thetas
 
 from .trl_data import (
@@ -127,6 +127,7 @@ class BituneSFTTrainer(SFTTrainer):
             _check_text(columns, arguments.get("processing_class"), "train")
         super().__init__(**arguments)
         _check_parallelism(self.accelerator.parallelism_config)
+        _check_theta_clip(self.args, self.accelerator.distributed_type)
         self.data_collator = PromptCollator(self.data_collator)
         if arguments["peft_config"] is not None:
             _start_theta_in_float32(self.model.base_model)
@@ -194,18 +195,10 @@ class BituneSFTTrainer(SFTTrainer):
 
     def _with_layout(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         """Says what is prompt. TRL calls the model without labels in places, and the prompt must not depend on them."""
-        prompt_mask = inputs.get("prompt_mask")
-        if prompt_mask is None and inputs.get("labels") is None:
+        known = inputs.get("prompt_mask") is not None or inputs.get("labels") is not None
+        if not known or isinstance(model, nn.DataParallel):  # which splits the rows of tensors alone
             return inputs
-        if prompt_mask is None:
-            padding_mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
-            starts = None if positions is None else document_starts(positions, padding_mask)
-            prompt_mask = prompt_from_labels(inputs["labels"], padding_mask, starts)
-        inputs = {**inputs, "prompt_mask": prompt_mask}
-        if isinstance(model, nn.DataParallel):  # which splits the rows of tensors alone
-            return inputs
-        layout_inputs = {k: v for k, v in inputs.items() if k != "labels"}
-        return {**inputs, "prompt_layout": plan_ahead(self.accelerator.unwrap_model(model), **layout_inputs)}
+        return {**inputs, "prompt_layout": plan_ahead(self.accelerator.unwrap_model(model), **inputs)}
 
     # Theta.
 
@@ -232,11 +225,6 @@ class BituneSFTTrainer(SFTTrainer):
         theta_norm = getattr(self.args, "theta_max_grad_norm", None)
         if theta_norm is None:
             return super()._clip_grad_norm(model)
-        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise ValueError(
-                f"`theta_max_grad_norm={theta_norm}` is not supported with {self.accelerator.distributed_type.value}, "
-                "which clips sharded gradients by itself. Leave it unset."
-            )
         thetas = _thetas(model)
         norms = [
             self.accelerator.clip_grad_norm_(_without(thetas, model.parameters()), self.args.max_grad_norm),
@@ -256,12 +244,13 @@ def answers_only(inputs: dict[str, Any]) -> dict[str, Any]:
     small model, then skips prompts and padding. Leaves a batch alone in which prompt tokens count for the loss.
 
     Args:
-        inputs: a batch with `labels` and `prompt_mask`, each `[B, T]`, and `prompt_layout`.
+        inputs: a batch with `labels`, `[B, T]`, and `prompt_layout`.
     """
     labels, layout = inputs["labels"], inputs["prompt_layout"]
-    if layout is None or ((labels != IGNORED) & inputs["prompt_mask"]).any():
+    of_answers = layout.answer_labels(labels)
+    if (labels != IGNORED).sum() != (of_answers != IGNORED).sum():
         return inputs
-    return {**inputs, "labels": layout.answer_labels(labels), "answers_only": True}
+    return {**inputs, "labels": of_answers, "answers_only": True}
 
 
 def _bitune_config(model: Any, peft_config: PeftConfig | None) -> PeftConfig | None:
@@ -314,6 +303,15 @@ def _check_packing(name: str, args: Any, data_collator: Any) -> None:
         raise ValueError(
             f"`{name}=True` came with a `data_collator` ({type(data_collator).__name__}), which cannot know the "
             f"documents of a packed row. Leave `data_collator` out, or set `{name}=False`."
+        )
+
+
+def _check_theta_clip(args: Any, kind: DistributedType) -> None:
+    norm = getattr(args, "theta_max_grad_norm", None)
+    if norm is not None and kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            f"`theta_max_grad_norm={norm}` is not supported with {kind.value}, which clips sharded gradients by "
+            "itself. Leave it unset."
         )
 
 

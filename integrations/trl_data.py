@@ -176,7 +176,7 @@ def document_lengths(sample: dict[str, Any]) -> list[int] | None:
     positions = sample.get("position_ids")
     if positions is None:
         return None
-    starts = [i for i, position in enumerate(positions) if i == 0 or position != positions[i - 1] + 1]
+    starts = [i for i, position in enumerate(positions) if i == 0 or position <= positions[i - 1]]
     return [stop - start for start, stop in pairwise([*starts, len(positions)])]
 
 
@@ -241,7 +241,7 @@ def _tell_documents(sample: dict[str, Any]) -> dict[str, list[int] | None]:
 @dataclass
 class StreamFilter:
     """Filters a stream, whose end nobody waits for: warns of the first sample that it leaves out, and again whenever
-    there are ten times as many.
+    there are ten times as many. What is read again, in another epoch or for its columns, counts again.
 
     Args:
         keep: whether to keep a sample.
@@ -285,7 +285,7 @@ class PromptCollator:
         """
         masks = [sample.get(PROMPT_MASK) for sample in samples]
         batch = self._collate([{k: v for k, v in sample.items() if k != PROMPT_MASK} for sample in samples])
-        if PROMPT_MASK not in batch and None not in masks:
+        if PROMPT_MASK not in batch and all(mask is not None for mask in masks):
             batch[PROMPT_MASK] = _placed(masks, batch["input_ids"], batch.get("attention_mask"))
         return batch
 

@@ -62,3 +62,10 @@ def test_batches_of_other_lengths_do_not_compile_anew() -> None:
         step(compiled, model, batch(samples(*lengths)))
         graphs.append(counter.frame_count)
     assert graphs[1:] == [2, 2, 2, 2]  # the first for its own lengths, the second for all
+
+
+def test_a_batch_without_a_layout_breaks_the_graph_where_it_is_made_and_nowhere_else() -> None:
+    model, rows = bitune(tiny(num_hidden_layers=1)).train(), batch(samples((9, 5), (12, 7)))
+    explained = torch._dynamo.explain(model)(**rows.inputs, use_cache=False)
+    assert 1 <= explained.graph_break_count <= 2
+    assert all("plan" in str(reason.reason) + str(reason.user_stack) for reason in explained.break_reasons)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from agreement import assert_answers_agree, assert_logits_agree
 from bitune_plugin import BituneConfig
-from helpers import SHAPES, batch, bitune, lora, packed, samples, tokens, unharmed, with_oracle
+from helpers import SHAPES, assert_close, batch, bitune, lora, packed, samples, tokens, unharmed, with_oracle
 from models import ARCHITECTURES, tiny
 from zoo import tiny_of
 
@@ -153,10 +153,45 @@ def test_adapters_of_parameters_are_refused() -> None:
         model.merge_adapter()
 
 
+@torch.no_grad()
 def test_decoding_goes_on_from_a_cache_across_a_merge() -> None:
     model = bitune()
-    ids = tokens(9)[None]
-    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-    expected = model.generate(ids, **settings)
+    ids, token = tokens(9)[None], torch.tensor([[7]])
+    expected = model(input_ids=token, past_key_values=model(input_ids=ids, use_cache=True).past_key_values).logits
+    cache = model(input_ids=ids, use_cache=True).past_key_values
     model.merge_adapter()
-    assert torch.equal(model.generate(ids, **settings), expected)
+    assert_close(model(input_ids=token, past_key_values=cache).logits, expected)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
+def test_a_merged_model_may_change_its_dtype(adapter: PeftConfig) -> None:
+    model, rows = bitune(adapter=copy.deepcopy(adapter)), batch(samples(*SHAPES))
+    model.merge_adapter()
+    expected = model(**rows.inputs).logits
+    found = model.to(torch.bfloat16)(**rows.inputs).logits
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).abs().mean() < 0.05
+
+
+def test_an_adapter_that_is_switched_off_is_not_merged() -> None:
+    model = bitune()
+    with model.disable_adapter(), unharmed(model), pytest.raises(ValueError, match="switched off"):
+        model.merge_adapter()
+
+
+def test_adapters_put_on_by_transformers_are_merged_and_switched_off_too() -> None:
+    base, ids = tiny(), tokens(9)[None]
+    expected = base(input_ids=ids).logits
+    base.add_adapter(BituneConfig(adapter=lora(init_lora_weights=False)))
+    base.bitune_tuner.merge_adapter()
+    assert not torch.allclose(base(input_ids=ids).logits, expected, atol=0.1)
+    with pytest.warns(UserWarning, match="is merged. It is unmerged first, for `disable_adapters`"):
+        base.disable_adapters()
+    assert torch.equal(base(input_ids=ids).logits, expected)
+
+
+def test_experts_of_a_merged_model_take_no_weights_from_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, oracle = with_oracle("qwen2_moe")
+    model.merge_adapter()
+    monkeypatch.setattr("bitune_plugin.routing.UNMERGED", "nothing of this name")
+    assert_answers_agree(model, oracle)

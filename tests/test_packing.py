@@ -135,6 +135,21 @@ def test_a_layout_made_ahead_says_the_same() -> None:
     assert torch.equal(model(**inputs, prompt_layout=layout).logits, model(**rows.inputs).logits)
 
 
+def test_a_layout_made_ahead_knows_the_prompt_from_labels() -> None:
+    model, rows = bitune(), packed(LONG_AND_SHORT)
+    labels = rows.input_ids.masked_fill(rows.prompt_mask, -100)
+    inputs = {"input_ids": rows.input_ids, "position_ids": rows.position_ids, "labels": labels}
+    loss = model(**inputs, prompt_layout=plan_ahead(model, **inputs)).loss
+    assert torch.equal(loss, model(**inputs).loss)
+
+
+def test_a_layout_of_another_batch_is_refused() -> None:
+    model = bitune()
+    layout = plan_ahead(model, **batch(samples((9, 5), (7, 3))).inputs)
+    with unharmed(model), pytest.raises(LayoutError, match=r"`prompt_layout` is for \[2, 9\].*has \[1, 9\]"):
+        model(input_ids=tokens(9)[None], prompt_layout=layout)
+
+
 def test_no_text_follows_several_documents() -> None:
     model, rows = bitune(), packed(samples((9, 5), (7, 3)))
     with pytest.raises(LayoutError, match=r"`position_ids` start again.*`use_cache=False`"):

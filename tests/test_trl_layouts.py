@@ -59,10 +59,6 @@ class TestExact:
         assert "prompt_mask" not in batch
         assert len(list(documents(batch))) > 3
 
-    def test_nothing_warns_of_flash_attention(self, trainer: Any, caplog: pytest.LogCaptureFixture) -> None:
-        trainer(**PACKED["bfd"])
-        assert "attention" not in caplog.text
-
     def test_accumulated_rows_of_unequal_length(self, trainer: Any) -> None:
         settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
         assert len(assert_exact(trainer(**ONE_STEP, **PACKED["bfd"], **settings))) == 4

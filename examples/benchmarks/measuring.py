@@ -78,7 +78,8 @@ def run_benchmark(arguments: argparse.Namespace, benchmark: Benchmark) -> None:
         return
     restart_with_fast_malloc()
     results: list[Result] = json.loads(arguments.json.read_text()) if _resumes(arguments) else []
-    done = {(result["model"], result["shape"]) for result in results}
+    same = [r for r in results if (r["device"], r["dtype"]) == (arguments.device, arguments.dtype)]
+    done = {(result["model"], result["shape"]) for result in same}
     for model in arguments.models:
         for shape in arguments.shapes:
             if (model, shape) not in done:

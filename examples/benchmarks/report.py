@@ -265,7 +265,10 @@ def draw(benchmark: str, results: list[Result], stem: Path) -> None:
 
 
 def with_tables(readme: str, tables: Mapping[str, str]) -> str:
-    """A README with the tables in their places; a table without a place is left out."""
+    """A README with the tables in their places. Raises ValueError for a table without a place."""
+    without = [name for name in tables if f"<!-- benchmark: {name} -->" not in readme]
+    if without:
+        raise ValueError(f"The README has no place for {', '.join(without)}: add `<!-- benchmark: NAME -->`.")
 
     def replaced(match: re.Match[str]) -> str:
         start, name, end = match.groups()
