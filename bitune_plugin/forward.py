@@ -240,7 +240,9 @@ class CausalModel(AdapterMethods):
             "inputs_embeds": inputs_embeds,
         }
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        return inputs if _holds_tokens(past_key_values) else {**inputs, "attention_mask": attention_mask}
+        if _holds_tokens(past_key_values) or active_adapter(self.bitune_architecture) is None:
+            return inputs
+        return {**inputs, "attention_mask": attention_mask}
 
     def _prefill(
         self,
@@ -380,8 +382,9 @@ def _start_reading(architecture: Architecture, prompts: Prompts, kwargs: dict[st
             _check_unread(past)
         return None
     layout = _plan(architecture, prompts, kwargs) if prompts.prompt_layout is None else _planned(prompts, kwargs)
-    # In training the second adapter takes part all the same: processes that share the work wait for its gradients.
-    if layout is None or (layout.plain and not (prompts.answers_only or torch.is_grad_enabled())):
+    if layout is None or (layout.plain and not _must_read(prompts, past)):
+        if generation is not None:
+            generation.cache = past
         return None
     _check_outputs(architecture, kwargs)
     _use_attention_of_bitune(architecture)
@@ -403,6 +406,13 @@ def _start_reading(architecture: Architecture, prompts: Prompts, kwargs: dict[st
         share_adapter=settings.share_adapter,
         cache=cache,
     )
+
+
+def _must_read(prompts: Prompts, past: Cache | None) -> bool:
+    """Whether to go the way of a reading where an ordinary forward pass would say the same."""
+    # In training the second adapter takes part all the same: processes that share the work wait for its gradients. And
+    # the mask that comes with a static cache is not what a model wants in an ordinary forward pass.
+    return prompts.answers_only or torch.is_grad_enabled() or getattr(past, "is_compileable", False)
 
 
 def _check_trainable(architecture: Architecture) -> None:
@@ -534,6 +544,11 @@ def _starts(prompts: Prompts, kwargs: dict[str, Any], attention_mask: Tensor | N
         raise LayoutError(
             f"`position_ids` has shape {list(position_ids.shape)}; Bitune supports one position per token, [rows, "
             "tokens]."
+        )
+    if position_ids.shape[1] != _tokens(kwargs).shape[1]:
+        raise LayoutError(
+            f"`position_ids` has shape {list(position_ids.shape)}, but the input has {_tokens(kwargs).shape[1]} tokens "
+            "in a row. Pass one position per token."
         )
     return document_starts(position_ids, attention_mask)
 

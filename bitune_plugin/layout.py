@@ -64,8 +64,8 @@ class PromptLayout:
     Attributes:
         shape: `(B, T)`, rows and tokens as the caller gave them.
         packed: some row holds several documents.
-        plain: nothing is read twice, and no row holds several documents or completions: an ordinary forward pass says
-            the same.
+        plain: nothing is read twice, no row holds several documents or completions, and all padding is on the right:
+            an ordinary forward pass says the same.
         tokens: length of the causal stream in a lengthened row; the bidirectional one lies behind it.
         source: int64 `[R, M]`, which of the caller's `B * T` tokens is in each place of the lengthened rows.
         positions: int64 `[R or 1, M]`, how many tokens of its document each has before it, those of other completions
@@ -203,7 +203,7 @@ def plan(
 
 
 def document_starts(position_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Where the documents of packed rows begin: where positions do not go on from those before.
+    """Where the documents of packed rows begin: where positions do not rise.
 
     Args:
         position_ids: `[B or 1, T]`.
@@ -255,10 +255,14 @@ def prompt_from_labels(labels: Tensor, attention_mask: Tensor | None = None, sta
 class _Rearranged(torch.autograd.Function):
     """`rearrange`, whose gradient is the way back; torch's own adds up, token by token, what has one source anyhow."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, states: Tensor, *there_and_back: Tensor) -> Tensor:
-        ctx.save_for_backward(*there_and_back)
-        index, empty, *_ = there_and_back
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def forward(states: Tensor, index: Tensor, empty: Tensor, *back: Tensor) -> Tensor:
         moved = states.flatten(1).index_select(0, index)  # three times as fast in two dimensions
         if len(empty):
             moved.index_fill_(0, empty, 0)
@@ -354,7 +358,9 @@ class _Tokens:
     @property
     def plain(self) -> bool:
         several = self.completion_index is not None and bool((self.completion_index > 1).any())
-        return not (self.packed or several or self.encoded_length.any())
+        # Models count padding that a token has before it among the tokens, where nobody tells them positions.
+        from_the_left = self.attended.int().diff(dim=1).le(0).all()
+        return bool(from_the_left) and not (self.packed or several or self.encoded_length.any())
 
     @property
     def all_alike(self) -> bool:

@@ -7,6 +7,9 @@ need `W + dW_bidirectional`. With plain LoRA that is
 
 one low-rank update of twice the rank (`routing.both_loras`), exact but for rounding. Other methods keep the weights
 from before for the copies. Those also serve to take the merge back, bit for bit, which subtracting would not.
+
+Embeddings and the LM head keep their adapters: their weights may be tied to each other, and PEFT saves them. So do
+norms (LN tuning), which cost the same either way.
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .routing import UNMERGED, bidirectional, is_plain_lora
 
@@ -37,8 +42,12 @@ def merge(layer: BaseTunerLayer, adapter_name: str, safe_merge: bool = False) ->
     with onload_layer(layer):
         base = layer.get_base_layer()
         kept = {name: p.detach().to(device=device or p.device, copy=True) for name, p in _parameters(base)}
-        layer.merge(safe_merge=safe_merge, adapter_names=[adapter_name])
         setattr(layer, UNMERGED, kept)
+        try:
+            layer.merge(safe_merge=safe_merge, adapter_names=[adapter_name])
+        except Exception:
+            unmerge(layer)
+            raise
 
 
 def unmerge(layer: BaseTunerLayer) -> None:
@@ -54,6 +63,18 @@ def unmerge(layer: BaseTunerLayer) -> None:
 
 def _parameters(base_layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return base_layer.named_parameters(recurse=False)
+
+
+def worth_merging(model: PreTrainedModel, adapter_name: str) -> dict[str, BaseTunerLayer]:
+    """The PEFT layers of an adapter, by name, but for embeddings, LM head and norms."""
+    left_out = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, LNTuningLayer)
+        if adapter_name in layer._get_available_adapters() and hasattr(layer, "base_layer")
+        if not any(layer is other for other in left_out)
+    }
 
 
 def not_mergeable(layers: dict[str, BaseTunerLayer]) -> Iterator[str]:

@@ -305,8 +305,11 @@ def both_loras(layer: lora.Linear, tokens: Tensor, split: int, first: str, secon
         `[R, M, out]`.
     """
     result = layer.base_layer(tokens)
-    down = torch.cat([layer.lora_A[first].weight, layer.lora_A[second].weight])
-    up = torch.cat([layer.lora_B[first].weight, layer.lora_B[second].weight], dim=1)
+    first_down, first_up = layer.lora_A[first].weight, layer.lora_B[first].weight
+    if layer.merged:  # what is inside the weights is not trained
+        first_down, first_up = first_down.detach(), first_up.detach()
+    down = torch.cat([first_down, layer.lora_A[second].weight])
+    up = torch.cat([first_up, layer.lora_B[second].weight], dim=1)
     scaling = down.new_zeros(tokens.shape[1], down.shape[0])
     rank = layer.lora_A[first].out_features
     scaling[split:, rank:] = layer.scaling[second]

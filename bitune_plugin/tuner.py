@@ -33,7 +33,7 @@ from .architectures import describe
 from .attention import MIXING, implementation_for
 from .config import NO_MIXING, BituneConfig
 from .forward import attach, detach
-from .merging import merge, not_mergeable, unmerge
+from .merging import merge, not_mergeable, unmerge, worth_merging
 from .mixing import AlphaFunction, mix
 from .plugins import mixings
 from .routing import FlattenedTokens, ParameterAdapter, SeparateStreams, TwoAdapterLayer, bidirectional, extend, restore
@@ -311,7 +311,7 @@ class BituneModel(BaseTuner):
                 "`set_adapter` first."
             )
         self.inner._check_merge_allowed()
-        layers = {name: layer for name, layer in self.model.named_modules() if self._is_inner(layer, active)}
+        layers = worth_merging(self.model, active)
         problems = list(not_mergeable(layers))
         if problems:
             raise ValueError(
@@ -344,12 +344,6 @@ class BituneModel(BaseTuner):
 
     def _mixing_layers(self) -> list[MixingLayer]:
         return [getattr(attention, MIXING) for attention in self.architecture.attentions if hasattr(attention, MIXING)]
-
-    @staticmethod
-    def _is_inner(module: nn.Module, adapter_name: str) -> bool:
-        """Whether a module is a PEFT layer that has the adapter, theta's aside."""
-        is_layer = isinstance(module, BaseTunerLayer) and not isinstance(module, MixingLayer)
-        return is_layer and adapter_name in module._get_available_adapters()
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
@@ -536,6 +530,7 @@ class BituneModel(BaseTuner):
                 + "\nCheck that the base model is the one it was trained on, or copy the adapter again."
             )
         config.unused = False
+        _tuner_of(model).unmerge_for("load_adapter")
         return remapped
 
 
@@ -601,9 +596,14 @@ def _without_part(key: str, part: str) -> str:
     return ".".join(other for other in key.split(".") if other != part)
 
 
+def _tuner_of(model: nn.Module) -> BituneModel:
+    """The tuner of a PeftModel or its base."""
+    return model.base_model if isinstance(model.base_model, BituneModel) else model.bitune_tuner
+
+
 def _take_off(model: nn.Module, adapter_name: str) -> None:
     """Undoes `inject_adapter` for an adapter whose weights could not be loaded into a PeftModel or its base."""
-    tuner = model.base_model if isinstance(model.base_model, BituneModel) else model.bitune_tuner
+    tuner = _tuner_of(model)
     if len(tuner.peft_config) == 1:
         tuner.unload()
     else:

@@ -123,6 +123,7 @@ class BituneSFTTrainer(SFTTrainer):
         arguments["peft_config"] = _bitune_config(arguments["model"], arguments.get("peft_config"))
         _check_settings(arguments.get("args"), arguments.get("data_collator"))
         if isinstance(arguments.get("train_dataset"), Dataset | IterableDataset):  # TRL refuses anything else
+            _check_not_empty(arguments["train_dataset"], "train")
             columns = get_dataset_column_names(arguments["train_dataset"])
             _check_text(columns, arguments.get("processing_class"), "train")
         super().__init__(**arguments)
@@ -325,6 +326,11 @@ def _check_parallelism(config: Any) -> None:
             )
 
 
+def _check_not_empty(dataset: Dataset | IterableDataset, name: str) -> None:
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(f"The {name} dataset is empty.")
+
+
 def _check_text(columns: Iterable[str], processing_class: Any, name: str) -> None:
     images = sorted({"image", "images"} & set(columns))
     if images:
@@ -399,7 +405,7 @@ def _marked(dataset: Any, given: Iterable[str], args: SFTConfig, packing: bool, 
     marked = dataset.map(mark_prompt, fn_kwargs=marking, **_workers(dataset, args))
     reason = (
         f"samples of the {name} dataset have no prompt or no completion left within `max_length={args.max_length}`. "
-        "Raise `max_length`, or look at the dataset."
+        "Raise `max_length`, or look at the dataset: its labels or completion masks may mark nothing."
     )
     return marked if _is_packed(given) else _filtered(marked, has_prompt_and_completion, reason, args)
 

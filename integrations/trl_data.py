@@ -181,15 +181,20 @@ def document_lengths(sample: dict[str, Any]) -> list[int] | None:
 
 
 def _prompt_mask(sample: dict[str, Any], lengths: list[int] | None) -> list[bool]:
-    """The prompt of every document. Raises ValueError for a document of a packed sample that seems to have none."""
+    """The prompt of every document. Raises ValueError for columns that do not go together, and for a document of a
+    packed sample that seems to have none."""
+    tokens, lengths = len(sample["input_ids"]), lengths or [len(sample["input_ids"])]
+    if sum(lengths) != tokens:
+        raise ValueError(f"A sample has {tokens} `input_ids`, and `{DOCUMENT_LENGTHS}` of {sum(lengths)} in all.")
     if sample.get(PROMPT_MASK) is not None:
+        _check_prompt_mask(sample[PROMPT_MASK], lengths)
         return [bool(prompt) for prompt in sample[PROMPT_MASK]]
     completion = sample.get("completion_mask") or [label != IGNORED for label in sample["labels"]]
     prompt_mask: list[bool] = []
-    for number, length in enumerate(lengths or [len(completion)]):
+    for number, length in enumerate(lengths):
         document = completion[len(prompt_mask) : len(prompt_mask) + length]
         prompt = _leading(document, 0)
-        if prompt == 0 and lengths is not None:
+        if prompt == 0 and document_lengths(sample) is not None:
             raise ValueError(
                 f"The dataset is packed, and document {number} of a sample of {len(lengths)} has no prompt that "
                 "could be told: its first token already counts for the loss. Pass the dataset from before "
@@ -197,6 +202,21 @@ def _prompt_mask(sample: dict[str, Any], lengths: list[int] | None) -> list[bool
             )
         prompt_mask += [True] * prompt + [False] * (length - prompt)
     return prompt_mask
+
+
+def _check_prompt_mask(mask: list[Any], lengths: list[int]) -> None:
+    """Raises ValueError unless there is a value for every token, and those of prompts come first in their documents."""
+    if len(mask) != sum(lengths):
+        raise ValueError(f"A sample has {sum(lengths)} `input_ids` and a `{PROMPT_MASK}` of {len(mask)}.")
+    start = 0
+    for length in lengths:
+        document = [bool(prompt) for prompt in mask[start : start + length]]
+        if any(document[_leading(document, True) :]):
+            raise ValueError(
+                f"`{PROMPT_MASK}` of a sample marks a prompt token after a completion token. Mark all tokens before "
+                "the completion, and no others."
+            )
+        start += length
 
 
 def _leading(values: list[Any], value: Any) -> int:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, PeftConfig, PeftModel, get_peft_model
+from peft import IA3Config, LNTuningConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from agreement import assert_answers_agree, assert_logits_agree
 from bitune_plugin import BituneConfig
-from helpers import SHAPES, assert_close, batch, bitune, lora, packed, samples, tokens, unharmed, with_oracle
-from models import ARCHITECTURES, tiny
+from helpers import SHAPES, assert_close, batch, bitune, gradients, lora, packed, samples, tokens, unharmed, with_oracle
+from models import ARCHITECTURES, randomise_adapters, tiny
 from zoo import tiny_of
 
 ADAPTERS: dict[str, PeftConfig] = {
@@ -88,7 +89,7 @@ def test_unmerging_what_is_not_merged_changes_nothing() -> None:
         model.unmerge_adapter()
 
 
-def test_what_is_saved_of_a_merged_model_is_the_adapter(tmp_path: object) -> None:
+def test_what_is_saved_of_a_merged_model_is_the_adapter(tmp_path: Path) -> None:
     model = bitune()
     expected = model(**batch(samples(*SHAPES)).inputs).logits
     model.merge_adapter()
@@ -142,7 +143,7 @@ def test_a_merge_that_fails_half_way_changes_nothing() -> None:
     before = weights(model)
     with pytest.raises(ValueError, match="NaNs"):
         model.base_model.merge_adapter(safe_merge=True)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if "up_proj" not in name)
+    assert all(value.equal(before[name]) or value.isnan().any() for name, value in model.state_dict().items())
     assert not model.base_model.model.model.layers[0].self_attn.q_proj.merged
 
 
@@ -195,3 +196,61 @@ def test_experts_of_a_merged_model_take_no_weights_from_before(monkeypatch: pyte
     model.merge_adapter()
     monkeypatch.setattr("bitune_plugin.routing.UNMERGED", "nothing of this name")
     assert_answers_agree(model, oracle)
+
+
+def test_a_layer_that_cannot_be_merged_as_a_whole_is_left_as_it_was() -> None:
+    """PEFT adds to its weight before it finds that it has no bias to add to."""
+    model = bitune(tiny("qwen2"), lora(lora_bias=True))
+    before = weights(model)
+    with pytest.raises(RuntimeError, match="bias"):
+        model.merge_adapter()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_and_head_keep_their_adapters(tied: bool, tmp_path: Path) -> None:
+    adapter = lora(target_modules=["q_proj", "embed_tokens", "lm_head"])
+    model, rows = bitune(tiny(tie_word_embeddings=tied), adapter), batch(samples(*SHAPES))
+    before, expected = weights(model), model(**rows.inputs).logits
+    model.merge_adapter()
+    assert_close(model(**rows.inputs).logits, expected)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny(tie_word_embeddings=tied), tmp_path)
+    assert_close(loaded(**rows.inputs).logits, expected)
+    model.unmerge_adapter()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_norms_keep_their_adapters() -> None:
+    model = bitune(adapter=LNTuningConfig(target_modules=["input_layernorm"]))
+    for name, parameter in model.named_parameters():
+        if "ln_tuning" in name:
+            parameter.data.mul_(1.5)
+    before, expected = weights(model), model(**batch(samples(*SHAPES)).inputs).logits
+    model.merge_adapter()
+    assert torch.equal(model(**batch(samples(*SHAPES)).inputs).logits, expected)
+    model.unmerge_adapter()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_is_merged_has_no_gradient_and_the_rest_has_its_own() -> None:
+    model, rows = bitune(), batch(samples(*SHAPES))
+    model(**rows.inputs).logits.pow(2).sum().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    model.merge_adapter()
+    model(**rows.inputs).logits.pow(2).sum().backward()
+    found = gradients(model)
+    assert {name for name in expected if "bidirectional" in name or "theta" in name} == found.keys()
+    for name, gradient in found.items():
+        assert (gradient - expected[name]).abs().max() <= 1e-4 * expected[name].abs().max()
+
+
+def test_weights_that_are_loaded_into_a_merged_adapter_count(tmp_path: Path) -> None:
+    other, model, rows = bitune(), bitune(), batch(samples(*SHAPES))
+    randomise_adapters(other, seed=2)
+    other.save_pretrained(tmp_path)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="is merged. It is unmerged first, for `load_adapter`"):
+        model.load_adapter(tmp_path, "default")
+    assert torch.equal(model.eval()(**rows.inputs).logits, other(**rows.inputs).logits)

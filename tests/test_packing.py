@@ -7,13 +7,15 @@ import copy
 import pytest
 import torch
 from peft import IA3Config
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from agreement import EXACT, assert_gradients_agree, assert_logits_agree
+from agreement import EXACT, assert_agrees, assert_gradients_agree, assert_logits_agree
 from bitune_plugin.forward import plan_ahead
 from bitune_plugin.layout import LayoutError
 from helpers import assert_close, batch, bitune, gradients, lora, packed, samples, tokens, unharmed, with_oracle
 from models import EXPERTS, tiny
+from zoo import tiny_of
 
 LONG_AND_SHORT = samples((40, 30), (3, 2), (5, 1), (4, 4), (2, 1), (21, 4), (6, 5))
 """Some of them share their slots in attention, others do not."""
@@ -189,3 +191,55 @@ def test_gradients_where_no_prompt_is_read_are_those_of_three_passes() -> None:
     for theirs, mine in oracle.pairs(model):
         expected = torch.zeros_like(mine) if theirs.grad is None else theirs.grad
         assert_close(mine.grad, expected, 1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("architecture", ["gpt2", "biogpt", "mistral", "bloom"])
+def test_prompts_of_one_token_are_exact_with_padding_on_either_side(architecture: str, side: str) -> None:
+    """Models without positions of their own count padding too."""
+    model, oracle = with_oracle(tiny_of(architecture))
+    assert_logits_agree(model, oracle, batch(samples((7, 1), (5, 1)), side))
+
+
+@torch.no_grad()
+def test_prompts_of_one_token_are_exact_with_padding_within_rows() -> None:
+    model, oracle = with_oracle("mistral")
+    ids = tokens(12)
+    row, attended = torch.zeros(1, 24, dtype=torch.long), torch.arange(24)[None] % 2 == 1
+    row[attended] = ids
+    logits = model(input_ids=row, attention_mask=attended, prompt_mask=torch.arange(24)[None] == 1).logits
+    assert_close(logits[attended], oracle(ids, 1))
+
+
+def test_prompts_of_one_token_may_fill_a_static_cache() -> None:
+    base = tiny_of("bloom")
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "cache_implementation": "static"}
+    prompts = batch(samples((9, 9), (4, 4)), "left")
+    inputs = {"input_ids": prompts.input_ids, "attention_mask": prompts.attention_mask}
+    expected = base.generate(**inputs, **settings)
+    model, oracle = with_oracle(base)
+    with model.disable_adapter():
+        assert torch.equal(model.generate(**inputs, **settings), expected)
+    short = {"input_ids": torch.tensor([[0, 5], [0, 7]]), "attention_mask": torch.tensor([[0, 1], [0, 1]])}
+    for row, answer in zip(short["input_ids"], model.generate(**short, **settings), strict=True):
+        assert torch.equal(answer[1:], oracle.generate(row[1:], 4))
+
+
+def test_gradients_may_be_taken_by_torch_func() -> None:
+    model, rows = bitune(), packed(LONG_AND_SHORT)
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.cat(rows.answers(functional_call(model, parameters, (), rows.inputs).logits)).pow(2).sum()
+
+    found = torch.func.grad(loss)(trained)
+    torch.cat(rows.answers(model(**rows.inputs).logits)).pow(2).sum().backward()
+    for name, gradient in gradients(model).items():
+        assert_agrees(found[name], gradient, 1e-4)
+
+
+def test_positions_of_another_length_are_refused() -> None:
+    model = bitune()
+    with unharmed(model), pytest.raises(LayoutError, match=r"`position_ids` has shape \[1, 7\].*has 9 tokens"):
+        model(input_ids=tokens(9)[None], position_ids=torch.arange(7)[None])

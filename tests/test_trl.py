@@ -281,6 +281,24 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"'selective': True.*Leave 'selective' out"):
             trainer(gradient_checkpointing_kwargs={"selective": True, "use_reentrant": False})
 
+    def test_a_dataset_without_samples(self, trainer: Any) -> None:
+        with pytest.raises(ValueError, match="The train dataset is empty"):
+            trainer(train_dataset=Dataset.from_list(pairs()).select([]))
+
+    @pytest.mark.parametrize(
+        ("columns", "message"),
+        [
+            ({"prompt_mask": [1, 0, 1, 0]}, "`prompt_mask` of a sample marks a prompt token after a completion"),
+            ({"prompt_mask": [1, 1, 0]}, r"4 `input_ids` and a `prompt_mask` of 3"),
+            ({"prompt_mask": [1, 1, 0, 0], "seq_lengths": [2, 1]}, r"4 `input_ids`, and `seq_lengths` of 3 in all"),
+        ],
+        ids=["holes", "length", "documents"],
+    )
+    def test_columns_that_do_not_go_together(self, trainer: Any, columns: dict[str, Any], message: str) -> None:
+        row = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], **columns}
+        with pytest.raises(ValueError, match=message):
+            trainer(train_dataset=Dataset.from_list([row] * 4))
+
     def test_an_unknown_truncation_mode(self, trainer: Any) -> None:
         with pytest.raises(ValueError, match="`truncation_mode='middle'`"):
             trainer(truncation_mode="middle")
