@@ -165,7 +165,7 @@ def test_answers_come_one_document_after_the_other(batch: Batch, rows_apart: boo
 @given(batches, st.booleans())
 @example(Batch(("ccc|P|PPc", "PPc|c|...")), False)
 def test_labels_of_answers_count_but_for_the_first_of_each(batch: Batch, rows_apart: bool) -> None:
-    assume("2" not in "".join(batch.rows))  # labels do not go with several completions
+    assume(not set("23456789") & set("".join(batch.rows)))  # labels do not go with several completions
     layout = batch.plan(rows_apart)
     labels = [
         IGNORED if token == document.answer[0] else 7 + token
