@@ -54,6 +54,16 @@ def test_every_setting_holds_for_documents_in_a_row(settings: dict) -> None:
     assert_gradients_agree(model, oracle, packed(LONG_AND_SHORT))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "bert", "gpt_neox", "llama4_text"])
+def test_all_documents_together_may_be_longer_than_a_model_takes(architecture: str) -> None:
+    base = tiny_of(architecture)
+    model, oracle = with_oracle(base, lora(exclude_modules=["router"]))
+    documents = samples(*[(19, 11)] * 8, (30, 20))
+    assert sum(len(ids) for ids, _ in documents) > base.config.max_position_embeddings
+    assert_logits_agree(model, oracle, packed(documents))
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_changes_nothing(reentrant: bool) -> None:
     model, oracle = with_oracle("mistral")
