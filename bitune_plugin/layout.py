@@ -258,20 +258,24 @@ class _Rearranged(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
+    def forward(states: Tensor, index: Tensor, empty: Tensor, *back: Tensor) -> Tensor:
+        return _moved(states, index, empty)
 
     @staticmethod
-    def forward(states: Tensor, index: Tensor, empty: Tensor, *back: Tensor) -> Tensor:
-        moved = states.flatten(1).index_select(0, index)  # three times as fast in two dimensions
-        if len(empty):
-            moved.index_fill_(0, empty, 0)
-        return moved.unflatten(1, states.shape[1:])
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[3:])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        index, empty, *back = ctx.saved_tensors
-        return _Rearranged.apply(gradient, *back, index, empty), None, None, None, None
+        # Not by this function again, which torch.compile (2.13) cannot trace inside of itself.
+        return _moved(gradient, *ctx.saved_tensors), None, None, None, None
+
+
+def _moved(states: Tensor, index: Tensor, empty: Tensor) -> Tensor:
+    moved = states.flatten(1).index_select(0, index)  # three times as fast in two dimensions
+    if len(empty):
+        moved.index_fill_(0, empty, 0)
+    return moved.unflatten(1, states.shape[1:])
 
 
 def rearrange(states: Tensor, there: Move, back: Move) -> Tensor:
