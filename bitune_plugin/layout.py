@@ -411,7 +411,7 @@ def _rows_apart(tokens: _Tokens, shape: tuple[int, int]) -> PromptLayout:
     rows, longest = len(tokens.length), int(tokens.length.max())
     copies = tokens.is_encoded.nonzero().flatten()
     length = longest + max(int(tokens.encoded_length.max()), 1)
-    in_row = tokens.document * length + tokens.place
+    in_row, in_stream = (tokens.document * size + tokens.place for size in (length, longest))
     filled = torch.cat([in_row, in_row[copies] + longest])
     return PromptLayout(
         shape,
@@ -423,8 +423,8 @@ def _rows_apart(tokens: _Tokens, shape: tuple[int, int]) -> PromptLayout:
             rows, length
         ),
         documents=(tokens.documents(torch.arange(rows), encoded_slots=1),),
-        target=_filled(shape[0] * shape[1], tokens.present, tokens.document * longest + tokens.place),
-        answers=(tokens.document * longest + tokens.place)[~tokens.is_encoded],
+        target=_filled(shape[0] * shape[1], tokens.present, in_stream),
+        answers=in_stream[~tokens.is_encoded],
     )
 
 

@@ -30,7 +30,7 @@ def merge(layer: BaseTunerLayer, adapter_name: str, safe_merge: bool = False) ->
     """Folds the causal adapter of a PEFT layer into its base layer.
 
     Args:
-        layer: see `mergeable`.
+        layer: one that `not_mergeable` has nothing against.
         adapter_name: the Bitune adapter.
         safe_merge: as in PEFT: raise ValueError, and change nothing, if weights would become NaN.
     """

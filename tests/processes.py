@@ -31,6 +31,7 @@ from trl import SFTConfig, SFTTrainer
 from bitune_plugin import BituneConfig, BituneSFTConfig, BituneSFTTrainer
 from bitune_plugin.tuner import Thetas
 from models import WORDS, tiny, word_tokenizer
+from training import SHORT_RUN
 
 ROWS = 4
 """Rows in a batch of all processes together."""
@@ -63,17 +64,10 @@ def train(folder: Path, processes: int, **run: Any) -> dict[str, Any]:
     stock, dtype, resume = run.pop("stock", False), run.pop("dtype", "float32"), run.pop("resume", None)
     data = Dataset.from_list(rows(short_for=run.pop("short_for", None)))
     settings = {
+        **SHORT_RUN,
         "output_dir": str(folder / "run"),
-        "max_steps": 4,
         "per_device_train_batch_size": ROWS // processes,
-        "learning_rate": 3e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
         "gradient_checkpointing": False,
-        "disable_tqdm": True,
         **run,
     }
     trainer = (SFTTrainer if stock else BituneSFTTrainer)(

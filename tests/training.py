@@ -70,22 +70,28 @@ def conversations(count: int = 8) -> list[dict[str, list[dict[str, str]]]]:
     return [{"messages": conversation(*roles, seed=seed)} for seed in range(count)]
 
 
+SHORT_RUN = {
+    "max_steps": 4,
+    "learning_rate": 3e-3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+}
+"""Settings of a trainer's config."""
+
+
 def build(folder: Path, cls: type = BituneSFTTrainer, **settings: Any) -> Any:
     """A trainer of a tiny model; keywords that a config knows go there, the others to the trainer."""
     config = BituneSFTConfig if cls is BituneSFTTrainer else SFTConfig
     fields = {name: settings.pop(name) for name in list(settings) if name in config.__dataclass_fields__}
     args = config(
         **{
+            **SHORT_RUN,
             "output_dir": str(folder),
-            "max_steps": 4,
             "per_device_train_batch_size": 4,
-            "learning_rate": 3e-3,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": [],
-            "use_cpu": True,
-            "bf16": False,
-            "disable_tqdm": True,
             **fields,
         }
     )
