@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import trl
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from packaging.version import Version
@@ -41,8 +40,9 @@ from .trl_data import (
     DOCUMENT_LENGTHS,
     PROMPT_MASK,
     PromptCollator,
-    StreamFilter,
     chatml,
+    filtered,
+    fits,
     has_assistant_turn,
     has_prompt_and_completion,
     keeps_its_prompt,
@@ -50,8 +50,6 @@ from .trl_data import (
     pack,
     split_conversations,
 )
-
-logger = get_logger(__name__)
 
 SELECTIVE_WORKS = Version(trl.__version__) >= Version("1.17")
 """TRL 1.16 puts its selective checkpointing where transformers 5.23 no longer looks, in its own trainer too."""
@@ -68,6 +66,7 @@ class BituneSFTConfig(SFTConfig):
         theta_max_grad_norm: clip the gradient of theta by its own norm, and that of all other parameters by
             `max_grad_norm`. By default everything is clipped together, as the authors do; theta's gradient is by
             far the largest, and then sets the factor for all parameters.
+        drop_overlong: leave out samples of more than `max_length` tokens instead of cutting them.
     """
 
     assistant_turns: str = field(
@@ -82,6 +81,9 @@ class BituneSFTConfig(SFTConfig):
     )
     theta_max_grad_norm: float | None = field(
         default=None, metadata={"help": "Clip theta's gradient apart, by this norm; by default all together."}
+    )
+    drop_overlong: bool = field(
+        default=False, metadata={"help": "Leave out samples longer than `max_length`, instead of cutting them."}
     )
 
 
@@ -153,7 +155,8 @@ class BituneSFTTrainer(SFTTrainer):
         with global_then_local_main_first():  # as TRL does, so that one process fills the cache for all
             if "input_ids" not in given:
                 template = {"tokenizer": processing_class, "chat_template": self.chat_template}
-                dataset = _filtered(dataset, keeps_its_prompt, _CHANGED.format(dataset_name), args, **template)
+                reason = _CHANGED.format(dataset_name)
+                dataset = filtered(dataset, keeps_its_prompt, reason, _workers(dataset, args), **template)
             dataset = _marked(dataset, given, args, packing, dataset_name)
             if packing and not _is_packed(given):
                 dataset = dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
@@ -280,6 +283,8 @@ def _check_settings(args: Any, data_collator: Any) -> None:
             f"`max_grad_norm={args.max_grad_norm}` switches all clipping off, and with it `theta_max_grad_norm="
             f"{args.theta_max_grad_norm}`. To clip theta alone, set `max_grad_norm` to a very large number."
         )
+    if getattr(args, "drop_overlong", False) and args.max_length is None:
+        raise ValueError("`drop_overlong=True` came with `max_length=None`: nothing is too long. Set `max_length`.")
     for name in ("packing", "eval_packing"):
         if getattr(args, name, None):
             _check_packing(name, args, data_collator)
@@ -359,7 +364,7 @@ def _check_has_prompt(columns: Iterable[str], formatting_func: Callable | None, 
         raise ValueError(
             f"The {name} dataset has columns {sorted(columns)}, which do not tell the prompt from the completion, and "
             "Bitune reads the two differently. Map it to columns 'prompt' and 'completion', or to 'messages', or add "
-            "a 'completion_mask' beside 'input_ids'."
+            "a 'completion_mask' beside 'input_ids'. (`bitune sft`: set `prompt_template` and `completion_template`.)"
         )
 
 
@@ -389,7 +394,7 @@ def _split(dataset: Any, args: SFTConfig, name: str) -> Any:
     with global_then_local_main_first():
         if "conversations" in get_dataset_column_names(dataset):
             dataset = chatml(dataset, workers)
-        dataset = _filtered(dataset, has_assistant_turn, reason, args)
+        dataset = filtered(dataset, has_assistant_turn, reason, workers)
         return split_conversations(dataset, getattr(args, "assistant_turns", ASSISTANT_TURNS[0]), workers)
 
 
@@ -402,29 +407,20 @@ def _marked(dataset: Any, given: Iterable[str], args: SFTConfig, packing: bool, 
         "max_length": None if cuts_itself else args.max_length,
         "keep_end": args.truncation_mode == "keep_end",
     }
-    marked = dataset.map(mark_prompt, fn_kwargs=marking, **_workers(dataset, args))
+    workers, packed = _workers(dataset, args), _is_packed(given)
+    if getattr(args, "drop_overlong", False) and not packed:
+        reason = f"samples of the {name} dataset are longer than `max_length={args.max_length}`."
+        dataset = filtered(dataset, fits, reason, workers, max_length=args.max_length)
+    marked = dataset.map(mark_prompt, fn_kwargs=marking, **workers)
     reason = (
         f"samples of the {name} dataset have no prompt or no completion left within `max_length={args.max_length}`. "
         "Raise `max_length`, or look at the dataset: its labels or completion masks may mark nothing."
     )
-    return marked if _is_packed(given) else _filtered(marked, has_prompt_and_completion, reason, args)
+    return marked if packed else filtered(marked, has_prompt_and_completion, reason, workers)
 
 
 def _workers(dataset: Any, args: SFTConfig) -> dict[str, Any]:
     return {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
-
-
-def _filtered(dataset: Any, keep: Callable[..., bool], reason: str, args: SFTConfig, **settings: Any) -> Any:
-    """Leaves out samples, and says how many; `reason` goes on after "3 of 9 ". Raises ValueError if none is left."""
-    if isinstance(dataset, IterableDataset):
-        return dataset.filter(StreamFilter(keep, reason), fn_kwargs=settings)
-    kept = dataset.filter(keep, fn_kwargs=settings, num_proc=args.dataset_num_proc)
-    if len(kept) < len(dataset):
-        message = f"{len(dataset) - len(kept)} of {len(dataset)} {reason}"
-        if len(kept) == 0:
-            raise ValueError(message)
-        logger.warning(f"{message} They are left out.")
-    return kept
 
 
 def _thetas(model: nn.Module) -> list[nn.Parameter]:

@@ -19,6 +19,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -256,6 +257,39 @@ def _number_tokens(sample: dict[str, Any]) -> dict[str, list[int]]:
 
 def _tell_documents(sample: dict[str, Any]) -> dict[str, list[int] | None]:
     return {DOCUMENT_LENGTHS: document_lengths(sample)}
+
+
+def fits(sample: dict[str, Any], max_length: int) -> bool:
+    """Whether a sample has no more than `max_length` tokens."""
+    return len(sample["input_ids"]) <= max_length
+
+
+# Leaving samples out.
+
+
+def filtered(
+    dataset: Samples, keep: Callable[..., bool], reason: str, workers: dict[str, Any], **settings: Any
+) -> Samples:
+    """Leaves out samples, and warns how many.
+
+    Args:
+        dataset: what to filter.
+        keep: whether to keep a sample, given the sample and `settings`.
+        reason: why not; goes on after "3 of 9 ".
+        workers: keywords of `Dataset.filter`.
+
+    Raises:
+        ValueError: none is left. Of a stream that is not known.
+    """
+    if isinstance(dataset, IterableDataset):
+        return dataset.filter(StreamFilter(keep, reason), fn_kwargs=settings)
+    kept = dataset.filter(keep, fn_kwargs=settings, **workers)
+    if len(kept) < len(dataset):
+        message = f"{len(dataset) - len(kept)} of {len(dataset)} {reason}"
+        if len(kept) == 0:
+            raise ValueError(message)
+        get_logger(__name__).warning(f"{message} They are left out.")  # accelerate's: one process says it
+    return kept
 
 
 @dataclass

@@ -224,6 +224,22 @@ class TestTruncation:
         assert found[-1].startswith("So far 10 of ")
         assert "samples of the train dataset have no prompt or no completion left within `max_length=8`" in found[-1]
 
+    @pytest.mark.parametrize("streamed", [False, True])
+    @pytest.mark.parametrize("settings", [{}, {"packing": True}, {"packing": True, "packing_strategy": "wrapped"}])
+    def test_leaves_out_long_samples_instead_if_so_told(
+        self, trainer: Any, settings: dict[str, Any], streamed: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        dataset = Dataset.from_list(pairs())
+        whole = list(trainer(train_dataset=dataset).train_dataset)
+        fitting = [sample["input_ids"] for sample in whole if len(sample["input_ids"]) <= 12]
+        with caplog.at_level("WARNING"):
+            dataset = dataset.to_iterable_dataset() if streamed else dataset
+            t = trainer(drop_overlong=True, max_length=12, train_dataset=dataset, **settings)
+            tokens = [token for sample in t.train_dataset for token in sample["input_ids"]]
+        assert 0 < len(fitting) < len(whole)
+        assert sorted(tokens) == sorted(token for ids in fitting for token in ids)
+        assert "samples of the train dataset are longer than `max_length=12`. They are left out." in caplog.text
+
     @pytest.mark.parametrize("settings", [{"max_length": 9}, {"max_length": 9, "truncation_mode": "keep_end"}])
     def test_is_exact(self, trainer: Any, settings: dict[str, Any]) -> None:
         assert_exact(trainer(**ONE_STEP, **settings))
@@ -276,6 +292,10 @@ class TestRefusals:
     def test_a_clip_of_theta_that_would_have_no_effect(self, trainer: Any) -> None:
         with pytest.raises(ValueError, match=r"`max_grad_norm=0\.0` switches all clipping off"):
             trainer(theta_max_grad_norm=1.0, max_grad_norm=0.0)
+
+    def test_a_length_that_nothing_is_longer_than(self, trainer: Any) -> None:
+        with pytest.raises(ValueError, match="`max_length=None`: nothing is too long"):
+            trainer(drop_overlong=True, max_length=None)
 
     def test_selective_checkpointing_that_trl_hands_to_the_wrong_place(self, trainer: Any) -> None:
         with pytest.raises(ValueError, match=r"'selective': True.*Leave 'selective' out"):

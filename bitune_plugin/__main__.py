@@ -1,0 +1,8 @@
+"""`python -m bitune_plugin`: the command line `bitune`."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""What the commands share: how their help looks, and what they show on the terminal while they work."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import track
+from rich.status import Status
+
+Item = TypeVar("Item")
+
+
+def parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser for the arguments of `bitune COMMAND`, with examples at the end of its help."""
+    return argparse.ArgumentParser(
+        prog=f"bitune {command}",
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def with_progress(items: Sequence[Item], doing: str) -> Iterable[Item]:
+    """`items`, with a progress bar on a terminal's stderr for as long as they are gone through."""
+    console = Console(stderr=True)
+    return track(items, doing, console=console, transient=True, disable=not console.is_terminal or len(items) < 2)
+
+
+def busy(doing: str) -> Status:
+    """A sign on a terminal's stderr that something is under way, for a `with` block."""
+    return Console(stderr=True).status(doing)

@@ -1,0 +1,384 @@
+"""Adapters as they lie in folders, read and written without the model they belong to.
+
+What the keys mean stands where they are made: `BituneModel`, "How an adapter is saved".
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from pickle import UnpicklingError
+from tempfile import TemporaryDirectory
+from typing import TypeVar
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .attention import MIXING
+from .config import NO_MIXING, BituneConfig
+from .plugins import mixings
+from .tuner import BIDIRECTIONAL
+
+Config = TypeVar("Config", bound=PeftConfig)
+
+ROOT = "base_model.model."
+"""What PEFT puts before the names of a model's modules."""
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+"""Folders that a trainer saves on its way."""
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "additional_chat_templates",
+)
+"""What tokenizers save, as patterns."""
+
+
+@dataclass(frozen=True)
+class Size:
+    parameters: int
+    bytes: int
+
+    @classmethod
+    def of(cls, weights: Iterable[Tensor]) -> Size:
+        weights = list(weights)
+        return cls(sum(w.numel() for w in weights), sum(w.numel() * w.element_size() for w in weights))
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """A Bitune adapter, of which the weights are read from disk when they are looked at.
+
+    Attributes:
+        folder: where it was read from.
+        config: its settings.
+        weights: its weights by the keys they are saved under.
+    """
+
+    folder: Path
+    config: BituneConfig
+    weights: Mapping[str, Tensor]
+
+    @classmethod
+    def read(cls, folder: Path) -> SavedAdapter:
+        """Reads the adapter in `folder`.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is not a Bitune adapter, or damaged.
+        """
+        config = read_config(folder, BituneConfig)
+        adapter = cls(folder, config, read_weights(folder))
+        adapter._check()
+        return adapter
+
+    @property
+    def step(self) -> int | None:
+        """The training step at which a trainer saved this checkpoint."""
+        match = CHECKPOINT.fullmatch(self.folder.resolve().name)
+        return int(match[1]) if match else None
+
+    @property
+    def method(self) -> str:
+        """PEFT's name of the inner method."""
+        return peft_type_of(self.config.adapter)
+
+    @cached_property
+    def theta(self) -> dict[str, Tensor]:
+        return {key: value for key, value in self.weights.items() if MIXING in key.split(".")}
+
+    @cached_property
+    def bidirectional(self) -> dict[str, Tensor]:
+        """The adapter of the bidirectional stream, under the keys that the causal stream's has."""
+        second = {key: value for key, value in self.weights.items() if BIDIRECTIONAL in key.split(".")}
+        return {_without_stream(key): value for key, value in second.items()}
+
+    @cached_property
+    def causal(self) -> dict[str, Tensor]:
+        """The adapter of the causal stream."""
+        return {key: value for key, value in self._of_causal.items() if self._is_adapter(key)}
+
+    @cached_property
+    def whole(self) -> dict[str, Tensor]:
+        """Modules, rows of embeddings and biases that are trained or saved whole, and serve both streams."""
+        return {key: value for key, value in self._of_causal.items() if not self._is_adapter(key)}
+
+    @property
+    def _of_causal(self) -> dict[str, Tensor]:
+        second = {key for key in self.weights if BIDIRECTIONAL in key.split(".")}
+        return {key: value for key, value in self.weights.items() if key not in second and key not in self.theta}
+
+    def _is_adapter(self, key: str) -> bool:
+        prefix = PEFT_TYPE_TO_PREFIX_MAPPING[self.config.adapter.peft_type]
+        return key in self.bidirectional or any(part.startswith(prefix) for part in key.split("."))
+
+    @property
+    def sizes(self) -> dict[str, Size]:
+        parts = {
+            "causal": self.causal,
+            "bidirectional": self.bidirectional,
+            "theta": self.theta,
+            "trained_whole": self.whole,
+        }
+        return {name: Size.of(weights.values()) for name, weights in parts.items()}
+
+    @cached_property
+    def attentions(self) -> list[str]:
+        """Names of the attention modules that have a theta, in the order of the numbers in them."""
+        return sorted({key.removeprefix(ROOT).split(f".{MIXING}.")[0] for key in self.theta}, key=_by_numbers)
+
+    @property
+    def layers(self) -> list[int]:
+        """Number of the layer of each of `attentions`: the last one in its name, if that tells them apart."""
+        numbers = [[int(part) for part in name.split(".") if part.isdigit()][-1:] for name in self.attentions]
+        last = {number for found in numbers for number in found}
+        return [number for (number,) in numbers] if len(last) == len(numbers) else list(range(len(numbers)))
+
+    def alphas(self) -> dict[str, list[Tensor]]:
+        """How much of the bidirectional reading each of `attentions` takes.
+
+        Returns:
+            Under `"key"` and `"value"`, one alpha each: float32, `[1]` or `[key/value heads]`. Lists of one with
+            `mixing_granularity="model"`; empty ones with `mixing="none"`.
+        """
+        return {kind: [self._alpha(name, kind) for name in self.attentions] for kind in ("key", "value")}
+
+    def _alpha(self, attention: str, kind: str) -> Tensor:
+        theta = self.theta[f"{ROOT}{attention}.{MIXING}.theta_{kind}"].float()
+        return mixings()[self.config.mixing](theta, self.config.theta_init)
+
+    def plain(self, stream: str) -> tuple[PeftConfig, dict[str, Tensor]]:
+        """Config and weights of one stream, with the modules trained whole, as PEFT saves an adapter.
+
+        Args:
+            stream: `"causal"` or `"bidirectional"`.
+
+        Raises:
+            ValueError: there is no such stream, or it is not an adapter that PEFT knows by itself.
+        """
+        if self.method not in {member.value for member in PeftType}:
+            raise ValueError(
+                f"The inner method {self.method} is not one of PEFT's own, so that nothing but Bitune could load the "
+                "adapter. Load the whole with `PeftModel.from_pretrained`."
+            )
+        config = copy.deepcopy(self.config.causal_config())
+        if stream == "causal":
+            return config, {**self.causal, **self.whole}
+        if self.config.share_adapter:
+            raise ValueError(
+                "The adapter was trained with `share_adapter=True`: both streams use the causal one. Export that."
+            )
+        # The second stream ends before the LM head, and has no adapter there.
+        adapted_once = self._modules(self.causal) - self._modules(self.bidirectional)
+        if adapted_once:
+            _exclude(config, adapted_once)
+        bare = {f"{ROOT}{module}.base_layer.": f"{ROOT}{module}." for module in adapted_once}
+        whole = {_replace_start(key, bare): value for key, value in self.whole.items()}
+        return config, {**self.bidirectional, **whole}
+
+    def _modules(self, weights: Mapping[str, Tensor]) -> set[str]:
+        """Names of the modules that have an adapter in `weights`."""
+        prefix = PEFT_TYPE_TO_PREFIX_MAPPING[self.config.adapter.peft_type]
+        return {key.split(f".{prefix}")[0].removeprefix(ROOT) for key in weights if f".{prefix}" in key}
+
+    def _check(self) -> None:
+        """Raises ValueError if weights are missing, or theta is no number."""
+        expected = {f"{ROOT}{name}.{MIXING}.theta_{kind}" for name in self.attentions for kind in ("key", "value")}
+        problems = [f"missing: {key}" for key in sorted(expected - self.theta.keys())]
+        problems += [f"not finite: {key}" for key, value in self.theta.items() if not value.isfinite().all()]
+        if not self.causal:
+            problems.append("no weights of the causal stream")
+        if not self.bidirectional and not self.config.share_adapter:
+            problems.append("no weights of the bidirectional stream")
+        if not self.theta and self.config.mixing != NO_MIXING:
+            problems.append("no theta")
+        if problems:
+            raise ValueError(
+                f"The weights in {self.folder} are not those of its config: {'; '.join(problems)}. Copy the adapter "
+                "again."
+            )
+
+
+def peft_type_of(config: PeftConfig) -> str:
+    """PEFT's name of the method of `config`, as it is saved."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def find_adapters(name: str) -> list[Path]:
+    """Folders of adapters that `name` stands for.
+
+    Args:
+        name: a folder of an adapter, a hub id, or the output folder of a trainer, which stands for its checkpoints, in
+            order, and then for the adapter at its root, if there is one.
+
+    Raises:
+        OSError: there is nothing of the kind.
+    """
+    folder = local_folder(name)
+    steps = {path: CHECKPOINT.fullmatch(path.name) for path in folder.iterdir() if path.is_dir()}
+    checkpoints = sorted((path for path, match in steps.items() if match), key=lambda path: int(steps[path][1]))
+    if not checkpoints or (folder / CONFIG_NAME).is_file():
+        return [*checkpoints, folder]
+    return checkpoints
+
+
+def local_folder(name: str) -> Path:
+    """The folder of that name, or the one with the files of a hub id, which are downloaded if need be.
+
+    Raises:
+        OSError: there is neither.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise NotADirectoryError(f"{name} is a file. Give the folder that the adapter was saved in.")
+    try:
+        wanted = ["config.json", "adapter_*", "*/adapter_*", *TOKENIZER_FILES]
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (ValueError, OSError) as error:
+        raise FileNotFoundError(
+            f"{name} is neither a folder here nor an adapter that the hub gives out ({str(error).strip()})"
+        ) from error
+
+
+def read_config(folder: Path, kind: type[Config]) -> Config:
+    """Reads the config of the adapter in `folder`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or of another kind.
+    """
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no adapter: there is no {CONFIG_NAME}.")
+    try:
+        json.loads(path.read_text(encoding="utf-8"))["peft_type"]
+        return kind.from_pretrained(str(folder))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no config of an adapter ({error}). Copy the adapter again.") from error
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of the adapter in `folder`, mapped into memory: they are read when they are looked at.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: they are damaged.
+    """
+    weights, pickled = folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME
+    try:
+        if weights.is_file():
+            return load_file(weights)
+        if pickled.is_file():
+            return dict(torch.load(pickled, map_location="cpu", weights_only=True))
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, TypeError, ValueError) as error:
+        raise ValueError(f"The weights in {folder} are damaged ({error}). Copy the adapter again.") from error
+    raise FileNotFoundError(f"{folder} holds neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}.")
+
+
+def write_adapter(
+    destination: Path, config: PeftConfig, weights: Mapping[str, Tensor], source: Path, replace: bool = False
+) -> None:
+    """Writes an adapter, whole or not at all, and beside it what tokenizer files there are in `source`.
+
+    Args:
+        destination: a folder that is empty or not there yet.
+        replace: `destination` may also be the folder of an adapter, and is replaced with all that is in it.
+
+    Raises:
+        OSError: `destination` is something else, or cannot be written.
+    """
+    destination = destination.resolve()
+    _check_may_write(destination, source.resolve(), replace)
+    with _in_place_of(destination) as folder:
+        config.save_pretrained(str(folder))
+        tensors = {key: value.clone(memory_format=torch.contiguous_format) for key, value in weights.items()}
+        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        for path in _tokenizer_files(source):
+            copy = shutil.copytree if path.is_dir() else shutil.copy2
+            copy(path, folder / path.name)
+
+
+def _check_may_write(destination: Path, source: Path, replace: bool) -> None:
+    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
+        return
+    if not destination.is_dir():
+        raise FileExistsError(f"{destination} is a file. Name a folder that is not there yet.")
+    if not replace:
+        raise FileExistsError(f"{destination} is not empty. Name another folder, or replace this one with --force.")
+    if not (destination / CONFIG_NAME).is_file():
+        raise FileExistsError(f"{destination} is not empty and no adapter, so it is not replaced. Name another folder.")
+    if source == destination or destination in source.parents:
+        raise FileExistsError(f"{destination} holds the adapter that is read. Name another folder.")
+
+
+@contextmanager
+def _in_place_of(destination: Path) -> Iterator[Path]:
+    """A new folder, which takes the place of `destination` if the block ends well."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as room:
+        new, old = Path(room, "new"), Path(room, "old")
+        new.mkdir()
+        yield new
+        if destination.exists():
+            destination.rename(old)
+        try:
+            new.rename(destination)
+        except OSError:
+            if old.exists():
+                old.rename(destination)
+            raise
+
+
+def _tokenizer_files(folder: Path) -> Sequence[Path]:
+    return sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)})
+
+
+def _exclude(config: PeftConfig, modules: set[str]) -> None:
+    """Leaves `modules` out of those that `config` adapts."""
+    if not hasattr(config, "exclude_modules"):
+        raise ValueError(
+            f"The bidirectional stream has no adapter in {', '.join(sorted(modules))}, and a {type(config).__name__} "
+            "cannot leave modules out. Export the causal stream."
+        )
+    excluded = config.exclude_modules
+    if isinstance(excluded, str):
+        config.exclude_modules = "|".join([f"(?:{excluded})", *map(re.escape, sorted(modules))])
+    else:
+        config.exclude_modules = sorted({*(excluded or ()), *modules})
+
+
+def _replace_start(key: str, starts: Mapping[str, str]) -> str:
+    for start, other in starts.items():
+        if key.startswith(start):
+            return other + key.removeprefix(start)
+    return key
+
+
+def _without_stream(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part != BIDIRECTIONAL)
+
+
+def _by_numbers(name: str) -> list[tuple[int, str]]:
+    """A key that sorts `layers.10` behind `layers.9`."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
