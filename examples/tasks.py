@@ -17,8 +17,15 @@ CHOICE_TEMPLATE = "Question: {question}\n\nChoices:\n{choices}\n\nAnswer:"
 
 CHOICES = 4
 
-SETTINGS = {"family_relationships": {"max_family_size": 4, "min_family_size": 3}}
-"""Settings of generators that differ from reasoning-gym's own. Small families make short prompts, for a CPU."""
+SETTINGS = {
+    "family_relationships": {"max_family_size": 4, "min_family_size": 3},
+    "path_star": {"degree": 2, "node_range": 10, "min_path_length": 3, "max_path_length": 3},
+}
+"""Settings of generators that differ from reasoning-gym's own: small families and graphs, whose prompts are short."""
+
+PREAMBLES = {"path_star": "Solve the following task:\n"}
+"""How the instructions end that a task gives with every question, if they are longer than the question: what is trained
+on a task need not be told."""
 
 SEED_STRIDE = 1_000_000
 """reasoning-gym draws question `i` from `seed + i`: neighbouring seeds give the same questions, shifted by one."""
@@ -109,4 +116,8 @@ def _dataset(task: str, size: int, seed: int, excluded: Iterable[str] = ()) -> D
 def _samples(task: str, size: int, seed: int) -> Iterator[tuple[str, str]]:
     for entry in reasoning_gym.create_dataset(task, size=size, seed=seed, **SETTINGS.get(task, {})):
         if entry["answer"] is not None:  # tasks with many right answers give none
-            yield entry["question"].strip(), str(entry["answer"])
+            yield _without_preamble(task, entry["question"]), str(entry["answer"])
+
+
+def _without_preamble(task: str, question: str) -> str:
+    return question.rpartition(PREAMBLES[task])[2].strip() if task in PREAMBLES else question.strip()
