@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, TaskType
 from safetensors import SafetensorError, safe_open
 
+from .full import FullConfig, PeftTypeName
 from .plugins import mixings
 
 PEFT_TYPE = "BITUNE"
@@ -32,17 +33,6 @@ SHARED_FIELDS = ("task_type", "base_model_name_or_path", "revision", "inference_
 """Fields that the inner config takes from the outer one, so that it is a whole PEFT config by itself."""
 
 
-class _PeftType(str):
-    """Stands in for a member of PEFT's enum `PeftType`, which cannot grow, where PEFT prints one."""
-
-    @property
-    def value(self) -> str:
-        return str.__str__(self)
-
-    def __str__(self) -> str:
-        return f"PeftType.{self.value}"
-
-
 @dataclass
 class BituneConfig(PeftConfig):
     """Bidirectional instruction-tuning (arXiv 2405.14862) over any PEFT method.
@@ -54,7 +44,8 @@ class BituneConfig(PeftConfig):
     once and serve both streams.
 
     Args:
-        adapter: the PEFT config of both streams, as an object or a dict with its `peft_type`.
+        adapter: the PEFT config of both streams, as an object or a dict with its `peft_type`; or `"full"`, which
+            trains the weights of all linear layers themselves, one set per stream (`FullConfig`).
         theta_init: where the mixing coefficients start; alpha starts at one half whatever it is, but the smaller it
             is, the faster alpha moves.
         mixing: how theta becomes alpha. `"abs"`, `"relu"`, `"none"` (answers see bidirectional features only), or a
@@ -66,11 +57,12 @@ class BituneConfig(PeftConfig):
 
     Raises:
         ValueError: a setting is unknown or does not fit; the message names it.
-        TypeError: `adapter` is neither a PEFT config nor a dict.
+        TypeError: `adapter` is neither a PEFT config nor a dict nor `"full"`.
     """
 
-    adapter: PeftConfig | dict[str, Any] | None = field(
-        default=None, metadata={"help": "PEFT config of both streams; LoRA r=8 on all linear layers by default."}
+    adapter: PeftConfig | dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "PEFT config of both streams, or 'full'; LoRA r=8 on all linear layers by default."},
     )
     theta_init: float = field(default=0.01, metadata={"help": "Start of theta; a positive number."})
     mixing: str = field(default="abs", metadata={"help": "From theta to alpha: 'abs', 'relu' or 'none'."})
@@ -86,7 +78,7 @@ class BituneConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = _PeftType(PEFT_TYPE)
+        self.peft_type = PeftTypeName(PEFT_TYPE)
         self.task_type = TaskType.CAUSAL_LM if self.task_type is None else self.task_type
         if self.task_type != TaskType.CAUSAL_LM:
             raise ValueError(
@@ -173,15 +165,17 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _inner_config(adapter: PeftConfig | dict[str, Any] | None) -> PeftConfig:
+def _inner_config(adapter: PeftConfig | dict[str, Any] | str | None) -> PeftConfig:
     if adapter is None:
         return LoraConfig(r=8, target_modules="all-linear")
+    if adapter == "full":
+        return FullConfig()
     if isinstance(adapter, dict):
         adapter = _config_from_dict(adapter)
     if not isinstance(adapter, PeftConfig):
         raise TypeError(
-            f"`adapter` must be a PEFT config such as `LoraConfig(r=8)`, or a dict with its `peft_type`; got "
-            f"{type(adapter).__name__}."
+            "`adapter` must be a PEFT config such as `LoraConfig(r=8)`, a dict with its `peft_type`, or 'full'; got "
+            f"{adapter!r}."
         )
     if isinstance(adapter, BituneConfig):
         raise ValueError("`adapter` is itself a BituneConfig. Pass the PEFT config of a single stream, as LoraConfig.")

@@ -9,7 +9,7 @@ one low-rank update of twice the rank (`routing.both_loras`), exact but for roun
 from before for the copies. Those also serve to take the merge back, bit for bit, which subtracting would not.
 
 Embeddings and the LM head keep their adapters: their weights may be tied to each other, and PEFT saves them. So do
-norms (LN tuning), which cost the same either way.
+norms (LN tuning) and weights that are trained themselves, which cost the same either way.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .full import FullLayer
 from .routing import UNMERGED, bidirectional, is_plain_lora
 
 
@@ -66,12 +67,12 @@ def _parameters(base_layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def worth_merging(model: PreTrainedModel, adapter_name: str) -> dict[str, BaseTunerLayer]:
-    """The PEFT layers of an adapter, by name, but for embeddings, LM head and norms."""
+    """The PEFT layers of an adapter, by name, but for embeddings, LM head, norms and trained copies."""
     left_out = (model.get_input_embeddings(), model.get_output_embeddings())
     return {
         name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, LNTuningLayer)
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, LNTuningLayer | FullLayer)
         if adapter_name in layer._get_available_adapters() and hasattr(layer, "base_layer")
         if not any(layer is other for other in left_out)
     }

@@ -174,7 +174,8 @@ class TwoAdapterLayer(Extension):
         return super().__call__(*args, **kwargs)
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Any `tokens` outside a reading, lengthened rows `[R, M, ...]` or `[R, 1, M, ...]` in one.
+        """Any `tokens` outside a reading, lengthened rows `[R, M, ...]`, `[R, 1, M, ...]` or `[R, heads, M, head size]`
+        in one.
 
         Raises:
             RuntimeError: tokens of another shape, so that they cannot be told apart.
@@ -193,6 +194,8 @@ class TwoAdapterLayer(Extension):
         layout = reading.layout
         if tokens.dim() == 4 and tokens.shape[1] == 1:  # states of latent attention, in the shape of a cache
             return self.forward(tokens.squeeze(1), *args, **kwargs).unsqueeze(1)
+        if _is_behind_heads(tokens, layout.length):
+            return self.forward(tokens.transpose(1, 2), *args, **kwargs).transpose(1, 2)
         if tokens.dim() < 2 or tokens.shape[1] != layout.length:
             raise RuntimeError(
                 f"A {type(self).__name__} adapter received tokens of shape {list(tokens.shape)}, where Bitune expects "
@@ -202,6 +205,14 @@ class TwoAdapterLayer(Extension):
         if tokens.dim() == 3 and plain:
             return both_loras(self, tokens, layout.tokens, reading.adapter, second_name)
         return torch.cat(list(_on_each_part(self.forward, reading, tokens, *args, **kwargs)), dim=1)
+
+
+def _is_behind_heads(tokens: Tensor, length: int) -> bool:
+    """Whether these are queries or keys with the heads in front, as some norms get them. If there are as many heads as
+    tokens, it shows in memory, where a token's heads lie together."""
+    if tokens.dim() != 4 or tokens.shape[2] != length:
+        return False
+    return tokens.shape[1] != length or tokens.stride(1) < tokens.stride(2)
 
 
 class FlattenedTokens(TwoAdapterLayer):

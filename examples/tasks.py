@@ -17,11 +17,14 @@ CHOICE_TEMPLATE = "Question: {question}\n\nChoices:\n{choices}\n\nAnswer:"
 
 CHOICES = 4
 
-SETTINGS = {
-    "family_relationships": {"max_family_size": 4, "min_family_size": 3},
-    "path_star": {"degree": 2, "node_range": 10, "min_path_length": 3, "max_path_length": 3},
+TASKS: dict[str, tuple[str, dict[str, object]]] = {
+    "family_relationships": ("family_relationships", {"max_family_size": 4, "min_family_size": 3}),
+    "larger_families": ("family_relationships", {"max_family_size": 6, "min_family_size": 4}),
+    "syllogism": ("syllogism", {"invalid_ratio": 0.5}),
+    "path_star": ("path_star", {"degree": 2, "node_range": 10, "min_path_length": 3, "max_path_length": 3}),
 }
-"""Settings of generators that differ from reasoning-gym's own: small families and graphs, whose prompts are short."""
+"""Tasks that are not just generators of reasoning-gym with its own settings: small families and graphs, whose prompts
+are short enough for a CPU, and syllogisms that hold less often."""
 
 PREAMBLES = {"path_star": "Solve the following task:\n"}
 """How the instructions end that a task gives with every question, if they are longer than the question: what is trained
@@ -47,7 +50,7 @@ def training(task: str, size: int, seed: int, held_out: Dataset) -> Dataset:
     """`size` different questions of a task, none of them in `held_out`.
 
     Args:
-        task: name of a reasoning-gym dataset.
+        task: one of `TASKS`, or the name of a reasoning-gym dataset.
         seed: of the questions; 0 or more.
     """
     return _dataset(task, size, (seed + 1) * SEED_STRIDE, excluded=held_out["question"])
@@ -114,7 +117,8 @@ def _dataset(task: str, size: int, seed: int, excluded: Iterable[str] = ()) -> D
 
 
 def _samples(task: str, size: int, seed: int) -> Iterator[tuple[str, str]]:
-    for entry in reasoning_gym.create_dataset(task, size=size, seed=seed, **SETTINGS.get(task, {})):
+    generator, settings = TASKS.get(task, (task, {}))
+    for entry in reasoning_gym.create_dataset(generator, size=size, seed=seed, **settings):
         if entry["answer"] is not None:  # tasks with many right answers give none
             yield _without_preamble(task, entry["question"]), str(entry["answer"])
 

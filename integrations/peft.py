@@ -12,16 +12,21 @@ def bitune_register(host: str) -> None:
 
 
 def register() -> None:
-    """Enters Bitune into PEFT's mappings.
+    """Enters Bitune, and full fine-tuning as a method inside it, into PEFT's mappings.
 
     By hand: `peft.utils.register_peft_method` takes only names that are members of PEFT's `PeftType` enum (PEFT
     0.21.2).
     """
     from peft import mapping
 
-    from bitune_plugin.config import PEFT_TYPE, BituneConfig
+    from bitune_plugin import config, full
     from bitune_plugin.tuner import BituneModel
 
-    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = BituneConfig
-    mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = BituneModel
-    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = BituneModel.prefix
+    methods = {
+        config.PEFT_TYPE: (config.BituneConfig, BituneModel),
+        full.PEFT_TYPE: (full.FullConfig, full.FullModel),
+    }
+    for name, (config_class, tuner_class) in methods.items():
+        mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name] = config_class
+        mapping.PEFT_TYPE_TO_TUNER_MAPPING[name] = tuner_class
+        mapping.PEFT_TYPE_TO_PREFIX_MAPPING[name] = tuner_class.prefix

@@ -1,0 +1,171 @@
+"""Full fine-tuning as a PEFT method: the trained weights are copies of layers, one per adapter name.
+
+Bitune puts every inner adapter on the model twice, so that each stream gets a set of weights of its own. The base
+weights stay frozen beside them: switching the adapter off gives the base model back. With weights of size `W` in the
+targeted layers, a model with Bitune holds `3 W`, and AdamW another `6 W` (a gradient and two moments for each set),
+where ordinary full fine-tuning needs `4 W`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.tuners.ln_tuning import LNTuningModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+PEFT_TYPE = "BITUNE_FULL"
+ALL = "all"
+
+
+class PeftTypeName(str):
+    """Stands in for a member of PEFT's enum `PeftType`, which cannot grow, where PEFT prints one."""
+
+    @property
+    def value(self) -> str:
+        return str.__str__(self)
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"
+
+
+@dataclass
+class FullConfig(PeftConfig):
+    """Full fine-tuning. `BituneConfig(adapter="full")` is `BituneConfig(adapter=FullConfig())`.
+
+    Args:
+        target_modules: `"all-linear"`, every linear layer but the LM head; `"all"`, all weights of the model, as
+            ordinary fine-tuning would train; or names or a regular expression, as in `LoraConfig`.
+        exclude_modules: what of these to leave out.
+        modules_to_save: modules that are trained too, but once for both streams.
+    """
+
+    target_modules: list[str] | str = field(
+        default="all-linear", metadata={"help": "Layers to train: 'all-linear', 'all', names, or a regular expression."}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Layers to leave out."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that are trained once for both streams."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftTypeName(PEFT_TYPE)
+
+
+class FullLayer(nn.Module, BaseTunerLayer):
+    """A layer, and a trained copy of it for every adapter name. Passes for the active copy."""
+
+    adapter_layer_names = ("bitune_full",)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.bitune_full = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+
+    @property
+    def active(self) -> nn.Module:
+        """The copy of the active adapter, or the base layer where it has none or is switched off."""
+        names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.bitune_full]
+        return self.bitune_full[names[0]] if names else self.base_layer
+
+    @property
+    def weight(self) -> Tensor:
+        return self.active.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.active.bias
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base_layer" not in self._modules:
+                raise
+            return getattr(self.active, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.active(*args, **kwargs)
+
+
+class FullModel(LNTuningModel):
+    """Puts `FullLayer`s on a model. PEFT's LN tuning does the same with norms, and knows how to take them off again."""
+
+    prefix = "bitune_full"
+    tuner_layer_cls = FullLayer
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As in `BaseTuner`. Copies of tied weights are tied.
+
+        Raises:
+            ValueError: a layer cannot be trained: it is quantised, or its module holds weights and other modules.
+        """
+        config = self.peft_config[adapter_name]
+        self.__dict__["copied"] = {}  # as `copy.deepcopy` remembers what it has copied
+        self.__dict__["every_layer"] = set(_layers_with_weights(model)) if config.target_modules == ALL else set()
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            del self.copied, self.every_layer
+
+    def _check_target_module_exists(self, config: FullConfig, key: str) -> bool:
+        if config.target_modules != ALL:
+            return super()._check_target_module_exists(config, key)
+        is_excluded = config.exclude_modules and super()._check_target_module_exists(
+            FullConfig(target_modules=config.exclude_modules), key
+        )
+        return key in self.every_layer and not is_excluded
+
+    def _create_and_replace(
+        self,
+        peft_config: FullConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        if isinstance(target, FullLayer):
+            layer = target
+        else:
+            _check_trainable(target, current_key)
+            layer = FullLayer(target)
+            layer._active_adapter = self.active_adapters
+            self._replace_module(parent, target_name, layer, target)
+        layer.bitune_full[adapter_name] = copy.deepcopy(layer.base_layer, self.copied).requires_grad_(True)
+        layer.set_adapter(layer.active_adapters, inference_mode=peft_config.inference_mode)
+
+
+def _layers_with_weights(model: nn.Module) -> Iterator[str]:
+    """Names of the modules to copy: those with weights of their own, and none in modules inside.
+
+    Raises:
+        ValueError: a module has both.
+    """
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FullLayer))
+    for name, module in model.named_modules():
+        if isinstance(module, FullLayer):
+            yield name
+        elif not name.startswith(inside) and any(True for _ in module.parameters(recurse=False)):
+            if any(True for child in module.children() for _ in child.parameters()):
+                own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
+                raise ValueError(
+                    f"`target_modules='all'`: {name or type(module).__name__} holds {', '.join(own)} itself, beside "
+                    "layers with weights, so it cannot be there once per stream. Name the layers to train, or use "
+                    "`target_modules='all-linear'`."
+                )
+            yield name
+
+
+def _check_trainable(layer: nn.Module, name: str) -> None:
+    if not all(parameter.is_floating_point() for parameter in layer.parameters()):
+        raise ValueError(
+            f"{name} is quantised, and its weights cannot be trained. Load the model without quantisation, or use an "
+            "adapter such as `LoraConfig(...)`."
+        )

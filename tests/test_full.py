@@ -1,0 +1,191 @@
+"""Full fine-tuning: a set of weights per stream, against three passes of two whole models."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from bitune_plugin import BituneConfig
+from bitune_plugin.full import FullConfig, FullLayer
+from helpers import SHAPES, assert_close, batch, lora, samples, tokens, unharmed
+from models import tiny
+from three_pass import STREAMS, ThreePass
+
+ROWS = batch(samples(*SHAPES), "left")
+EVERYTHING = FullConfig(target_modules="all")
+
+
+class TwoModels(ThreePass):
+    """Each stream is a model of its own."""
+
+    def __init__(self, base: PreTrainedModel, config: BituneConfig) -> None:
+        super().__init__(base, lora(), granularity=config.mixing_granularity, heads=base.config.num_key_value_heads)
+        base = copy.deepcopy(base)
+        base.set_attn_implementation("eager")
+        self.streams = nn.ModuleDict({stream: copy.deepcopy(base) for stream in STREAMS})
+
+    def _run(self, adapter: str, input_ids: Tensor, cache: DynamicCache, start: int):
+        self.model.get_base_model = lambda: self.streams["bidirectional"]
+        positions = torch.arange(start, start + input_ids.shape[1])[None]
+        model = self.streams[adapter]
+        return model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True)
+
+    def pairs(self, product: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        theirs = dict(product.named_parameters(remove_duplicate=False))
+        pairs = [pair for pair in super().pairs(product) if pair[0] is not None and pair[0].dim() == 1]
+        for stream, adapter_name in STREAMS.items():
+            for name, parameter in self.streams[stream].named_parameters():
+                module, _, weight = name.rpartition(".")
+                copied = theirs.get(f"base_model.model.{module}.bitune_full.{adapter_name}.{weight}")
+                if copied is not None:
+                    pairs.append((parameter, copied))
+        return pairs
+
+
+def full(base: PreTrainedModel, adapter: FullConfig | str = "full", **settings: str) -> tuple[PeftModel, TwoModels]:
+    config = BituneConfig(adapter=copy.deepcopy(adapter), **settings)
+    oracle = TwoModels(base, config)
+    model = get_peft_model(base, config)
+    randomise(model)
+    oracle.load_product(model)
+    return model, oracle
+
+
+def randomise(model: PeftModel) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "bitune_full" in name:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.05 * noise
+        elif "theta" in name:
+            parameter.data.uniform_(0.005, 0.05, generator=generator)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "phi", "mixtral"])
+@pytest.mark.parametrize("adapter", ["full", EVERYTHING], ids=["all-linear", "all"])
+def test_is_exact(architecture: str, adapter: FullConfig | str) -> None:
+    model, oracle = full(tiny(architecture), adapter)
+    outputs = model(**{**ROWS.inputs, "labels": ROWS.labels})
+    assert len(ROWS.answers(outputs.logits)) == len(ROWS.samples)
+    for answer, (ids, prompt) in zip(ROWS.answers(outputs.logits), ROWS.samples, strict=True):
+        assert_close(answer, oracle(ids, prompt))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_every_gradient_is_exact(architecture: str) -> None:
+    model, oracle = full(tiny(architecture, tie_word_embeddings=architecture == "gemma3_text"), EVERYTHING)
+    model.train()(**{**ROWS.inputs, "labels": ROWS.labels}).loss.backward()
+    counted = sum(len(ids) - prompt for ids, prompt in ROWS.samples)
+    for ids, prompt in ROWS.samples:
+        if len(ids) > prompt:
+            (oracle.loss(ids, prompt) * (len(ids) - prompt) / counted).backward()
+    pairs = oracle.pairs(model)
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert {id(theirs) for _, theirs in pairs} == trained
+    for mine, theirs in pairs:
+        expected = torch.zeros_like(mine) if mine.grad is None else mine.grad
+        assert_close(theirs.grad, expected, 1e-5 * max(1.0, expected.abs().max().item()))
+
+
+def test_greedy_answers_are_exact() -> None:
+    model, oracle = full(tiny("gemma3_text"), EVERYTHING)
+    for prompt in (tokens(7), tokens(2)):
+        answer = model.generate(input_ids=prompt[None], max_new_tokens=5, do_sample=False, eos_token_id=None)
+        assert torch.equal(answer[0], oracle.generate(prompt, 5))
+
+
+def test_heads_as_many_as_tokens_are_told_apart() -> None:
+    model, oracle = full(tiny("gemma3_text"), EVERYTHING)
+    heads = model.config.num_attention_heads
+    assert heads == 4
+    for length, prompt in ((3, 2), (2, 2)):  # four tokens, and three, in a lengthened row
+        ids = tokens(length, seed=length)
+        logits = model(**batch([(ids, prompt)]).inputs).logits
+        assert_close(batch([(ids, prompt)]).answers(logits)[0], oracle(ids, prompt))
+
+
+def test_it_is_saved_and_loaded_the_peft_way(tmp_path: Path) -> None:
+    base = tiny("gemma3_text", tie_word_embeddings=True)
+    fresh = copy.deepcopy(base)
+    model, _ = full(base, EVERYTHING)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path).eval()
+    assert torch.equal(loaded(**ROWS.inputs).logits, model(**ROWS.inputs).logits)
+    keys = set(load_file(tmp_path / "adapter_model.safetensors"))
+    layer = "base_model.model.model.layers.0.self_attn"
+    assert {
+        f"{layer}.q_proj.bitune_full.weight",
+        f"{layer}.q_proj.bitune_full.bidirectional.weight",
+        f"{layer}.bitune_mixing.theta_key",
+    } <= keys
+    assert not any("base_layer" in key for key in keys)
+
+
+def test_switched_off_or_taken_off_it_leaves_the_base_model() -> None:
+    base = tiny()
+    inputs = {"input_ids": tokens(9)[None]}
+    expected = base(**inputs).logits
+    model, _ = full(base, EVERYTHING)
+    trained = model(**inputs).logits
+    with model.disable_adapter():
+        assert torch.equal(model(**inputs).logits, expected)
+    model.merge_adapter()  # there is nothing to merge
+    assert torch.equal(model(**inputs).logits, trained)
+    assert torch.equal(model.unload()(**inputs).logits, expected)
+
+
+def test_tied_weights_stay_tied_within_a_stream() -> None:
+    model = get_peft_model(tiny(tie_word_embeddings=True), BituneConfig(adapter=FullConfig(target_modules="all")))
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert embedding.bitune_full["default"].weight is head.bitune_full["default"].weight
+    assert embedding.bitune_full["default__bidirectional"].weight is not embedding.bitune_full["default"].weight
+    assert embedding.base_layer.weight is head.base_layer.weight
+
+
+def test_it_passes_for_the_copy_in_use() -> None:
+    model, _ = full(tiny(), EVERYTHING)
+    head = model.get_output_embeddings()
+    assert head.weight is head.bitune_full["default"].weight
+    assert model.get_input_embeddings().num_embeddings == 97
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = head.nothing
+
+
+def test_the_targets_of_each_setting() -> None:
+    def trained(adapter: FullConfig | str) -> set[str]:
+        model = get_peft_model(tiny(), BituneConfig(adapter=adapter))
+        return {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, FullLayer)}
+
+    attention, mlp = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}
+    norms = {"input_layernorm", "post_attention_layernorm", "norm"}
+    assert trained("full") == attention | mlp
+    assert trained(FullConfig(target_modules=["q_proj"])) == {"q_proj"}
+    assert trained(EVERYTHING) == attention | mlp | norms | {"embed_tokens", "lm_head"}
+    without = FullConfig(target_modules="all", exclude_modules=["embed_tokens", "lm_head"])
+    assert trained(without) == attention | mlp | norms
+
+
+def test_weights_beside_modules_are_refused_and_change_nothing() -> None:
+    base = tiny("gpt_oss", "eager")
+    with unharmed(base), pytest.raises(ValueError, match=r"'all'.*self_attn holds sinks itself.*'all-linear'"):
+        get_peft_model(base, BituneConfig(adapter=copy.deepcopy(EVERYTHING)))
+
+
+def test_quantised_layers_are_refused() -> None:
+    base = tiny()
+    projection = base.model.layers[1].mlp.down_proj
+    projection.weight = nn.Parameter(projection.weight.data.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj is quantised.*without quantisation"):
+        get_peft_model(base, BituneConfig(adapter="full"))
+
+
+def test_another_word_for_it_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"or 'full'; got 'fully'"):
+        BituneConfig(adapter="fully")
