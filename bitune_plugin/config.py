@@ -12,22 +12,19 @@ from typing import Any
 
 import torch
 from peft.config import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners import LoraConfig
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, TaskType
 from safetensors import SafetensorError, safe_open
 
 from .full import FullConfig, PeftTypeName
+from .methods import check_method
 from .plugins import mixings
 
 PEFT_TYPE = "BITUNE"
 NO_MIXING = "none"
 GRANULARITIES = ("layer", "head", "model")
 SECOND_PASSES = ("bidirectional", "causal")
-
-CHANGES_BASE_WEIGHTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
-"""Values of `init_lora_weights` that take something out of the base weights."""
 
 SHARED_FIELDS = ("task_type", "base_model_name_or_path", "revision", "inference_mode")
 """Fields that the inner config takes from the outer one, so that it is a whole PEFT config by itself."""
@@ -56,7 +53,7 @@ class BituneConfig(PeftConfig):
         share_adapter: both streams use the causal adapter.
 
     Raises:
-        ValueError: a setting is unknown or does not fit; the message names it.
+        ValueError: a setting is unknown or does not fit, or the method is refused (`methods.py`); the message names it.
         TypeError: `adapter` is neither a PEFT config nor a dict nor `"full"`.
     """
 
@@ -92,7 +89,22 @@ class BituneConfig(PeftConfig):
             raise ValueError(f"`theta_init={self.theta_init!r}` must be a positive, finite number, for instance 0.01.")
         if not isinstance(self.share_adapter, bool):
             raise ValueError(f"`share_adapter={self.share_adapter!r}` must be True or False.")
+        self._check_ablations()
         self.adapter = _inner_config(self.adapter)
+
+    def _check_ablations(self) -> None:
+        """Raises ValueError for settings that mean nothing together."""
+        if self.mixing == NO_MIXING and self.mixing_granularity != GRANULARITIES[0]:
+            raise ValueError(
+                f"`mixing_granularity={self.mixing_granularity!r}` means nothing with `mixing={NO_MIXING!r}`, where "
+                f"there is no theta. Leave it out; in a saved config, write {GRANULARITIES[0]!r}."
+            )
+        if self.share_adapter and self.second_pass_attention == "causal":
+            raise ValueError(
+                "`second_pass_attention='causal'` with `share_adapter=True` reads every prompt twice in the same way, "
+                "so that mixing changes nothing: it is the adapter alone, at the cost of two. Change one of them, or "
+                "use the adapter without Bitune."
+            )
 
     # Whatever is not Bitune's own belongs to the inner config: PEFT and TRL read `target_modules`,
     # `modules_to_save`, `bias` and others on the config of an adapter, and TRL writes some.
@@ -179,31 +191,13 @@ def _inner_config(adapter: PeftConfig | dict[str, Any] | str | None) -> PeftConf
         )
     if isinstance(adapter, BituneConfig):
         raise ValueError("`adapter` is itself a BituneConfig. Pass the PEFT config of a single stream, as LoraConfig.")
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(adapter.peft_type)
-    if adapter.is_prompt_learning or adapter.is_adaption_prompt or not _injects_layers(tuner):
-        raise ValueError(
-            f"`adapter={type(adapter).__name__}(...)` adds no adapter to the model's own layers, so there is nothing "
-            "to have twice. Use a method that does, for instance LoraConfig or IA3Config."
-        )
     if adapter.task_type not in (None, TaskType.CAUSAL_LM):
         raise ValueError(
             f"`adapter` has `task_type={str(adapter.task_type)!r}`: Bitune is for causal language models. Leave its "
             "`task_type` out."
         )
-    _check_base_weights_untouched(adapter)
+    check_method(adapter)
     return adapter
-
-
-def _check_base_weights_untouched(adapter: PeftConfig) -> None:
-    """Raises ValueError for settings that change the base model itself, which both streams stand on."""
-    init = str(getattr(adapter, "init_lora_weights", "")).lower()
-    if init.startswith(CHANGES_BASE_WEIGHTS):
-        raise ValueError(
-            f"`init_lora_weights={adapter.init_lora_weights!r}` takes its start out of the base weights, which two "
-            "adapters cannot both do. Use `init_lora_weights=True`, 'gaussian' or 'orthogonal'."
-        )
-    if getattr(adapter, "layer_replication", None):
-        raise ValueError("`layer_replication` is not supported: build the deeper model first, then put Bitune on it.")
 
 
 def _config_from_dict(settings: dict[str, Any]) -> PeftConfig:
@@ -214,10 +208,6 @@ def _config_from_dict(settings: dict[str, Any]) -> PeftConfig:
             f"`adapter` has `peft_type={peft_type!r}`, which the installed PEFT does not know. It knows: {known}."
         )
     return PeftConfig.from_peft_type(**settings)
-
-
-def _injects_layers(tuner: type | None) -> bool:
-    return isinstance(tuner, type) and issubclass(tuner, BaseTuner)
 
 
 def _without_sets(value: Any) -> Any:

@@ -291,9 +291,15 @@ def unmerged(layer: BaseTunerLayer) -> BaseTunerLayer:
 
 def with_attributes(module: nn.Module, **attributes: Any) -> Any:
     """A module that shares everything with `module` but these attributes."""
-    view = object.__new__(type(module))
+    view = object.__new__(_class_of_views(type(module)))
     view.__dict__ = {**module.__dict__, **attributes}
     return view
+
+
+@cache
+def _class_of_views(cls: type) -> type:
+    """`cls` itself, unless its instances clean up when they go: what a view shares is not its own to clean up."""
+    return type(cls.__name__, (cls,), {"__del__": lambda view: None}) if hasattr(cls, "__del__") else cls
 
 
 def by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners import RandLoraModel, TrainableTokensConfig
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -187,6 +188,8 @@ class BituneModel(BaseTuner):
     ) -> None:
         # All that may be refused is refused before the model is changed.
         _check_bare(model, adapter_name)
+        if isinstance(peft_config, BituneConfig):  # no PeftModel around it
+            _check_no_shared_weights(peft_config)
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         if not low_cpu_mem_usage and not configs[adapter_name].unused:
             _check_not_offloaded(model)
@@ -222,11 +225,12 @@ class BituneModel(BaseTuner):
         # Remembered for `unload`: the inner tuner freezes the model.
         if self.inner is None:
             self.__dict__["trained_before"] = [p for p in model.parameters() if p.requires_grad]
-        options = (autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        self._inject_stream(adapter_name, config.causal_config(), *options)
+        options = {"low_cpu_mem_usage": low_cpu_mem_usage, "state_dict": state_dict}
+        self._inject_stream(adapter_name, config.causal_config(), autocast_adapter_dtype, options)
         if not config.share_adapter:
             # Copied now, when the first injection has put names in place of "all-linear".
-            self._inject_stream(bidirectional(adapter_name), config.bidirectional_config(), *options)
+            second = (bidirectional(adapter_name), config.bidirectional_config())
+            self._inject_stream(*second, autocast_adapter_dtype, options)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             self._add_mixing(adapter_name, config)
         self._route_adapters(adapter_name)
@@ -266,11 +270,10 @@ class BituneModel(BaseTuner):
             raise ValueError(f"Adapter {adapter_name} does not exist. There are: {', '.join(self.peft_config)}.")
         self.unmerge_for("delete_adapter")
         was_active = adapter_name in self.active_adapters
-        for layer in self._tuner_layers():
-            layer.delete_adapter(bidirectional(adapter_name))
+        for name in (bidirectional(adapter_name), adapter_name):
+            if name in self.inner.peft_config:
+                self.inner.delete_adapter(name)
         super().delete_adapter(adapter_name)
-        for name in (adapter_name, bidirectional(adapter_name)):
-            self.inner.peft_config.pop(name, None)
         if was_active:
             self.set_adapter(self.active_adapters)
 
@@ -400,6 +403,12 @@ class BituneModel(BaseTuner):
                 f"`adapter={type(config.adapter).__name__}(...)`: all Bitune adapters on a model must have inner "
                 f"configs of one type, got {', '.join(sorted(types))}. Load the adapter on another copy of the model."
             )
+        tied = getattr(self.model.config, "tie_word_embeddings", False)
+        if tied and isinstance(config.adapter, TrainableTokensConfig) and not config.share_adapter:
+            raise ValueError(
+                "`adapter=TrainableTokensConfig(...)`: where embeddings are tied, PEFT can put only one such adapter "
+                "on a model. Use `LoraConfig(trainable_token_indices=...)`, whose tokens serve both streams."
+            )
 
     def _leave_out_unadaptable(self, config: PeftConfig) -> None:
         """Takes the layers that PEFT cannot adapt out of "all-linear".
@@ -423,16 +432,19 @@ class BituneModel(BaseTuner):
         name: str,
         config: PeftConfig,
         autocast_adapter_dtype: bool,
-        low_cpu_mem_usage: bool,
-        state_dict: dict[str, Tensor] | None,
+        options: dict[str, Any],
     ) -> None:
         if self.inner is None:
             tuner_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
-            self.__dict__["inner"] = tuner_cls(self.model, {name: config}, name, low_cpu_mem_usage, state_dict)
+            self.__dict__["inner"] = tuner_cls(self.model, {name: config}, name, **options)
+            # What all layers share is the inner tuner's own, as VeRA's projections. Of ours, PEFT saves and loads it.
+            for shared, module in self.inner.named_children():
+                if shared != "model":
+                    self.add_module(shared, module)
             return
         self.inner.peft_config[name] = config
         try:
-            self.inner.inject_adapter(self.model, name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            self.inner.inject_adapter(self.model, name, autocast_adapter_dtype, **options)
         except Exception:
             del self.inner.peft_config[name]
             raise
@@ -492,11 +504,15 @@ class BituneModel(BaseTuner):
         second = bidirectional(adapter_name)
         of_causal = {key: value for key, value in state_dict.items() if bidirectional("") not in key}
         of_second = {key: value for key, value in state_dict.items() if second in key.split(".")}
-        saved = {}
-        for name, entries in ((adapter_name, of_causal), (second, of_second)):
-            entries = inner_cls._get_adapter_state_dict(model, config.adapter, name, entries, unwanted_adapter_names)
+        others = [*unwanted_adapter_names, *map(bidirectional, unwanted_adapter_names)]
+        of_mixing = {key: value for key, value in state_dict.items() if MIXING in key.split(".")}
+        saved = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in of_mixing.items()}
+        for name, other, entries in ((adapter_name, second, of_causal), (second, adapter_name, of_second)):
+            entries = inner_cls._get_adapter_state_dict(model, config.adapter, name, entries, [*others, other])
             for key, value in entries.items():
                 parts = [BIDIRECTIONAL if part == second else part for part in key.split(".")]
+                if name == second and BIDIRECTIONAL not in parts:  # some methods take the name out themselves
+                    parts.append(BIDIRECTIONAL)
                 saved[inner_cls._remove_adapter_name_from_key(".".join(parts), name)] = value
         return saved
 
@@ -514,13 +530,13 @@ class BituneModel(BaseTuner):
         is_second = re.compile(rf"\.{BIDIRECTIONAL}(?=\.|$)")
         of_causal = {key: value for key, value in state_dict.items() if not is_second.search(key)}
         of_second = {is_second.sub("", key): value for key, value in state_dict.items() if is_second.search(key)}
-        remapped = {
-            **inner_cls._remap_adapter_state_dict_for_load(model, config.adapter, adapter_name, of_causal),
-            **inner_cls._remap_adapter_state_dict_for_load(
-                model, config.adapter, bidirectional(adapter_name), of_second
-            ),
-        }
-        problems = _problems(model, config, adapter_name, remapped)
+        remapped: dict[str, Tensor] = {}
+        try:
+            for name, entries in ((adapter_name, of_causal), (bidirectional(adapter_name), of_second)):
+                remapped |= inner_cls._remap_adapter_state_dict_for_load(model, config.adapter, name, entries)
+            problems = _problems(model, config, adapter_name, remapped)
+        except ValueError as error:  # some methods look for themselves, as VeRA for its projections
+            problems = [str(error)]
         if problems:
             if config.unused:
                 _take_off(model, adapter_name)
@@ -551,6 +567,17 @@ def _check_bare(model: nn.Module, adapter_name: str) -> None:
         )
 
 
+def _check_no_shared_weights(config: BituneConfig) -> None:
+    """Raises ValueError for methods that keep weights beside the model's layers: transformers leaves them behind."""
+    tuner_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.adapter.peft_type]
+    if tuner_cls.uses_shared_state or issubclass(tuner_cls, RandLoraModel):  # PEFT 0.21.2 forgets RandLoRA
+        raise ValueError(
+            f"`adapter={type(config.adapter).__name__}(...)` keeps weights that all layers share beside the model, "
+            "where transformers' `add_adapter` and `load_adapter` leave them. Use `get_peft_model` and "
+            "`PeftModel.from_pretrained`."
+        )
+
+
 def _check_not_offloaded(model: nn.Module) -> None:
     """Raises ValueError if accelerate keeps weights of `model` off its device: a new adapter would be made without
     memory beside them."""
@@ -576,9 +603,10 @@ def _problems(model: nn.Module, config: BituneConfig, adapter_name: str, remappe
         for key in _filter_state_dict_by_key_prefixes(parameters, _get_tuner_state_dict_key_prefixes(model, name))
         if name in key.split(".")
     }
+    filled = {parameters[key] for key in given if key in parameters}  # under one of its keys, if layers share it
     # If the vocabulary was resized, PEFT saves what was trained of it twice: once more without the adapter's name.
     without_name = {_without_part(key, adapter_name).removeprefix(prefix) for key in in_model}
-    problems = [f"missing: {key}" for key in sorted(expected - given.keys())]
+    problems = [f"missing: {key}" for key in sorted(expected) if parameters[key] not in filled]
     for key, value in given.items():
         if key not in in_model:
             if key.removeprefix(prefix) not in without_name:

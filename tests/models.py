@@ -88,6 +88,8 @@ def randomise_adapters(model: torch.nn.Module, seed: int = 1) -> None:
             parameter.data.mul_(1 + 0.2 * noise)
         elif "lora_" in name:
             parameter.data.copy_(0.15 * noise)
+        elif parameter.requires_grad:
+            parameter.data.add_(0.15 * noise)
 
 
 WORDS = [f"w{i}" for i in range(90)]

@@ -154,7 +154,7 @@ def test_an_adapter_that_starts_from_the_base_weights_is_refused(init: str) -> N
 
 
 def test_an_adapter_that_repeats_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match="`layer_replication`"):
+    with pytest.raises(ValueError, match="`layer_replication="):
         BituneConfig(adapter=LoraConfig(layer_replication=[(0, 2), (1, 3)]))
 
 
@@ -241,8 +241,8 @@ def test_a_config_in_the_making_has_no_settings_of_an_adapter() -> None:
 # --- Copies -----------------------------------------------------------------------------------------------------------
 
 
-def unusual() -> BituneConfig:
-    """A config in which no setting has its default."""
+def unusual(**settings: object) -> BituneConfig:
+    """A config in which no setting has its default, but for `share_adapter`."""
     return BituneConfig(
         adapter=LoraConfig(
             r=5,
@@ -255,17 +255,21 @@ def unusual() -> BituneConfig:
         theta_init=0.5,
         mixing="relu",
         mixing_granularity="head",
-        second_pass_attention="causal",
-        share_adapter=True,
         base_model_name_or_path="some/model",
         revision="main",
+        **{"second_pass_attention": "causal", **settings},
     )
 
 
-def test_every_setting_is_unusual_in_the_config_used_below() -> None:
+def shared() -> BituneConfig:
+    return unusual(second_pass_attention="bidirectional", share_adapter=True)
+
+
+def test_every_setting_is_unusual_in_the_configs_used_below() -> None:
     usual = BituneConfig()
-    for name in ("adapter", "theta_init", "mixing", "mixing_granularity", "second_pass_attention", "share_adapter"):
+    for name in ("adapter", "theta_init", "mixing", "mixing_granularity", "second_pass_attention"):
         assert getattr(unusual(), name) != getattr(usual, name)
+    assert shared().share_adapter != usual.share_adapter
 
 
 @pytest.mark.parametrize(
@@ -273,8 +277,9 @@ def test_every_setting_is_unusual_in_the_config_used_below() -> None:
     [copy.copy, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c)), dataclasses.replace],
     ids=["copy", "deepcopy", "pickle", "replace"],
 )
-def test_a_copy_is_equal(again) -> None:
-    config = unusual()
+@pytest.mark.parametrize("make", [unusual, shared])
+def test_a_copy_is_equal(again, make) -> None:
+    config = make()
     config.causal_config()
     assert again(config) == config
 
@@ -317,12 +322,13 @@ def test_sets_are_saved_as_sorted_lists_and_loaded_as_sets() -> None:
 
 
 @pytest.mark.parametrize("loader", [PeftConfig, BituneConfig])
-def test_what_is_saved_is_what_is_loaded(loader: type[PeftConfig], tmp_path: Path) -> None:
-    unusual().save_pretrained(tmp_path)
+@pytest.mark.parametrize("make", [unusual, shared])
+def test_what_is_saved_is_what_is_loaded(loader: type[PeftConfig], make, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
     loaded = loader.from_pretrained(str(tmp_path))
     assert isinstance(loaded, BituneConfig)
-    assert loaded.to_dict() == unusual().to_dict()
-    assert loaded.adapter == unusual().causal_config()
+    assert loaded.to_dict() == make().to_dict()
+    assert loaded.adapter == make().causal_config()
 
 
 def test_a_loaded_config_saves_the_same_file(tmp_path: Path) -> None:

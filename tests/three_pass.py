@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel
@@ -49,7 +50,8 @@ class ThreePass(nn.Module):
         base = copy.deepcopy(base)
         base.set_attn_implementation(attention)
         self.model: PeftModel = get_peft_model(base, copy.deepcopy(adapter), adapter_name="causal")
-        self.model.add_adapter("bidirectional", copy.deepcopy(adapter))
+        self.model.add_adapter("bidirectional", without_whole_modules(adapter))
+        self._train_both_streams()
         self.mixing, self.theta_init, self.share_adapter = mixing, theta_init, share_adapter
         self.second_pass_attention = second_pass_attention
         layers = 1 if granularity == "model" else base.config.num_hidden_layers
@@ -107,14 +109,21 @@ class ThreePass(nn.Module):
         return ((1 - alpha) * causal.float() + alpha * second.float()).to(causal.dtype)
 
     def _run(self, adapter: str, input_ids: Tensor, cache: DynamicCache, start: int):
-        self.model.base_model.set_adapter(adapter)
-        self.model.requires_grad_(False)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_("lora_" in name or "ia3_" in name)
+        for layer in self.model.modules():
+            if isinstance(layer, BaseTunerLayer) and adapter in layer._get_available_adapters():
+                layer._active_adapter = [adapter]
         positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
         return self.model.base_model.model(
             input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True
         )
+
+    def _train_both_streams(self) -> None:
+        trained = set()
+        for adapter in reversed(STREAMS):  # PEFT trains one at a time
+            self.model.base_model.set_adapter(adapter)
+            trained.update(parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
     def _cache(self) -> DynamicCache:
         # Without the config no layer forgets what slides out of its window; the masks see to that.
@@ -125,20 +134,31 @@ class ThreePass(nn.Module):
         for mine, theirs in self.pairs(product):
             mine.data.copy_(theirs.data)
 
-    def pairs(self, product: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Trainable parameters here, each with its counterpart in a product model."""
-        theirs = dict(product.named_parameters())
+    def pairs(self, product: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        """Weights of the adapters here, and others that are trained, each with its counterpart in a product model."""
+        theirs = tensors(product)
         pairs = []
-        for name, parameter in self.model.named_parameters():
-            for here, there in STREAMS.items():
-                if here in name.split("."):
-                    other = theirs.get(".".join(there if part == here else part for part in name.split(".")))
-                    if other is not None:
-                        pairs.append((parameter, other))
+        for name, tensor in tensors(self.model).items():
+            there = ".".join(STREAMS.get(part, part) for part in name.split("."))
+            if there in theirs and (there != name or tensor.requires_grad):
+                pairs.append((tensor, theirs[there]))
         for kind, thetas in (("theta_key", self.theta_key), ("theta_value", self.theta_value)):
             named = [p for name, p in theirs.items() if f"bitune_mixing.{kind}.default" in name]
             pairs += list(zip(thetas, named, strict=False))
         return pairs
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def without_whole_modules(adapter: PeftConfig) -> PeftConfig:
+    """The config of the bidirectional stream: modules that are trained whole are those of the causal one."""
+    adapter = copy.deepcopy(adapter)
+    for name, nothing in {"modules_to_save": None, "trainable_token_indices": None, "bias": "none"}.items():
+        if hasattr(adapter, name):
+            setattr(adapter, name, nothing)
+    return adapter
 
 
 @contextmanager
