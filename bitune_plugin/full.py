@@ -9,14 +9,16 @@ where ordinary full fine-tuning needs `4 W`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft.config import PeftConfig
 from peft.tuners.ln_tuning import LNTuningModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
+
+from .attention import MIXING
 
 PEFT_TYPE = "BITUNE_FULL"
 ALL = "all"
@@ -39,10 +41,14 @@ class FullConfig(PeftConfig):
 
     Args:
         target_modules: `"all-linear"`, every linear layer but the LM head; `"all"`, all weights of the model, as
-            ordinary fine-tuning would train; or names or a regular expression, as in `LoraConfig`.
+            ordinary fine-tuning would train: embeddings and LM head once for both streams, all else once per stream;
+            or names or a regular expression, as in `LoraConfig`.
         exclude_modules: what of these to leave out.
         modules_to_save: modules that are trained too, but once for both streams.
     """
+
+    modules_to_tie = None
+    """No setting: the LM head, if it is tied to embeddings in `modules_to_save`."""
 
     target_modules: list[str] | str = field(
         default="all-linear", metadata={"help": "Layers to train: 'all-linear', 'all', names, or a regular expression."}
@@ -101,26 +107,17 @@ class FullModel(LNTuningModel):
     tuner_layer_cls = FullLayer
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As in `BaseTuner`. Copies of tied weights are tied.
+        """As in `BaseTuner`.
 
         Raises:
-            ValueError: a layer cannot be trained: it is quantised, or its module holds weights and other modules.
+            ValueError: a layer cannot be trained: it is quantised, or its module holds weights beside other layers.
         """
         config = self.peft_config[adapter_name]
-        self.__dict__["copied"] = {}  # as `copy.deepcopy` remembers what it has copied
-        self.__dict__["every_layer"] = set(_layers_with_weights(model)) if config.target_modules == ALL else set()
-        try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-        finally:
-            del self.copied, self.every_layer
-
-    def _check_target_module_exists(self, config: FullConfig, key: str) -> bool:
-        if config.target_modules != ALL:
-            return super()._check_target_module_exists(config, key)
-        is_excluded = config.exclude_modules and super()._check_target_module_exists(
-            FullConfig(target_modules=config.exclude_modules), key
-        )
-        return key in self.every_layer and not is_excluded
+        if config.target_modules == ALL:
+            _name_all(config, model)
+        embeddings, head = _embeddings(model)
+        config.modules_to_tie = [head] if _are_tied(model) and embeddings in (config.modules_to_save or ()) else None
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _create_and_replace(
         self,
@@ -138,29 +135,53 @@ class FullModel(LNTuningModel):
             layer = FullLayer(target)
             layer._active_adapter = self.active_adapters
             self._replace_module(parent, target_name, layer, target)
-        layer.bitune_full[adapter_name] = copy.deepcopy(layer.base_layer, self.copied).requires_grad_(True)
+        layer.bitune_full[adapter_name] = copy.deepcopy(layer.base_layer)
         layer.set_adapter(layer.active_adapters, inference_mode=peft_config.inference_mode)
 
 
-def _layers_with_weights(model: nn.Module) -> Iterator[str]:
-    """Names of the modules to copy: those with weights of their own, and none in modules inside.
+def _name_all(config: FullConfig, model: nn.Module) -> None:
+    """Puts names in place of "all": layers to have once per stream, and embeddings and LM head once for both.
 
     Raises:
-        ValueError: a module has both.
+        ValueError: a module holds weights beside layers with weights, so that it cannot be copied alone.
     """
-    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FullLayer))
-    for name, module in model.named_modules():
-        if isinstance(module, FullLayer):
-            yield name
-        elif not name.startswith(inside) and any(True for _ in module.parameters(recurse=False)):
-            if any(True for child in module.children() for _ in child.parameters()):
-                own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
-                raise ValueError(
-                    f"`target_modules='all'`: {name or type(module).__name__} holds {', '.join(own)} itself, beside "
-                    "layers with weights, so it cannot be there once per stream. Name the layers to train, or use "
-                    "`target_modules='all-linear'`."
-                )
-            yield name
+    embeddings, head = _embeddings(model)
+    whole = (embeddings,) if _are_tied(model) else (embeddings, head)
+    once = [name for name in whole if not _is_excluded(config, name)]
+    layers = set()
+    for path, module in model.named_modules():
+        name = path.removesuffix(".base_layer")  # of a layer that carries an adapter already
+        own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
+        if not own or f".{FullModel.prefix}." in name or f".{MIXING}." in name or _is_part_of(name, (embeddings, head)):
+            continue
+        if any(True for child in module.children() for _ in child.parameters()):
+            raise ValueError(
+                f"`target_modules='all'`: {name or type(module).__name__} holds {', '.join(own)} itself, beside "
+                "layers with weights, so it cannot be there once per stream. Name the layers to train, or use "
+                "`target_modules='all-linear'`."
+            )
+        layers.add(name)
+    config.target_modules = sorted(layers)
+    config.modules_to_save = sorted({*(config.modules_to_save or ()), *once})
+
+
+def _are_tied(model: nn.Module) -> bool:
+    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def _is_part_of(name: str, modules: Iterable[str]) -> bool:
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
+
+
+def _is_excluded(config: FullConfig, name: str) -> bool:
+    names = config.exclude_modules
+    return bool(names) and bool(check_target_module_exists(FullConfig(target_modules=names), name))
+
+
+def _embeddings(model: nn.Module) -> tuple[str, str]:
+    """Names of the embeddings and of the LM head."""
+    names = {module: name for name, module in model.named_modules()}
+    return names[model.get_input_embeddings()], names[model.get_output_embeddings()]
 
 
 def _check_trainable(layer: nn.Module, name: str) -> None:

@@ -32,6 +32,7 @@ from trl.trainer.utils import global_then_local_main_first
 from bitune_plugin.attention import MIXING
 from bitune_plugin.config import BituneConfig
 from bitune_plugin.forward import plan_ahead
+from bitune_plugin.full import FullConfig
 from bitune_plugin.layout import IGNORED
 from bitune_plugin.tuner import BituneModel, Thetas
 
@@ -98,8 +99,8 @@ class BituneSFTTrainer(SFTTrainer):
     Packing (every strategy) and padding-free batches keep documents apart, whatever `attn_implementation` is.
 
     Raises:
-        ValueError: no Bitune adapter to train, a dataset without prompts, or a setting under which rows are cut into
-            pieces; the message says what to change.
+        ValueError: `model` carries another adapter, a dataset has no prompts, or a setting cuts rows into pieces; the
+            message says what to change.
     """
 
     _tag_names = ["trl", "sft", "bitune"]  # noqa: RUF012
@@ -267,11 +268,7 @@ def _bitune_config(model: Any, peft_config: PeftConfig | None) -> PeftConfig | N
             "`peft_config`; `model.unload()` gives the base model."
         )
     if peft_config is None:
-        raise ValueError(
-            "`peft_config` is missing, and `model` carries no Bitune adapter. Pass `peft_config=BituneConfig()` for "
-            "the paper's set-up, or any PEFT config such as `LoraConfig(...)` (with TRL's scripts: `--use_peft`). "
-            "Full fine-tuning is not supported yet."
-        )
+        return BituneConfig(adapter=FullConfig(target_modules="all"))
     return peft_config if isinstance(peft_config, BituneConfig) else BituneConfig(adapter=peft_config)
 
 

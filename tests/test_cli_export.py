@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bitune_plugin.cli import main
+from bitune_plugin.full import FullConfig
 from helpers import assert_close, bitune, lora, tokens
 from models import tiny, word_tokenizer
 
@@ -129,6 +130,12 @@ def test_a_stream_that_there_is_not(tmp_path: Path, capsys, adapter: PeftConfig,
     assert message in capsys.readouterr().err
     assert not (tmp_path / "plain").exists()
     assert main([*arguments, "causal"]) == 0
+
+
+def test_a_method_that_peft_does_not_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "adapter", FullConfig(target_modules=["q_proj"]))
+    assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "plain"), "--stream", "causal"]) == 1
+    assert "BITUNE_FULL" in capsys.readouterr().err
 
 
 def test_a_plain_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

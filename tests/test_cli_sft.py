@@ -68,9 +68,9 @@ def config(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any
 class TestSettings:
     def test_of_bitune_are_taken_from_file_and_command_line(self, config: Any) -> None:
         written = config(mixing="relu", theta_init=0.5, share_adapter=True, assistant_turns="each")
-        settings = read_settings([*written, "--mixing", "none", "--mixing_granularity", "head"])
+        settings = read_settings([*written, "--mixing", "abs", "--mixing_granularity", "head"])
         bitune = settings.bitune
-        assert (bitune.mixing, bitune.mixing_granularity, bitune.theta_init) == ("none", "head", 0.5)
+        assert (bitune.mixing, bitune.mixing_granularity, bitune.theta_init) == ("abs", "head", 0.5)
         assert (bitune.share_adapter, bitune.second_pass_attention) == (True, "bidirectional")
         assert settings.training.assistant_turns == "each"
         assert settings.templates == tuple(TEMPLATES.values())
@@ -266,6 +266,11 @@ class TestTraining:
         train(spaced(use_peft=None, adapter=IA3, mixing="relu"))
         saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
         assert (saved["peft_type"], saved["adapter"]["peft_type"], saved["mixing"]) == ("BITUNE", "IA3", "relu")
+
+    def test_trains_the_whole_model_if_nothing_else_was_asked_for(self, spaced: Any, tmp_path: Path) -> None:
+        train(spaced(use_peft=None))
+        saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["adapter"]
+        assert (saved["peft_type"], saved["modules_to_save"]) == ("BITUNE_FULL", ["lm_head", "model.embed_tokens"])
 
     @pytest.mark.parametrize(
         ("settings", "message"),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
@@ -17,6 +19,7 @@ from bitune_plugin.full import FullConfig, FullLayer
 from helpers import SHAPES, assert_close, batch, lora, samples, tokens, unharmed
 from models import tiny
 from three_pass import STREAMS, ThreePass
+from training import ONE_STEP, assert_exact
 
 ROWS = batch(samples(*SHAPES), "left")
 EVERYTHING = FullConfig(target_modules="all")
@@ -30,6 +33,7 @@ class TwoModels(ThreePass):
         base = copy.deepcopy(base)
         base.set_attn_implementation("eager")
         self.streams = nn.ModuleDict({stream: copy.deepcopy(base) for stream in STREAMS})
+        self.streams["bidirectional"].set_input_embeddings(self.streams["causal"].get_input_embeddings())
 
     def _run(self, adapter: str, input_ids: Tensor, cache: DynamicCache, start: int):
         self.model.get_base_model = lambda: self.streams["bidirectional"]
@@ -43,9 +47,10 @@ class TwoModels(ThreePass):
         for stream, adapter_name in STREAMS.items():
             for name, parameter in self.streams[stream].named_parameters():
                 module, _, weight = name.rpartition(".")
-                copied = theirs.get(f"base_model.model.{module}.bitune_full.{adapter_name}.{weight}")
-                if copied is not None:
-                    pairs.append((parameter, copied))
+                for kind in ("bitune_full", "modules_to_save"):
+                    copied = theirs.get(f"base_model.model.{module}.{kind}.{adapter_name}.{weight}")
+                    if copied is not None:
+                        pairs.append((parameter, copied))
         return pairs
 
 
@@ -61,7 +66,7 @@ def full(base: PreTrainedModel, adapter: FullConfig | str = "full", **settings: 
 def randomise(model: PeftModel) -> None:
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
-        if "bitune_full" in name:
+        if "bitune_full" in name or "modules_to_save" in name:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.data += 0.05 * noise
         elif "theta" in name:
@@ -141,35 +146,51 @@ def test_switched_off_or_taken_off_it_leaves_the_base_model() -> None:
     assert torch.equal(model.unload()(**inputs).logits, expected)
 
 
-def test_tied_weights_stay_tied_within_a_stream() -> None:
-    model = get_peft_model(tiny(tie_word_embeddings=True), BituneConfig(adapter=FullConfig(target_modules="all")))
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    assert embedding.bitune_full["default"].weight is head.bitune_full["default"].weight
-    assert embedding.bitune_full["default__bidirectional"].weight is not embedding.bitune_full["default"].weight
-    assert embedding.base_layer.weight is head.base_layer.weight
+def test_tied_embeddings_stay_tied() -> None:
+    model, _ = full(tiny(tie_word_embeddings=True), EVERYTHING)
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert embeddings.modules_to_save["default"].weight is head.modules_to_save["default"].weight
+    assert embeddings.original_module.weight is head.original_module.weight
 
 
-def test_it_passes_for_the_copy_in_use() -> None:
+def test_a_second_adapter_trains_the_same_layers() -> None:
     model, _ = full(tiny(), EVERYTHING)
-    head = model.get_output_embeddings()
-    assert head.weight is head.bitune_full["default"].weight
-    assert model.get_input_embeddings().num_embeddings == 97
+    before = model(**ROWS.inputs).logits
+    model.add_adapter("other", BituneConfig(adapter=copy.deepcopy(EVERYTHING)))
+    one, other = (model.peft_config[name].adapter for name in ("default", "other"))
+    assert (one.target_modules, one.modules_to_save) == (other.target_modules, other.modules_to_save)
+    model.set_adapter("other")
+    assert not torch.equal(model(**ROWS.inputs).logits, before)
+    model.set_adapter("default")
+    assert torch.equal(model(**ROWS.inputs).logits, before)
+
+
+def test_a_layer_passes_for_the_copy_in_use() -> None:
+    model, _ = full(tiny())
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    assert layer.weight is layer.bitune_full["default"].weight
+    assert layer.bias is None
+    assert layer.in_features == 32
+    with model.disable_adapter():
+        assert layer.weight is layer.base_layer.weight
     with pytest.raises(AttributeError, match="nothing"):
-        _ = head.nothing
+        _ = layer.nothing
 
 
 def test_the_targets_of_each_setting() -> None:
-    def trained(adapter: FullConfig | str) -> set[str]:
-        model = get_peft_model(tiny(), BituneConfig(adapter=adapter))
-        return {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, FullLayer)}
+    def trained(adapter: FullConfig | str) -> tuple[set[str], set[str]]:
+        """Names of the layers that are there once per stream, and once."""
+        modules = get_peft_model(tiny(), BituneConfig(adapter=adapter)).named_modules()
+        found = [(name.rpartition(".")[2], type(module)) for name, module in modules]
+        return tuple({name for name, kind in found if issubclass(kind, of)} for of in (FullLayer, ModulesToSaveWrapper))
 
     attention, mlp = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}
     norms = {"input_layernorm", "post_attention_layernorm", "norm"}
-    assert trained("full") == attention | mlp
-    assert trained(FullConfig(target_modules=["q_proj"])) == {"q_proj"}
-    assert trained(EVERYTHING) == attention | mlp | norms | {"embed_tokens", "lm_head"}
-    without = FullConfig(target_modules="all", exclude_modules=["embed_tokens", "lm_head"])
-    assert trained(without) == attention | mlp | norms
+    assert trained("full") == (attention | mlp, set())
+    assert trained(FullConfig(target_modules=["q_proj"])) == ({"q_proj"}, set())
+    assert trained(copy.deepcopy(EVERYTHING)) == (attention | mlp | norms, {"embed_tokens", "lm_head"})
+    without = FullConfig(target_modules="all", exclude_modules=["embed_tokens", "v_proj"])
+    assert trained(without) == (attention - {"v_proj"} | mlp | norms, {"lm_head"})
 
 
 def test_weights_beside_modules_are_refused_and_change_nothing() -> None:
@@ -189,3 +210,19 @@ def test_quantised_layers_are_refused() -> None:
 def test_another_word_for_it_is_refused() -> None:
     with pytest.raises(TypeError, match=r"or 'full'; got 'fully'"):
         BituneConfig(adapter="fully")
+
+
+def test_a_trainer_without_adapter_trains_the_whole_model(trainer: Any, tmp_path: Path) -> None:
+    t = trainer(peft_config=None, **ONE_STEP)
+    config = t.model.peft_config["default"]
+    assert config.adapter.modules_to_save == ["lm_head", "model.embed_tokens"]
+    assert_exact(t, oracle=TwoModels(tiny(), config))
+    t.save_model(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(tiny(), tmp_path / "adapter").eval()
+    assert torch.equal(loaded(**ROWS.inputs).logits, t.model.eval()(**ROWS.inputs).logits)
+
+
+@pytest.mark.parametrize("settings", [{"gradient_checkpointing": True}, {"packing": True, "max_length": 32}])
+def test_training_the_whole_model_goes_with(trainer: Any, settings: dict[str, Any]) -> None:
+    t = trainer(peft_config=None, **ONE_STEP, **settings)
+    assert_exact(t, oracle=TwoModels(tiny(), t.model.peft_config["default"]))

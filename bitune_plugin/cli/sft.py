@@ -35,6 +35,7 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from bitune_plugin.cli import run
 from bitune_plugin.config import BituneConfig
+from bitune_plugin.full import FullConfig
 from bitune_plugin.integrations.templates import apply_templates
 from bitune_plugin.integrations.trl import BituneSFTConfig, BituneSFTTrainer
 from bitune_plugin.integrations.trl_data import Samples
@@ -135,7 +136,8 @@ class BituneArguments:
         if self.adapter is not None and model_arguments.use_peft:
             raise ValueError("`adapter` and `use_peft` both say what the adapter is. Leave one of them out.")
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if "template" not in f.name}
-        adapter = (get_peft_config(model_arguments) or "full") if self.adapter is None else self.adapter
+        of_trl = get_peft_config(model_arguments) or FullConfig(target_modules="all")
+        adapter = of_trl if self.adapter is None else self.adapter
         try:
             config = BituneConfig(**{**given, "adapter": adapter})
         except TypeError as error:
