@@ -239,7 +239,10 @@ def table(benchmark: str, results: list[Result]) -> str:
     """The results in Markdown."""
     report = REPORTS[benchmark]
     rows = [[cell(row) for cell in report.columns.values()] for row in report.rows(results)]
-    head = [head.strip() for head in report.columns]  # a space at the end tells two columns of one name apart
+    return markdown([head.strip() for head in report.columns], rows)  # a space tells two columns of one name apart
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([_line(head), "|" + "---|" * len(head), *map(_line, rows)])
 
 
@@ -259,22 +262,27 @@ def draw(benchmark: str, results: list[Result], stem: Path) -> None:
                 chart.draw(axes, [result for result in results if result["model"] == model])
                 axes.set_title(Path(model).name)
             axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))  # beside the last one
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(stem.with_suffix(".png"), dpi=120)
-        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+        save(figure, stem)
 
 
-def with_tables(readme: str, tables: Mapping[str, str]) -> str:
+def save(figure: Figure, stem: Path) -> None:
+    """Writes a plot as PNG and SVG."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(stem.with_suffix(".png"), dpi=120)
+    figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+
+
+def with_tables(readme: str, tables: Mapping[str, str], kind: str = "benchmark") -> str:
     """A README with the tables in their places. Raises ValueError for a table without a place."""
-    without = [name for name in tables if f"<!-- benchmark: {name} -->" not in readme]
+    without = [name for name in tables if f"<!-- {kind}: {name} -->" not in readme]
     if without:
-        raise ValueError(f"The README has no place for {', '.join(without)}: add `<!-- benchmark: NAME -->`.")
+        raise ValueError(f"The README has no place for {', '.join(without)}: add `<!-- {kind}: NAME -->`.")
 
     def replaced(match: re.Match[str]) -> str:
         start, name, end = match.groups()
         return f"{start}\n{tables[name]}\n{end}" if name in tables else match.group()
 
-    return re.sub(r"(<!-- benchmark: (\S+) -->)\n.*?(<!-- end -->)", replaced, readme, flags=re.DOTALL)
+    return re.sub(rf"(<!-- {kind}: (\S+) -->)\n.*?(<!-- end -->)", replaced, readme, flags=re.DOTALL)
 
 
 def benchmark_of(file: Path) -> str:

@@ -94,7 +94,12 @@ class Run:
         """Where its result is, once it is done."""
         method = self.method.replace(" ", "-").replace("=", "").replace(",", "").replace("'", "")
         sizes = "-".join(map(str, self.samples))
-        return RESULTS / self.model / self.task / f"{method}_{self.learning_rate:g}_{sizes}_seed{self.seed}.json"
+        return (
+            RESULTS
+            / Path(self.model).name
+            / self.task
+            / f"{method}_{self.learning_rate:g}_{sizes}_seed{self.seed}.json"
+        )
 
     def result(self) -> dict[str, Any] | None:
         """What came out, or `None` if it has not run."""
@@ -123,11 +128,11 @@ def best_rate(model: str, method: str) -> float | None:
     results = {rate: Run(model, TASKS[0], method, rate, SEEDS[0]).result() for rate in LEARNING_RATES}
     if None in results.values():
         return None
-    return max(LEARNING_RATES, key=lambda rate: (mean(results[rate]["points"][-1]["validation"]), -rate))
+    return max(LEARNING_RATES, key=lambda rate: (share(results[rate]["points"][-1]["validation"]), -rate))
 
 
-def mean(right: str) -> float:
-    """Share of ones: a score is kept question by question, as a text of zeros and ones."""
+def share(right: str) -> float:
+    """Of questions that are right: a score is kept question by question, as a text of zeros and ones."""
     return right.count("1") / len(right)
 
 

@@ -31,6 +31,7 @@ import transformers
 import trl
 from datasets import Dataset
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager, get_task_dict
 from peft import PeftModel
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -126,8 +127,14 @@ def execute(run: Run, device: str, threads: int) -> dict[str, Any]:
 
 
 def make_trainer(
-    run: Run, samples: Dataset, tokenizer: PreTrainedTokenizerBase, device: str, folder: str
+    run: Run,
+    samples: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    device: str,
+    folder: str,
+    stock: type[SFTTrainer] = AnswersOnlyTrainer,
 ) -> SFTTrainer:
+    """The trainer of a run; `stock` is that of what is not Bitune."""
     method = METHODS[run.method]
     is_bitune = isinstance(method.adapter, BituneConfig)
     # Weights in bfloat16, as in the paper; adapters and theta stay float32. Eager attention is the fastest on a CPU.
@@ -158,7 +165,7 @@ def make_trainer(
         seed=run.seed,
         **method.training,
     )
-    return (BituneSFTTrainer if is_bitune else AnswersOnlyTrainer)(
+    return (BituneSFTTrainer if is_bitune else stock)(
         model,
         args=settings,
         train_dataset=samples.select_columns(["prompt", "completion"]),
@@ -188,7 +195,9 @@ def score(model: PeftModel, tokenizer: PreTrainedTokenizerBase, questions: Datas
             ],
             "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         }
-        scored = lm_eval.simple_evaluate(model=lm, tasks=[task], log_samples=True, bootstrap_iters=0, verbosity="ERROR")
+        # Without lm-eval's own tasks, and its look around the machine, which take longer than the answers.
+        tasks = get_task_dict([task], TaskManager(include_defaults=False))
+        scored = lm_eval.evaluate(lm, tasks, log_samples=True, bootstrap_iters=0)
     return "".join(str(int(each["exact_match"])) for each in by_number(scored["samples"]["evidence"]))
 
 

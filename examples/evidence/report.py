@@ -1,0 +1,228 @@
+"""Tables and plots of the evidence, from the results that `run.py` leaves.
+
+    python examples/evidence/report.py                      # prints the tables, and draws the plots beside the results
+    python examples/evidence/report.py --write README.md    # puts the tables where the README wants them
+
+What has not run yet is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+# In place of this file's own folder, so that the examples beside it are found.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from scipy.stats import binomtest, ttest_rel
+
+from benchmarks.report import markdown, save, with_tables
+from evidence.experiment import (
+    ABLATIONS,
+    COMPARED,
+    CURVE_MODEL,
+    CURVE_TASK,
+    LEARNING_RATES,
+    MODELS,
+    RESULTS,
+    SEEDS,
+    TASKS,
+    Run,
+    ablation_runs,
+    best_rate,
+    curve_runs,
+    share,
+    table_runs,
+)
+
+Result = dict[str, Any]
+
+BASELINE, OURS = "LoRA r=16", "Bitune r=8"
+"""Of as many parameters."""
+
+
+def results(runs: Iterable[Run]) -> list[Result]:
+    """Of those that have run."""
+    return [result for run in runs if (result := run.result()) is not None]
+
+
+def of(found: Sequence[Result], **settings: Any) -> list[Result]:
+    return [result for result in found if all(result[name] == value for name, value in settings.items())]
+
+
+def score(result: Result, point: int = -1, split: str = "test") -> float:
+    """Share of the questions that are right."""
+    return share(result["points"][point][split])
+
+
+def scores(found: Sequence[Result], point: int = -1) -> list[float]:
+    return [score(result, point) for result in found]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation over the seeds, in percent."""
+    if not values:
+        return ""
+    return f"{100 * mean(values):.1f}" + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def paired(one: Sequence[Result], other: Sequence[Result]) -> Iterator[tuple[Result, Result]]:
+    """Results of the same model, task and seed: of the same training samples and the same questions."""
+    for result in one:
+        for counterpart in of(other, model=result["model"], task=result["task"], seed=result["seed"]):
+            yield result, counterpart
+
+
+def p_of_questions(one: Sequence[Result], other: Sequence[Result]) -> float:
+    """McNemar's exact test over all pairs of answers: whether these models differ."""
+    pairs = [
+        answers
+        for results in paired(one, other)
+        for answers in zip(*(result["points"][-1]["test"] for result in results), strict=True)
+    ]
+    wins, losses = pairs.count(("1", "0")), pairs.count(("0", "1"))
+    return binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
+
+
+def table() -> str:
+    """Held-out exact match of every method, and Bitune against LoRA of as many parameters."""
+    found = results(table_runs())
+    rows = []
+    for model in MODELS:
+        for task in TASKS:
+            cell = of(found, model=model, task=task)
+            by_method = {method: of(cell, method=method) for method in COMPARED}
+            ours, baseline = by_method[OURS], by_method[BASELINE]
+            gains = [score(a) - score(b) for a, b in paired(ours, baseline)]
+            rows.append(
+                [model, task, str(len(gains)), *(spread(scores(own)) for own in by_method.values())]
+                + ([f"{100 * mean(gains):+.1f}", f"{p_of_questions(ours, baseline):.2g}"] if gains else ["", ""])
+            )
+    return markdown(["model", "task", "seeds", *COMPARED, f"{OURS} over {BASELINE}", "p (answers)"], rows)
+
+
+def overall() -> str:
+    """The paired t-test over all pairs of runs."""
+    found = results(table_runs())
+    rows = []
+    for method in COMPARED:
+        pairs = list(paired(of(found, method=OURS), of(found, method=method)))
+        if method != OURS and len(pairs) > 1:
+            ours, theirs = (
+                [share(result["points"][-1]["test"]) for result in side] for side in zip(*pairs, strict=True)
+            )
+            gain = mean(a - b for a, b in zip(ours, theirs, strict=True))
+            rows.append([method, str(len(pairs)), f"{100 * gain:+.1f}", f"{ttest_rel(ours, theirs).pvalue:.2g}"])
+    return markdown([f"{OURS} against", "pairs of runs", "mean difference", "p (paired t-test)"], rows)
+
+
+def rates() -> str:
+    """What the learning rates were chosen by."""
+    rows = []
+    for model in MODELS:
+        for method in COMPARED:
+            tried = [Run(model, TASKS[0], method, rate, SEEDS[0]).result() for rate in LEARNING_RATES]
+            shown = ["" if result is None else f"{100 * score(result, split='validation'):.0f}" for result in tried]
+            chosen = best_rate(model, method)
+            rows.append([model, method, *shown, "" if chosen is None else f"{chosen:g}"])
+    return markdown(["model", "method", *(f"at {rate:g}" for rate in LEARNING_RATES), "chosen"], rows)
+
+
+def ablations() -> str:
+    """Bitune without one of its parts."""
+    found = results(ablation_runs())
+    rows = [
+        [method, str(len(own)), spread(scores(own))]
+        for method in (OURS, *ABLATIONS)
+        if (own := of(found, method=method))
+    ]
+    return markdown(["", "seeds", "exact match"], rows)
+
+
+def curves() -> str:
+    """Score against the number of training samples."""
+    found = results(curve_runs())
+    sizes = [point["samples"] for point in found[0]["points"]] if found else []
+    rows = [
+        [method, str(len(own)), *(spread(scores(own, place)) for place in range(len(sizes)))]
+        for method in dict.fromkeys(result["method"] for result in found)
+        if (own := of(found, method=method))
+    ]
+    return markdown(["", "seeds", *map(str, sizes)], rows)
+
+
+TABLES = {"table": table, "overall": overall, "rates": rates, "ablations": ablations, "curves": curves}
+
+
+def draw_scores(figure: Figure) -> None:
+    """A bar for each method, with the standard deviation over the seeds."""
+    found = results(table_runs())
+    for axes, model in zip(figure.subplots(1, len(MODELS), sharey=True), MODELS, strict=True):
+        for place, method in enumerate(COMPARED):
+            own = [scores(of(found, model=model, task=task, method=method)) for task in TASKS]
+            x = [task + (place - (len(COMPARED) - 1) / 2) * 0.27 for task in range(len(TASKS))]
+            errors = [stdev(values) if len(values) > 1 else 0 for values in own]
+            axes.bar(x, [mean(values or [0]) for values in own], 0.25, yerr=errors, capsize=2, label=method)
+        axes.set_xticks(range(len(TASKS)), TASKS, fontsize="small")
+        axes.set_title(model)
+    figure.axes[0].set_ylabel("exact match")
+    figure.axes[-1].legend(fontsize="small")
+
+
+def draw_alphas(figure: Figure) -> None:
+    """Alpha by layer after training, mean over the seeds."""
+    found = of(results(table_runs()), method=OURS)
+    for row, model in zip(figure.subplots(len(MODELS), 2, sharey=True), MODELS, strict=True):
+        for axes, kind in zip(row, ("key", "value"), strict=True):
+            for task in TASKS:
+                by_seed = [result["alphas"][kind] for result in of(found, model=model, task=task)]
+                axes.plot([mean(alpha for [alpha] in layer) for layer in zip(*by_seed, strict=True)], label=task)
+            axes.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
+            axes.set(title=f"{model}, {kind}s", xlabel="layer", ylabel="alpha")
+    figure.axes[0].legend(fontsize="small")
+
+
+def draw_curves(figure: Figure) -> None:
+    """Score against the number of training samples, mean, least and greatest of the seeds."""
+    found = results(curve_runs())
+    axes = figure.subplots()
+    for method in dict.fromkeys(result["method"] for result in found):
+        own = of(found, method=method)
+        sizes = [point["samples"] for point in own[0]["points"]]
+        by_size = [scores(own, place) for place in range(len(sizes))]
+        axes.plot(sizes, [mean(values) for values in by_size], "o-", label=f"{method} ({len(own)})")
+        axes.fill_between(sizes, [min(values) for values in by_size], [max(values) for values in by_size], alpha=0.15)
+    axes.set(xscale="log", xlabel="training samples", ylabel="exact match", title=f"{CURVE_MODEL}, {CURVE_TASK}")
+    axes.set_xticks(sizes if found else [], map(str, sizes) if found else [])
+    axes.minorticks_off()
+    axes.legend(fontsize="small")
+
+
+PLOTS = {"scores": (draw_scores, (9, 3.5)), "alphas": (draw_alphas, (9, 6)), "curves": (draw_curves, (6, 4))}
+"""How each is drawn, and its size in inches."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, help="put the tables into this README")
+    arguments = parser.parse_args()
+    tables = {name: make() for name, make in TABLES.items()}
+    for name, made in tables.items():
+        print(f"{name}\n\n{made}\n")
+    for name, (draw, size) in PLOTS.items():
+        with rc_context({"svg.hashsalt": "bitune"}):  # the same file for the same results
+            figure = Figure(figsize=size, layout="constrained")
+            draw(figure)
+            save(figure, RESULTS / name)
+    if arguments.write:
+        arguments.write.write_text(with_tables(arguments.write.read_text(), tables, "evidence"))
+
+
+if __name__ == "__main__":
+    main()
