@@ -48,7 +48,7 @@ class Architecture:
         attentions: their attention modules, in order. Without an `attention_extension`, they call the function that
             `AttentionInterface` holds for `config._attn_implementation`.
         attention_extension: what Bitune adds to attention modules that do not, or that do more than that.
-        flattened: names of the linear layers that get their tokens as `[B * T, ...]`, row by row.
+        flattened: names of the layers that get their tokens as `[B * T, ...]`, row by row.
         unadaptable: names of linear layers that PEFT cannot adapt, because they return more than one tensor.
     """
 

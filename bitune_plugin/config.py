@@ -34,7 +34,8 @@ SHARED_FIELDS = ("task_type", "base_model_name_or_path", "revision", "inference_
 class BituneConfig(PeftConfig):
     """Bidirectional instruction-tuning (arXiv 2405.14862) over any PEFT method.
 
-    `BituneConfig()` is the paper's set-up: LoRA of rank 8 on every linear layer of attention and MLP.
+    `BituneConfig()` is the paper's set-up: LoRA of rank 8 on every linear layer of attention and MLP. (It is scaled by
+    1, PEFT's default; the authors' scripts have `lora_alpha=1`, a scale of 1/8.)
 
     Settings that are not Bitune's own (`target_modules`, `modules_to_save`, `bias`, `r`, ...) are read from and
     written to `adapter`. Modules that are trained whole (`modules_to_save`, `trainable_token_indices`, `bias`) exist

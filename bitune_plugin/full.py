@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft.config import PeftConfig
-from peft.tuners.ln_tuning import LNTuningModel
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
 from .attention import MIXING
+from .routing import Stream, bidirectional, current_reading
 
 PEFT_TYPE = "BITUNE_FULL"
 ALL = "all"
@@ -76,17 +76,21 @@ class FullLayer(nn.Module, BaseTunerLayer):
 
     @property
     def active(self) -> nn.Module:
-        """The copy of the active adapter, or the base layer where it has none or is switched off."""
+        """The copy of the active adapter, or the base layer where it has none or is switched off. In a block that runs
+        once per stream, as experts do, the copy of the stream: such a block may use the weights of its parts itself."""
         names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.bitune_full]
+        reading = current_reading()
+        if names and reading is not None and reading.stream is Stream.BIDIRECTIONAL:
+            names = [name for name in (bidirectional(reading.adapter), *names) if name in self.bitune_full]
         return self.bitune_full[names[0]] if names else self.base_layer
 
     @property
     def weight(self) -> Tensor:
-        return self.active.weight
+        return self._of_active("weight")
 
     @property
     def bias(self) -> Tensor | None:
-        return self.active.bias
+        return self._of_active("bias")
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -94,23 +98,35 @@ class FullLayer(nn.Module, BaseTunerLayer):
         except AttributeError:
             if "base_layer" not in self._modules:
                 raise
-            return getattr(self.active, name)
+            return self._of_active(name)
+
+    def _of_active(self, name: str) -> Any:
+        """An attribute of `active`. Raises RuntimeError for a weight where both streams are together."""
+        value, reading = getattr(self.active, name), current_reading()
+        if isinstance(value, Tensor) and reading is not None and reading.stream is None and not reading.share_adapter:
+            raise RuntimeError(
+                f"`{name}` of a {type(self.base_layer).__name__} is used without calling it, and Bitune cannot give "
+                "each stream its own. Leave this module out of the adapter's `target_modules` (`exclude_modules=...`)."
+            )
+        return value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.active(*args, **kwargs)
 
 
-class FullModel(LNTuningModel):
-    """Puts `FullLayer`s on a model. PEFT's LN tuning does the same with norms, and knows how to take them off again."""
+class FullModel(BaseTuner):
+    """Puts `FullLayer`s on a model. PEFT's LN tuning does the same with norms."""
 
     prefix = "bitune_full"
     tuner_layer_cls = FullLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in `BaseTuner`.
 
         Raises:
-            ValueError: a layer cannot be trained: it is quantised, or its module holds weights beside other layers.
+            ValueError: a layer cannot be trained: it is quantised, has no weights, is part of another such layer, or
+                holds weights beside other layers.
         """
         config = self.peft_config[adapter_name]
         if config.target_modules == ALL:
@@ -131,36 +147,55 @@ class FullModel(LNTuningModel):
         if isinstance(target, FullLayer):
             layer = target
         else:
-            _check_trainable(target, current_key)
+            self._check_trainable(target, current_key)
             layer = FullLayer(target)
             layer._active_adapter = self.active_adapters
             self._replace_module(parent, target_name, layer, target)
         layer.bitune_full[adapter_name] = copy.deepcopy(layer.base_layer)
         layer.set_adapter(layer.active_adapters, inference_mode=peft_config.inference_mode)
 
+    def _check_trainable(self, layer: nn.Module, name: str) -> None:
+        parts = name.split(".")
+        outer = (".".join(parts[:length]) for length in range(1, len(parts)))
+        outer = [other for other in outer if isinstance(self.model.get_submodule(other), FullLayer)]
+        if outer or not any(True for _ in layer.parameters()):
+            raise ValueError(
+                f"`target_modules` take in {name}, which {f'is part of {outer[0]}' if outer else 'has no weights'}. "
+                "Leave it out (`exclude_modules`), or name the layers to train."
+            )
+        if not all(parameter.is_floating_point() for parameter in layer.parameters()):
+            raise ValueError(
+                f"{name} is quantised, and its weights cannot be trained. Load the model without quantisation, or use "
+                "an adapter such as `LoraConfig(...)`."
+            )
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """The copies keep the dtype of their layers: they stand in for them."""
+
 
 def _name_all(config: FullConfig, model: nn.Module) -> None:
-    """Puts names in place of "all": layers to have once per stream, and embeddings and LM head once for both.
+    """Puts names in place of "all": layers to have once per stream; embeddings, of positions too, and LM head once.
 
     Raises:
         ValueError: a module holds weights beside layers with weights, so that it cannot be copied alone.
     """
     embeddings, head = _embeddings(model)
     whole = (embeddings,) if _are_tied(model) else (embeddings, head)
-    once = [name for name in whole if not _is_excluded(config, name)]
+    once = {name for name in whole if not _is_excluded(config, name)}
+    elsewhere = (embeddings, head, *(config.modules_to_save or ()), FullModel.prefix, "modules_to_save", MIXING)
     layers = set()
     for path, module in model.named_modules():
-        name = path.removesuffix(".base_layer")  # of a layer that carries an adapter already
+        name = path.removesuffix(".base_layer").removesuffix(".original_module")  # if it carries an adapter already
         own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
-        if not own or f".{FullModel.prefix}." in name or f".{MIXING}." in name or _is_part_of(name, (embeddings, head)):
+        if not own or _is_part_of(name, elsewhere) or _is_excluded(config, name):
             continue
         if any(True for child in module.children() for _ in child.parameters()):
             raise ValueError(
                 f"`target_modules='all'`: {name or type(module).__name__} holds {', '.join(own)} itself, beside "
-                "layers with weights, so it cannot be there once per stream. Name the layers to train, or use "
-                "`target_modules='all-linear'`."
+                "layers with weights, so it cannot be there once per stream. Leave what it holds itself as it is, "
+                f"`exclude_modules={[name.rpartition('.')[2]]}`, or use `target_modules='all-linear'`."
             )
-        layers.add(name)
+        (once if isinstance(module, nn.Embedding) else layers).add(name)
     config.target_modules = sorted(layers)
     config.modules_to_save = sorted({*(config.modules_to_save or ()), *once})
 
@@ -170,7 +205,7 @@ def _are_tied(model: nn.Module) -> bool:
 
 
 def _is_part_of(name: str, modules: Iterable[str]) -> bool:
-    return any(f"{name}.".startswith(f"{module}.") for module in modules)
+    return any(f"{module}." in f"{name}." for module in modules)  # as PEFT finds modules to save
 
 
 def _is_excluded(config: FullConfig, name: str) -> bool:
@@ -182,11 +217,3 @@ def _embeddings(model: nn.Module) -> tuple[str, str]:
     """Names of the embeddings and of the LM head."""
     names = {module: name for name, module in model.named_modules()}
     return names[model.get_input_embeddings()], names[model.get_output_embeddings()]
-
-
-def _check_trainable(layer: nn.Module, name: str) -> None:
-    if not all(parameter.is_floating_point() for parameter in layer.parameters()):
-        raise ValueError(
-            f"{name} is quantised, and its weights cannot be trained. Load the model without quantisation, or use an "
-            "adapter such as `LoraConfig(...)`."
-        )

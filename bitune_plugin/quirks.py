@@ -137,7 +137,7 @@ QUIRKS: dict[str, dict[str, Any]] = {
     "gemma4_text": {"flattened": ["proj"]},  # of the router
     "gemma4_unified_text": {"flattened": ["proj"]},
     "llama4_text": {"unadaptable": ["router"]},
-    "opt": {"flattened": ["fc1", "fc2"]},
+    "opt": {"flattened": ["final_layer_norm", "fc1", "fc2"]},
     "phimoe": {"unadaptable": ["router"]},
 }
 """Further arguments of `architectures.decoder`, by model type."""

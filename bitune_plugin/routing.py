@@ -219,9 +219,10 @@ class FlattenedTokens(TwoAdapterLayer):
     """A PEFT layer that gets its tokens flattened, row by row."""
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Any `tokens` outside a reading and in one of its parts, `[R * M, ...]` where they are together."""
+        """Any `tokens` outside a reading and in one of its parts, `[R * M, in]` where they are together. OPT's last
+        norm has the name of those in its layers, and gets rows."""
         reading = _current.value
-        if reading is None or reading.stream is not None:
+        if reading is None or reading.stream is not None or tokens.dim() > 2:
             return super().forward(tokens, *args, **kwargs)
         return super().forward(tokens.unflatten(0, (-1, reading.layout.length)), *args, **kwargs).flatten(0, 1)
 

@@ -366,7 +366,8 @@ class BituneModel(BaseTuner):
                 module._active_adapter = []  # so that the original comes back, and not the trained copy
         for attention in self.architecture.attentions:
             delattr(attention, MIXING)
-        model = self.inner._unload_and_optionally_merge(False, *args, **kwargs)
+        # PEFT's general way: LN tuning's own (PEFT 0.21.2) leaves modules that are trained whole where they are.
+        model = BaseTuner._unload_and_optionally_merge(self.inner, False, *args, **kwargs)
         for parameter in self.trained_before:
             parameter.requires_grad_(True)
         return model
@@ -547,6 +548,7 @@ class BituneModel(BaseTuner):
             )
         config.unused = False
         _tuner_of(model).unmerge_for("load_adapter")
+        _tie(model, config, adapter_name, remapped)
         return remapped
 
 
@@ -618,6 +620,18 @@ def _problems(model: nn.Module, config: BituneConfig, adapter_name: str, remappe
     if len(problems) > 8:
         problems = [*problems[:8], f"and {len(problems) - 8} more"]
     return problems
+
+
+def _tie(model: nn.Module, config: BituneConfig, adapter_name: str, remapped: dict[str, Tensor]) -> None:
+    """Makes what is saved of tied embeddings and LM head one parameter: PEFT 0.21.2 saves it twice, and with
+    `low_cpu_mem_usage` puts both in the model."""
+    if not getattr(config, "modules_to_tie", None):
+        return
+    names = {module: name for name, module in model.named_modules()}
+    both = [names[module] for module in (model.get_input_embeddings(), model.get_output_embeddings())]
+    embeddings, head = (f"{name}.modules_to_save.{adapter_name}.weight" for name in both)
+    if embeddings in remapped and head in remapped:
+        remapped[embeddings] = remapped[head] = nn.Parameter(remapped[embeddings], requires_grad=False)
 
 
 def _without_part(key: str, part: str) -> str:

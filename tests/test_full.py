@@ -16,10 +16,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from bitune_plugin import BituneConfig
 from bitune_plugin.full import FullConfig, FullLayer
-from helpers import SHAPES, assert_close, batch, lora, samples, tokens, unharmed
+from helpers import SHAPES, assert_close, batch, lora, observe, samples, tokens, unharmed
 from models import tiny
 from three_pass import STREAMS, ThreePass
 from training import ONE_STEP, assert_exact
+from zoo import tiny_of
 
 ROWS = batch(samples(*SHAPES), "left")
 EVERYTHING = FullConfig(target_modules="all")
@@ -29,11 +30,14 @@ class TwoModels(ThreePass):
     """Each stream is a model of its own."""
 
     def __init__(self, base: PreTrainedModel, config: BituneConfig) -> None:
-        super().__init__(base, lora(), granularity=config.mixing_granularity, heads=base.config.num_key_value_heads)
+        heads = getattr(base.config, "num_key_value_heads", 1)
+        super().__init__(base, lora(), granularity=config.mixing_granularity, heads=heads)
         base = copy.deepcopy(base)
         base.set_attn_implementation("eager")
         self.streams = nn.ModuleDict({stream: copy.deepcopy(base) for stream in STREAMS})
-        self.streams["bidirectional"].set_input_embeddings(self.streams["causal"].get_input_embeddings())
+        for name, module in self.streams["causal"].named_modules():
+            if isinstance(module, nn.Embedding):  # of tokens and positions, once for both
+                self.streams["bidirectional"].set_submodule(name, module)
 
     def _run(self, adapter: str, input_ids: Tensor, cache: DynamicCache, start: int):
         self.model.get_base_model = lambda: self.streams["bidirectional"]
@@ -80,6 +84,13 @@ def test_is_exact(architecture: str, adapter: FullConfig | str) -> None:
     outputs = model(**{**ROWS.inputs, "labels": ROWS.labels})
     assert len(ROWS.answers(outputs.logits)) == len(ROWS.samples)
     for answer, (ids, prompt) in zip(ROWS.answers(outputs.logits), ROWS.samples, strict=True):
+        assert_close(answer, oracle(ids, prompt))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "dbrx"])
+def test_positions_flattened_tokens_and_weights_that_a_block_uses_itself_are_exact(architecture: str) -> None:
+    model, oracle = full(tiny_of(architecture), EVERYTHING)
+    for answer, (ids, prompt) in zip(ROWS.answers(model(**ROWS.inputs).logits), ROWS.samples, strict=True):
         assert_close(answer, oracle(ids, prompt))
 
 
@@ -133,6 +144,36 @@ def test_it_is_saved_and_loaded_the_peft_way(tmp_path: Path) -> None:
     assert not any("base_layer" in key for key in keys)
 
 
+def test_a_weight_that_is_used_where_both_streams_are_together_is_refused() -> None:
+    model, _ = full(tiny())
+    layer = model.get_base_model().model.layers[0].mlp
+    projection = layer.up_proj
+    layer.register_forward_pre_hook(lambda module, args: args[0] @ projection.weight.t())
+    with pytest.raises(RuntimeError, match=r"`weight` of a Linear.*each stream its own.*`exclude_modules"):
+        model(**ROWS.inputs)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_tied_embeddings_are_loaded_tied(low_cpu_mem_usage: bool, tmp_path: Path) -> None:
+    base = tiny(tie_word_embeddings=True)
+    fresh = copy.deepcopy(base)
+    full(base, EVERYTHING)[0].save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage)
+    weight = loaded.get_input_embeddings().weight
+    assert weight is loaded.get_output_embeddings().weight
+    assert weight.requires_grad
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_unload_leaves_nothing_behind(architecture: str, tied: bool) -> None:
+    base = tiny_of(architecture, tie_word_embeddings=tied)
+    before = observe(base)
+    model = full(base, EVERYTHING)[0].unload()
+    assert observe(model) == before
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
+
+
 def test_switched_off_or_taken_off_it_leaves_the_base_model() -> None:
     base = tiny()
     inputs = {"input_ids": tokens(9)[None]}
@@ -153,8 +194,9 @@ def test_tied_embeddings_stay_tied() -> None:
     assert embeddings.original_module.weight is head.original_module.weight
 
 
-def test_a_second_adapter_trains_the_same_layers() -> None:
-    model, _ = full(tiny(), EVERYTHING)
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_a_second_adapter_trains_the_same_layers(architecture: str) -> None:
+    model, _ = full(tiny_of(architecture), EVERYTHING)
     before = model(**ROWS.inputs).logits
     model.add_adapter("other", BituneConfig(adapter=copy.deepcopy(EVERYTHING)))
     one, other = (model.peft_config[name].adapter for name in ("default", "other"))
@@ -191,12 +233,34 @@ def test_the_targets_of_each_setting() -> None:
     assert trained(copy.deepcopy(EVERYTHING)) == (attention | mlp | norms, {"embed_tokens", "lm_head"})
     without = FullConfig(target_modules="all", exclude_modules=["embed_tokens", "v_proj"])
     assert trained(without) == (attention - {"v_proj"} | mlp | norms, {"lm_head"})
+    once = FullConfig(target_modules="all", modules_to_save=["down_proj"])
+    assert trained(once) == (attention | mlp - {"down_proj"} | norms, {"embed_tokens", "lm_head", "down_proj"})
 
 
 def test_weights_beside_modules_are_refused_and_change_nothing() -> None:
     base = tiny("gpt_oss", "eager")
     with unharmed(base), pytest.raises(ValueError, match=r"'all'.*self_attn holds sinks itself.*'all-linear'"):
         get_peft_model(base, BituneConfig(adapter=copy.deepcopy(EVERYTHING)))
+
+
+def test_what_a_module_holds_itself_can_be_left_as_it_is() -> None:
+    adapter = FullConfig(target_modules="all", exclude_modules=["self_attn"])
+    model = get_peft_model(tiny("gpt_oss", "eager"), BituneConfig(adapter=adapter))
+    attention = model.get_base_model().model.layers[0].self_attn
+    assert isinstance(attention.q_proj, FullLayer)
+    assert not attention.sinks.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (r".*\.mlp.*", r"gate_proj, which is part of model\.layers\.0\.mlp"),
+        (["act_fn"], "act_fn, which has no weights"),
+    ],
+)
+def test_what_cannot_be_trained_by_itself_is_refused(targets: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(tiny(), BituneConfig(adapter=FullConfig(target_modules=targets)))
 
 
 def test_quantised_layers_are_refused() -> None:

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from agreement import assert_agrees, assert_answers_agree, assert_gradients_agree, assert_logits_agree
 from bitune_plugin import BituneConfig
 from bitune_plugin.methods import OWN_FORWARD, refusal
-from helpers import SHAPES, assert_close, batch, bitune, gradients, one, packed, samples, unharmed, with_oracle
-from methods import METHODS, REFUSED, SMALL, VARIANTS, small, table
+from helpers import SHAPES, assert_close, batch, bitune, gradients, observe, one, packed, samples, unharmed, with_oracle
+from methods import METHODS, REFUSED, SMALL, VARIANTS, WHOLE, small, table
 from models import randomise_adapters, tiny
 
 ROWS = batch(samples(*SHAPES))
@@ -136,6 +136,13 @@ def test_a_base_in_bfloat16_is_trained(method: str) -> None:
     found = gradients(model)
     assert any("bidirectional" in name for name in found)
     assert all(gradient.isfinite().all() for gradient in found.values())
+
+
+@pytest.mark.parametrize("method", ["LORA", "IA3", "LN_TUNING"])
+def test_unload_gives_modules_that_were_trained_whole_back(method: str) -> None:
+    model = base()
+    before = observe(model)
+    assert observe(bitune(model, small(method, **WHOLE)).unload()) == before
 
 
 # --- What layers share ------------------------------------------------------------------------------------------------
