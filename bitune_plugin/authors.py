@@ -28,7 +28,7 @@ from .attention import MIXING
 from .config import NO_MIXING, BituneConfig
 from .plugins import mixings
 from .saved import ROOT, read_config, read_weights
-from .tuner import BIDIRECTIONAL
+from .tuner import BIDIRECTIONAL, first
 
 Weights = Mapping[str, Tensor]
 Mixer = dict[str, Tensor]
@@ -253,5 +253,4 @@ def _rounded(values: Tensor) -> list[float]:
 
 def _raise_if_any(folder: Path, problems: list[str]) -> None:
     if problems:
-        more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
-        raise ValueError(f"{folder} is not as the authors' code saves Bitune: {'; '.join([*problems[:8], *more])}.")
+        raise ValueError(f"{folder} is not as the authors' code saves Bitune: {'; '.join(first(problems))}.")

@@ -30,7 +30,7 @@ from torch import Tensor
 from .attention import MIXING
 from .config import NO_MIXING, BituneConfig
 from .plugins import mixings
-from .tuner import BIDIRECTIONAL
+from .tuner import BIDIRECTIONAL, first
 
 Config = TypeVar("Config", bound=PeftConfig)
 
@@ -213,8 +213,8 @@ class SavedAdapter:
             problems.append("no theta")
         if problems:
             raise ValueError(
-                f"The weights in {self.folder} are not those of its config: {'; '.join(problems)}. Copy the adapter "
-                "again."
+                f"The weights in {self.folder} are not those of its config: {'; '.join(first(problems))}. Copy the "
+                "adapter again."
             )
 
 

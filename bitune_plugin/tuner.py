@@ -543,13 +543,19 @@ class BituneModel(BaseTuner):
                 _take_off(model, adapter_name)
             raise ValueError(
                 f"The saved Bitune adapter {adapter_name!r} does not fit this model, or is damaged:\n  "
-                + "\n  ".join(problems)
+                + "\n  ".join(first(problems))
                 + "\nCheck that the base model is the one it was trained on, or copy the adapter again."
             )
         config.unused = False
         _tuner_of(model).unmerge_for("load_adapter")
         _tie(model, config, adapter_name, remapped)
         return remapped
+
+
+def first(problems: Sequence[str], number: int = 8) -> list[str]:
+    """The first few of `problems`, for a message, and how many more there are."""
+    more = [f"and {len(problems) - number} more"] if len(problems) > number else []
+    return [*problems[:number], *more]
 
 
 def _check_bare(model: nn.Module, adapter_name: str) -> None:

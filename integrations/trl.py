@@ -275,10 +275,13 @@ def _bitune_config(model: Any, peft_config: PeftConfig | None) -> PeftConfig | N
 def _check_settings(args: Any, data_collator: Any) -> None:
     _check_choice(args, "truncation_mode", ("keep_start", "keep_end"))
     _check_choice(args, "assistant_turns", ASSISTANT_TURNS)
-    if getattr(args, "theta_max_grad_norm", None) is not None and args.max_grad_norm <= 0:
+    theta_norm = getattr(args, "theta_max_grad_norm", None)
+    if theta_norm is not None and theta_norm <= 0:
+        raise ValueError(f"`theta_max_grad_norm={theta_norm}` must be positive. Leave it out to clip all together.")
+    if theta_norm is not None and args.max_grad_norm <= 0:
         raise ValueError(
             f"`max_grad_norm={args.max_grad_norm}` switches all clipping off, and with it `theta_max_grad_norm="
-            f"{args.theta_max_grad_norm}`. To clip theta alone, set `max_grad_norm` to a very large number."
+            f"{theta_norm}`. To clip theta alone, set `max_grad_norm` to a very large number."
         )
     if getattr(args, "drop_overlong", False) and args.max_length is None:
         raise ValueError("`drop_overlong=True` came with `max_length=None`: nothing is too long. Set `max_length`.")

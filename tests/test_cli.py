@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import bitune_plugin
-from bitune_plugin.cli import COMMANDS, TRACEBACK, main
+from bitune_cli import COMMANDS, TRACEBACK, main
 
 OURS = [name for name in COMMANDS if name != "sft"]
 
@@ -23,6 +23,13 @@ def test_help_names_every_command_and_gives_examples(capsys: pytest.CaptureFixtu
     text = capsys.readouterr().out
     assert exit_.value.code == 0
     assert all(f"\n    {name} " in text and f"bitune {name} " in text for name in COMMANDS)
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys, bitune_cli\ntry: bitune_cli.main(['--help'])\nfinally: print('torch' in sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.startswith("usage: bitune ")
+    assert printed.endswith("\nFalse\n")
 
 
 @pytest.mark.parametrize("command", OURS)

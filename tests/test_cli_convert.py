@@ -8,8 +8,8 @@ import pytest
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from bitune_cli import main
 from bitune_plugin import BituneConfig
-from bitune_plugin.cli import main
 from helpers import batch
 from reference import DATA, case
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import trl.scripts.sft
 import yaml
 from peft import IA3Config, LoraConfig, PeftModel
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from bitune_plugin.cli import sft
@@ -197,14 +199,29 @@ class TestLaunch:
             main([*config(**settings), *arguments])
         assert launched == []
 
-    def test_leaves_it_to_failed_processes_to_say_why(self, config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize(
+        ("error", "code"),
+        [
+            (ChildFailedError("sft", {0: ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file="none")}), 1),
+            (SignalException("interrupted", signal.SIGINT), 130),
+            (SignalException("terminated", signal.SIGTERM), 143),
+        ],
+        ids=["failed", "interrupted", "terminated"],
+    )
+    def test_leaves_it_to_several_processes_to_say_why_they_ended(
+        self, config: Any, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
+    ) -> None:
         def fail(_: Any) -> None:
-            raise ChildFailedError("sft", {0: ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file="none")})
+            raise error
 
         monkeypatch.setattr(sft, "launch_command", fail)
         with pytest.raises(SystemExit) as left:
             main(config())
-        assert left.value.code == 1
+        assert left.value.code == code
+
+    def test_one_process_where_several_were_asked_for_is_refused(self, config: Any) -> None:
+        with pytest.raises(ValueError, match=r"`num_processes=2`, and accelerate has started one.*--accelerate_config"):
+            train([*config(), "--num_processes", "2"])
 
     def test_trains_in_a_process_of_its_own(
         self, config: Any, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
@@ -271,6 +288,12 @@ class TestTraining:
         train(spaced(use_peft=None))
         saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["adapter"]
         assert (saved["peft_type"], saved["modules_to_save"]) == ("BITUNE_FULL", ["lm_head", "model.embed_tokens"])
+
+    def test_of_a_damaged_file_is_refused(self, spaced: Any, tmp_path: Path) -> None:
+        (tmp_path / "damaged").mkdir()
+        (tmp_path / "damaged" / "train.jsonl").write_text('{"question": ')
+        with pytest.raises(ValueError, match=r"`dataset_name=.*damaged` cannot be read: JSON parse error"):
+            train(spaced(dataset_name=str(tmp_path / "damaged")))
 
     @pytest.mark.parametrize(
         ("settings", "message"),

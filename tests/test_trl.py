@@ -285,6 +285,11 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"`max_grad_norm=0\.0` switches all clipping off"):
             trainer(theta_max_grad_norm=1.0, max_grad_norm=0.0)
 
+    @pytest.mark.parametrize("norm", [0.0, -1.0])
+    def test_a_clip_of_theta_that_would_stop_it_or_turn_it_around(self, trainer: Any, norm: float) -> None:
+        with pytest.raises(ValueError, match=rf"`theta_max_grad_norm={norm}` must be positive"):
+            trainer(theta_max_grad_norm=norm)
+
     def test_a_length_that_nothing_is_longer_than(self, trainer: Any) -> None:
         with pytest.raises(ValueError, match="`max_length=None`: nothing is too long"):
             trainer(drop_overlong=True, max_length=None)

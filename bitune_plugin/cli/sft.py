@@ -20,6 +20,8 @@ import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.logging import get_logger
 from datasets import DatasetDict, IterableDatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trl import (
     DatasetMixtureConfig,
@@ -33,7 +35,7 @@ from trl import (
 )
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-from bitune_plugin.cli import run
+from bitune_cli import run
 from bitune_plugin.config import BituneConfig
 from bitune_plugin.full import FullConfig
 from bitune_plugin.integrations.templates import apply_templates
@@ -254,6 +256,8 @@ def main(argv: list[str]) -> None:
         launch_command(launch)
     except ChildFailedError:  # of several processes, each of which has said why
         sys.exit(1)
+    except SignalException as error:  # as of Ctrl-C, which they have said, too
+        sys.exit(128 + error.sigval)
 
 
 def _nobody_knows(argument: str) -> str:
@@ -274,6 +278,7 @@ def train(argv: list[str]) -> BituneSFTTrainer:
     """
     settings = read_settings(argv)
     training, script, model = settings.training, settings.script, settings.model
+    _check_processes(settings)
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "trust_remote_code": training.trust_remote_code,
@@ -301,6 +306,17 @@ def train(argv: list[str]) -> BituneSFTTrainer:
     return trainer
 
 
+def _check_processes(settings: Settings) -> None:
+    """Raises ValueError if several processes were asked for, and accelerate has silently started one."""
+    asked = launch_command_parser().parse_known_args([*settings.for_accelerate, MODULE])[0].num_processes or 1
+    if asked > 1 and settings.training.world_size == 1:
+        raise ValueError(
+            f"`num_processes={asked}`, and accelerate has started one, as it does where there is one GPU or none. "
+            "Leave it out. On CPUs, `--accelerate_config FILE` starts several, with `distributed_type: MULTI_GPU` and "
+            "`use_cpu: true` in it."
+        )
+
+
 def _load(script: ScriptArguments, mixture: DatasetMixtureConfig) -> DatasetDict | IterableDatasetDict:
     if mixture.datasets:
         if script.dataset_name is not None:
@@ -310,7 +326,10 @@ def _load(script: ScriptArguments, mixture: DatasetMixtureConfig) -> DatasetDict
         return get_dataset(mixture)
     if script.dataset_name is None:
         raise ValueError("There is no dataset: set `dataset_name`, or `datasets` in the YAML file.")
-    return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
+    try:
+        return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
+    except DatasetGenerationError as error:  # which leaves it to its cause to say why
+        raise ValueError(f"`dataset_name={script.dataset_name}` cannot be read: {error.__cause__}.") from error
 
 
 def _split(dataset: DatasetDict | IterableDatasetDict, name: str, settings: Settings) -> Samples:
