@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     if options.traceback:
         os.environ[TRACEBACK] = "1"
-    return run(options.command, lambda: import_module(f"bitune_plugin.cli.{options.command}").main(options.arguments))
+    return run(options.command, lambda: _module(options.command).main(options.arguments))
 
 
 def run(command: str, work: Callable[[], Any]) -> int:
@@ -70,6 +70,15 @@ def run(command: str, work: Callable[[], Any]) -> int:
         print(f"bitune {command}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _module(command: str) -> Any:
+    try:
+        return import_module(f"bitune_plugin.cli.{command}")
+    except ModuleNotFoundError as error:
+        if error.name != "trl":
+            raise
+        raise ImportError(f"`bitune {command}` needs TRL: pip install 'bitune-plugin[trl]'") from error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -91,9 +91,10 @@ class BituneSFTConfig(SFTConfig):
 class BituneSFTTrainer(SFTTrainer):
     """Supervised fine-tuning with Bitune. Takes the arguments of `trl.SFTTrainer`.
 
-    `peft_config` may be a `BituneConfig` or any other PEFT config, which then is the adapter of both streams; leave
-    it out for a model that already carries Bitune. Datasets need a prompt: columns `prompt` and `completion` (text or
-    messages), `messages`, or token ids with `completion_mask`, `labels` or `prompt_mask`. The loss is on the
+    `peft_config` may be a `BituneConfig` or any other PEFT config, which then is the adapter of both streams. Without
+    it, a model that already carries Bitune is trained on, and of a bare one all weights are trained, as the stock
+    trainer does (`FullConfig(target_modules="all")`). Datasets need a prompt: columns `prompt` and `completion` (text
+    or messages), `messages`, or token ids with `completion_mask`, `labels` or `prompt_mask`. The loss is on the
     completions, unless `completion_only_loss=False`.
 
     Packing (every strategy) and padding-free batches keep documents apart, whatever `attn_implementation` is.

@@ -106,8 +106,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Settings that change what a method computes, trains or saves."""
 
+STARTS = ("pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "loftq", "eva")
+
 REFUSED: list[tuple[str, str, Any]] = [
-    *(("LORA", "init_lora_weights", start) for start in ("pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "eva")),
+    *(("LORA", "init_lora_weights", start) for start in STARTS),
     ("LORA", "kasa_config", KasaConfig()),
     ("LORA", "alora_invocation_tokens", [3]),
     ("LORA", "arrow_config", ArrowConfig()),
@@ -119,6 +121,12 @@ REFUSED: list[tuple[str, str, Any]] = [
     ("VBLORA", "save_only_topk_weights", True),
 ]
 """Settings of exact methods that are refused: method, name, value."""
+
+
+def with_refused(method: str, name: str, value: Any) -> PeftConfig:
+    """With a setting of `REFUSED`, and what PEFT wants beside it."""
+    beside = {"loftq_config": {"loftq_bits": 4}} if value == "loftq" else {}
+    return small(method, **{name: value}, **beside)
 
 
 def small(method: str, **settings: Any) -> PeftConfig:

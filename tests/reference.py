@@ -7,14 +7,19 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from bitune_plugin import BituneConfig
+from helpers import batch
 
 DATA = Path(__file__).parent / "data"
+TOLERANCE = 2e-5
+"""Of logits and losses."""
+
 CASES = sorted(path.stem for path in DATA.glob("*.safetensors"))
 
 SETTINGS: dict[str, dict[str, object]] = {
@@ -127,3 +132,12 @@ def thetas(model: PeftModel) -> dict[str, list[Tensor]]:
 @cache
 def case(name: str) -> Case:
     return Case(name, json.loads((DATA / f"{name}.json").read_text()), load_file(DATA / f"{name}.safetensors"))
+
+
+def assert_same_logits(adapter: Path, reference: Case) -> None:
+    """The reference's base model with the Bitune adapter in a folder gives the reference's logits."""
+    model = PeftModel.from_pretrained(reference.base(), adapter)
+    for sample in reference.samples:
+        row = batch([(sample.input_ids, sample.prompt_length)])
+        logits = model(input_ids=row.input_ids, labels=row.labels).logits
+        torch.testing.assert_close(logits[0, sample.prompt_length - 1 :], sample.logits, rtol=0, atol=TOLERANCE)

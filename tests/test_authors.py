@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bitune_plugin import BituneConfig
 from bitune_plugin.authors import convert
 from bitune_plugin.saved import SavedAdapter, write_adapter
-from helpers import batch, bitune, lora
-from reference import DATA, SETTINGS, Case, case
+from helpers import bitune, lora
+from reference import DATA, SETTINGS, Case, assert_same_logits, case
 
 FOLDER = DATA / "llama-checkpoint"
 WEIGHTS = "adapter_model.safetensors"
@@ -56,20 +56,7 @@ def rewrite(folder: Path, change: dict[str, Tensor | None], place: str = ".") ->
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
     """A copy of the folder as the authors' code saved it."""
-    folder = tmp_path / "authors"
-    for place in (".", "prefill"):
-        (folder / place).mkdir(exist_ok=True)
-        for name in ("adapter_config.json", WEIGHTS):
-            (folder / place / name).write_bytes((FOLDER / place / name).read_bytes())
-    return folder
-
-
-def assert_same_logits(folder: Path, reference: Case) -> None:
-    model = PeftModel.from_pretrained(reference.base(), folder)
-    for sample in reference.samples:
-        row = batch([(sample.input_ids, sample.prompt_length)])
-        logits = model(input_ids=row.input_ids, labels=row.labels).logits
-        torch.testing.assert_close(logits[0, sample.prompt_length - 1 :], sample.logits, rtol=0, atol=2e-5)
+    return Path(shutil.copytree(FOLDER, tmp_path / "authors"))
 
 
 # --- Every variant of the paper ---------------------------------------------------------------------------------------

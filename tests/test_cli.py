@@ -83,7 +83,7 @@ def test_sft_gets_all_that_follows_it(sft: SimpleNamespace, arguments: list[str]
     ("error", "line"),
     [
         (ValueError("`mixing='x'` is unknown:\n  choose\n\tanother."), "`mixing='x'` is unknown: choose another."),
-        (ImportError("`bitune sft` needs trl"), "`bitune sft` needs trl"),
+        (ImportError("no backend"), "no backend"),
         (FileNotFoundError(2, "No such file or directory", "a.yaml"), "a.yaml: No such file or directory"),
         (OSError("disk full"), "disk full"),
         (ValueError(), "ValueError"),
@@ -93,6 +93,15 @@ def test_an_error_is_one_line(sft: SimpleNamespace, error: Exception, line: str,
     sft.error = error
     assert main(["sft"]) == 1
     assert capsys.readouterr() == ("", f"bitune sft: error: {line}\n")
+
+
+def test_without_trl_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.delitem(sys.modules, "bitune_plugin.cli.sft", raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trl"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    assert main(["sft"]) == 1
+    assert capsys.readouterr().err == "bitune sft: error: `bitune sft` needs TRL: pip install 'bitune-plugin[trl]'\n"
 
 
 def test_or_a_traceback(sft: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

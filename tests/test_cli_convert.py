@@ -5,27 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from peft import PeftModel
 from safetensors.torch import load_file
 
 from bitune_cli import main
 from bitune_plugin import BituneConfig
-from helpers import batch
-from reference import DATA, case
+from reference import DATA, assert_same_logits, case
 
 FOLDER = DATA / "llama-checkpoint"
 
 
 def test_the_logits_stay_the_same(tmp_path: Path) -> None:
-    reference = case("llama")
-
     assert main(["convert", str(FOLDER), str(tmp_path / "ours")]) == 0
-
-    model = PeftModel.from_pretrained(reference.base(), tmp_path / "ours")
-    for sample in reference.samples:
-        row = batch([(sample.input_ids, sample.prompt_length)])
-        logits = model(input_ids=row.input_ids, labels=row.labels).logits[0, sample.prompt_length - 1 :]
-        assert (logits - sample.logits).abs().max() < 2e-5
+    assert_same_logits(tmp_path / "ours", case("llama"))
 
 
 def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:

@@ -147,17 +147,6 @@ def test_an_adapter_dict_without_a_type_is_refused() -> None:
         BituneConfig(adapter={"r": 4})
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "PiSSA"])
-def test_an_adapter_that_starts_from_the_base_weights_is_refused(init: str) -> None:
-    with pytest.raises(ValueError, match=r"`init_lora_weights=.*base weights"):
-        BituneConfig(adapter=LoraConfig(init_lora_weights=init))
-
-
-def test_an_adapter_that_repeats_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match="`layer_replication="):
-        BituneConfig(adapter=LoraConfig(layer_replication=[(0, 2), (1, 3)]))
-
-
 # --- The adapter, as an object or a dict ------------------------------------------------------------------------------
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from matplotlib.container import BarContainer
 from trl import SFTTrainer
 
 from models import tiny, word_tokenizer
@@ -17,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "examples"))
 
 from evidence import experiment, report, run  # noqa: E402
-from evidence.experiment import Run, best_rate, rate_runs, share, table_runs  # noqa: E402
+from evidence.experiment import Run, ablation_runs, best_rate, curve_runs, rate_runs, share, table_runs  # noqa: E402
 from tasks import held_out, training  # noqa: E402
 
 
@@ -30,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Results go into a folder of the test's own; a run asks few questions."""
     monkeypatch.setattr(experiment, "RESULTS", tmp_path)
     monkeypatch.setattr(run, "VALIDATION", 2)
@@ -41,27 +44,49 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["LoRA r=8", "Bitune, theta clipped apart"])
-def test_a_run_keeps_scores_losses_and_alphas(model: str, method: str) -> None:
-    one = Run(model, "syllogism", method, 1e-3, 0, (4, 8))
+def test_a_run_keeps_scores_losses_and_alphas(model: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Run(model, "syllogism", method, 1e-3, 0, (4, 40))
+    monkeypatch.setattr(run, "rate_runs", lambda: [one])
     assert one.result() is None
     one.save(run.execute(one, "cpu", 1))
     result = one.result()
-    assert [point["samples"] for point in result["points"]] == [4, 8]
+    assert [point["samples"] for point in result["points"]] == [4, 40]
     assert all(len(point["test"]) == 3 and len(point["validation"]) == 2 for point in result["points"])
     assert (result["model"], result["method"], result["seed"]) == (model, method, 0)
+    assert len(result["losses"]) == 1
     layers = None if method == "LoRA r=8" else [3, 3]
     assert (result["alphas"] and [len(result["alphas"][kind]) for kind in ("key", "value")]) == layers
 
 
-def test_scores_are_greedy_exact_match(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_questions_of_the_validation_split_are_asked_only_to_choose_the_learning_rate(model: str) -> None:
+    [point] = run.execute(Run(model, "syllogism", "LoRA r=8", 1e-3, 0, (4,)), "cpu", 1)["points"]
+    assert point.keys() == {"samples", "test"}
+
+
+def test_scores_are_exact_match_of_the_first_line_of_greedy_answers(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     questions = held_out("syllogism", 4)
+    assert questions["answer"][:] == ["Yes"] * 4
     one = Run(model, "syllogism", "LoRA r=8", 1e-3, 0, (4,))
     trained = run.make_trainer(one, training("syllogism", 4, 0, questions), word_tokenizer(), "cpu", "unused").model
-    said = ["\tYes", " No ", "Yes and no", "Yes"]
-    monkeypatch.setattr(run.HFLM, "generate_until", lambda self, requests, **_: said[: len(requests)])
-    scored = run.score(trained, word_tokenizer(), questions)
-    first_line = [text.strip() for text in said]
-    assert scored == "".join(str(int(a == b)) for a, b in zip(first_line, questions["answer"], strict=True))
+
+    def answer(self: Any, requests: list[Any], **_: Any) -> list[str]:
+        for question, request in zip(questions, requests, strict=True):
+            prompt, settings = request.args
+            assert prompt == question["prompt"]
+            assert (settings["do_sample"], settings["until"]) == (False, ["\n"])
+        return ["\tYes ", " No", "Yes and no", "Yes"]
+
+    monkeypatch.setattr(run.HFLM, "generate_until", answer)
+    assert run.score(trained, word_tokenizer(), questions) == "1001"
+
+
+def test_a_method_is_trained_on_several_models_in_one_process(model: str) -> None:
+    samples = training("syllogism", 4, 0, held_out("syllogism", 4))
+    for method in ("LoRA r=8", "Bitune r=8"):
+        run.make_trainer(Run(model, "syllogism", method, 1e-3, 0, (4,)), samples, word_tokenizer(), "cpu", "unused")
+        assert experiment.METHODS[method].adapter.target_modules == "all-linear"
 
 
 def test_the_head_on_answers_only_changes_no_loss(model: str, tmp_path: Path) -> None:
@@ -95,23 +120,63 @@ def test_the_learning_rate_is_the_best_on_the_validation_split() -> None:
 
 
 def test_what_is_done_is_not_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = list(rate_runs())
-    fake(runs[0], 1)
-    assert [one for one in runs if one.result() is None] == runs[1:]
-    runs[1].file.with_suffix(".unfinished").write_text("{")  # as an interruption leaves it
-    assert runs[1].result() is None
+    first, *others = rate_runs()
+    assert run.missing("rates") == [first, *others]
+    fake(first, 1)
+    others[0].file.with_suffix(".unfinished").write_text("{")  # as an interruption leaves it
+    assert run.missing("rates") == others
 
 
-def test_tables_and_plots_say_what_the_results_say(tmp_path: Path) -> None:
+def test_learning_rates_come_before_all_that_needs_them() -> None:
+    first, *others = run.STAGES
+    assert run.missing(first)
+    assert not any(map(run.missing, others))
     for one in rate_runs():
         fake(one, 5)
-    for one in table_runs():
-        fake(one, 4 if "LoRA" in one.method else 6 + one.seed)
+    assert all(map(run.missing, others))
+
+
+@pytest.fixture
+def measured() -> None:
+    """Results of all runs: LoRA has 4 of 10 questions right, Bitune 6, 7 and 8."""
+    for one in rate_runs():
+        fake(one, 3)
+    for runs in (table_runs, ablation_runs, curve_runs):
+        for one in runs():
+            fake(one, 4 if "LoRA" in one.method else 6 + one.seed)
+
+
+@pytest.mark.usefixtures("measured")
+def test_tables_say_what_the_results_say() -> None:
     lines = report.table().splitlines()
-    assert "| smollm2-135m | syllogism | 3 | 40.0 ± 0.0 | 40.0 ± 0.0 | 70.0 ± 10.0 | +30.0 | 0.0039 |" in lines
-    assert "| LoRA r=16 | 18 | +28.9 | 1e-09 |" in report.overall()  # seed 0 on the first task is that of the rates
-    for draw, size in report.PLOTS.values():
-        draw(report.Figure(figsize=size))
+    # Four questions gained, with one seed or more, and none lost: 2 / 2**4.
+    assert "| smollm2-135m | syllogism | 3 | 40.0 ± 0.0 | 40.0 ± 0.0 | 70.0 ± 10.0 | +30.0 | 0.12 |" in lines
+    assert "| LoRA r=16 | 18 | +30.0 |" in report.overall()
+    assert "| only causal | 3 | 70.0 ± 10.0 |" in report.ablations()
+    assert "| Bitune r=8 | 3 | 70.0 ± 10.0 | 70.0 ± 10.0 | 70.0 ± 10.0 | 70.0 ± 10.0 |" in report.curves()
+
+
+@pytest.mark.usefixtures("measured")
+def test_plots_show_what_the_results_say() -> None:
+    def drawn(name: str) -> list[Any]:
+        draw, size = report.PLOTS[name]
+        figure = report.Figure(figsize=size)
+        draw(figure)
+        return figure.axes
+
+    for axes in drawn("scores"):
+        bars = {
+            bars.get_label(): [bar.get_height() for bar in bars]
+            for bars in axes.containers
+            if isinstance(bars, BarContainer)
+        }
+        assert bars["Bitune r=8"] == pytest.approx([0.7] * 3)
+        assert bars["LoRA r=16"] == pytest.approx([0.4] * 3)
+    for axes in drawn("alphas"):
+        assert [list(line.get_ydata()) for line in axes.lines[:3]] == [[pytest.approx(0.5), pytest.approx(0.6)]] * 3
+    [axes] = drawn("curves")
+    assert list(axes.lines[0].get_xdata()) == list(experiment.CURVE)
+    assert list(axes.lines[0].get_ydata()) == pytest.approx([0.4] * 4)
 
 
 def test_seeds_that_have_not_run_are_left_out() -> None:
@@ -131,8 +196,13 @@ def test_the_readmes_tables_are_those_of_the_results(monkeypatch: pytest.MonkeyP
     assert report.with_tables(readme, tables, "evidence") == readme
 
 
-def test_results_are_json_of_runs_that_are_listed() -> None:
-    for file in (ROOT / "examples" / "evidence" / "results").rglob("*.json"):
+def test_results_are_where_their_runs_look_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment, "RESULTS", ROOT / "examples" / "evidence" / "results")
+    found = list(experiment.RESULTS.rglob("*.json"))
+    assert found
+    for file in found:
         result = json.loads(file.read_text())
+        settings = {field.name: result[field.name] for field in fields(Run)}
+        assert Run(**settings | {"samples": tuple(result["samples"])}).file == file
         assert result["method"] in experiment.METHODS
         assert [point["samples"] for point in result["points"]] == result["samples"]

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from bitune_plugin import BituneConfig
 from bitune_plugin.full import FullConfig, FullLayer
 from helpers import SHAPES, assert_close, batch, lora, observe, samples, tokens, unharmed
-from models import tiny
+from models import randomise_adapters, tiny
 from three_pass import STREAMS, ThreePass
 from training import ONE_STEP, assert_exact
 from zoo import tiny_of
@@ -62,19 +62,9 @@ def full(base: PreTrainedModel, adapter: FullConfig | str = "full", **settings: 
     config = BituneConfig(adapter=copy.deepcopy(adapter), **settings)
     oracle = TwoModels(base, config)
     model = get_peft_model(base, config)
-    randomise(model)
+    randomise_adapters(model)
     oracle.load_product(model)
     return model, oracle
-
-
-def randomise(model: PeftModel) -> None:
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if "bitune_full" in name or "modules_to_save" in name:
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.data += 0.05 * noise
-        elif "theta" in name:
-            parameter.data.uniform_(0.005, 0.05, generator=generator)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "phi", "mixtral"])

@@ -19,7 +19,7 @@ from agreement import assert_agrees, assert_answers_agree, assert_gradients_agre
 from bitune_plugin import BituneConfig
 from bitune_plugin.methods import OWN_FORWARD, refusal
 from helpers import SHAPES, assert_close, batch, bitune, gradients, observe, one, packed, samples, unharmed, with_oracle
-from methods import METHODS, REFUSED, SMALL, VARIANTS, WHOLE, small, table
+from methods import METHODS, REFUSED, SMALL, VARIANTS, WHOLE, small, table, with_refused
 from models import randomise_adapters, tiny
 
 ROWS = batch(samples(*SHAPES))
@@ -234,4 +234,9 @@ def test_a_method_with_a_forward_pass_of_its_own_is_refused(monkeypatch: pytest.
 @pytest.mark.parametrize(("method", "name", "value"), REFUSED)
 def test_a_refused_setting_is_named_with_reason_and_advice(method: str, name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"`{name}={re.escape(repr(value))}` .*\. [A-Z].*\."):
-        BituneConfig(adapter=small(method, **{name: value}))
+        BituneConfig(adapter=with_refused(method, name, value))
+
+
+def test_a_start_is_refused_however_it_is_written() -> None:
+    with pytest.raises(ValueError, match=r"`init_lora_weights='PiSSA'` takes its start out of the base weights"):
+        BituneConfig(adapter=small("LORA", init_lora_weights="PiSSA"))

@@ -13,9 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from helpers import Batch, batch
-from reference import CASES, Case, case, thetas
-
-TOLERANCE = 2e-5
+from reference import CASES, TOLERANCE, Case, case, thetas
 
 pytestmark = [
     pytest.mark.parametrize("attention", ["sdpa", "eager"]),

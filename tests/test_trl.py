@@ -262,7 +262,7 @@ class TestAdapters:
         t.train()
         assert t.model is model
 
-    def test_nothing_to_train_is_refused(self, trainer: Any) -> None:
+    def test_a_method_that_bitune_refuses_is_refused(self, trainer: Any) -> None:
         with pytest.raises(ValueError, match="PromptTuning"):
             trainer(peft_config=PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2))
 

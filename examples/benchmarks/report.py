@@ -255,21 +255,21 @@ def draw(benchmark: str, results: list[Result], stem: Path) -> None:
     charts = [chart for chart in REPORTS[benchmark].charts if chart.has_something_in(results)]
     models, shapes = distinct(results, "model"), distinct(results, "shape")
     size = len(models) * (3 + 0.8 * len(shapes)) + 1, 3.5 * len(charts)
-    with rc_context({"svg.hashsalt": "bitune"}):  # the same file for the same results
-        figure = Figure(figsize=size, layout="constrained")
-        for chart, row in zip(charts, figure.subplots(len(charts), len(models), squeeze=False), strict=True):
-            for model, axes in zip(models, row, strict=True):
-                chart.draw(axes, [result for result in results if result["model"] == model])
-                axes.set_title(Path(model).name)
-            axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))  # beside the last one
-        save(figure, stem)
+    figure = Figure(figsize=size, layout="constrained")
+    for chart, row in zip(charts, figure.subplots(len(charts), len(models), squeeze=False), strict=True):
+        for model, axes in zip(models, row, strict=True):
+            chart.draw(axes, [result for result in results if result["model"] == model])
+            axes.set_title(Path(model).name)
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))  # beside the last one
+    save(figure, stem)
 
 
 def save(figure: Figure, stem: Path) -> None:
-    """Writes a plot as PNG and SVG."""
+    """Writes a plot as PNG and SVG: the same files for the same results."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(stem.with_suffix(".png"), dpi=120)
-    figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+    with rc_context({"svg.hashsalt": "bitune"}):
+        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
 
 
 def with_tables(readme: str, tables: Mapping[str, str], kind: str = "benchmark") -> str:

@@ -6,6 +6,7 @@ A run trains one method on one task once. It is named by its settings, so that i
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -92,14 +93,10 @@ class Run:
     @property
     def file(self) -> Path:
         """Where its result is, once it is done."""
-        method = self.method.replace(" ", "-").replace("=", "").replace(",", "").replace("'", "")
+        method = re.sub("[=,']", "", self.method).replace(" ", "-")
         sizes = "-".join(map(str, self.samples))
-        return (
-            RESULTS
-            / Path(self.model).name
-            / self.task
-            / f"{method}_{self.learning_rate:g}_{sizes}_seed{self.seed}.json"
-        )
+        name = f"{method}_{self.learning_rate:g}_{sizes}_seed{self.seed}.json"
+        return RESULTS / Path(self.model).name / self.task / name
 
     def result(self) -> dict[str, Any] | None:
         """What came out, or `None` if it has not run."""

@@ -18,7 +18,6 @@ from typing import Any
 # In place of this file's own folder, so that the examples beside it are found.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from scipy.stats import binomtest, ttest_rel
 
@@ -56,9 +55,14 @@ def of(found: Sequence[Result], **settings: Any) -> list[Result]:
     return [result for result in found if all(result[name] == value for name, value in settings.items())]
 
 
+def answers(result: Result, point: int = -1, split: str = "test") -> str:
+    """Question by question, `1` for a right one."""
+    return result["points"][point][split]
+
+
 def score(result: Result, point: int = -1, split: str = "test") -> float:
     """Share of the questions that are right."""
-    return share(result["points"][point][split])
+    return share(answers(result, point, split))
 
 
 def scores(found: Sequence[Result], point: int = -1) -> list[float]:
@@ -80,13 +84,11 @@ def paired(one: Sequence[Result], other: Sequence[Result]) -> Iterator[tuple[Res
 
 
 def p_of_questions(one: Sequence[Result], other: Sequence[Result]) -> float:
-    """McNemar's exact test over all pairs of answers: whether these models differ."""
-    pairs = [
-        answers
-        for results in paired(one, other)
-        for answers in zip(*(result["points"][-1]["test"] for result in results), strict=True)
-    ]
-    wins, losses = pairs.count(("1", "0")), pairs.count(("0", "1"))
+    """The exact sign test over the questions, each with the answers of all seeds, which are not independent of each
+    other: whether these models differ. With one seed, McNemar's test."""
+    gains = [[int(a) - int(b) for a, b in zip(answers(x), answers(y), strict=True)] for x, y in paired(one, other)]
+    by_question = [sum(of_seeds) for of_seeds in zip(*gains, strict=True)]
+    wins, losses = sum(gain > 0 for gain in by_question), sum(gain < 0 for gain in by_question)
     return binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
 
 
@@ -104,7 +106,7 @@ def table() -> str:
                 [model, task, str(len(gains)), *(spread(scores(own)) for own in by_method.values())]
                 + ([f"{100 * mean(gains):+.1f}", f"{p_of_questions(ours, baseline):.2g}"] if gains else ["", ""])
             )
-    return markdown(["model", "task", "seeds", *COMPARED, f"{OURS} over {BASELINE}", "p (answers)"], rows)
+    return markdown(["model", "task", "seeds", *COMPARED, f"{OURS} over {BASELINE}", "p (questions)"], rows)
 
 
 def overall() -> str:
@@ -114,9 +116,7 @@ def overall() -> str:
     for method in COMPARED:
         pairs = list(paired(of(found, method=OURS), of(found, method=method)))
         if method != OURS and len(pairs) > 1:
-            ours, theirs = (
-                [share(result["points"][-1]["test"]) for result in side] for side in zip(*pairs, strict=True)
-            )
+            ours, theirs = (scores(side) for side in zip(*pairs, strict=True))
             gain = mean(a - b for a, b in zip(ours, theirs, strict=True))
             rows.append([method, str(len(pairs)), f"{100 * gain:+.1f}", f"{ttest_rel(ours, theirs).pvalue:.2g}"])
     return markdown([f"{OURS} against", "pairs of runs", "mean difference", "p (paired t-test)"], rows)
@@ -216,10 +216,9 @@ def main() -> None:
     for name, made in tables.items():
         print(f"{name}\n\n{made}\n")
     for name, (draw, size) in PLOTS.items():
-        with rc_context({"svg.hashsalt": "bitune"}):  # the same file for the same results
-            figure = Figure(figsize=size, layout="constrained")
-            draw(figure)
-            save(figure, RESULTS / name)
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        save(figure, RESULTS / name)
     if arguments.write:
         arguments.write.write_text(with_tables(arguments.write.read_text(), tables, "evidence"))
 

@@ -1,7 +1,7 @@
 """Trains and scores everything that `experiment.py` lists and that has no result yet.
 
     python examples/evidence/run.py                  # all of it; stop it whenever you like, and start it again
-    python examples/evidence/run.py rates table      # some of it: rates, table, ablations, curves
+    python examples/evidence/run.py rates table      # some of it: rates, table, curves, ablations
     python examples/evidence/run.py --jobs 1 --device cuda
 
 Every run leaves one JSON file in `results/`: scores question by question, losses, alpha by layer, and what it took. A
@@ -11,6 +11,7 @@ run that was interrupted starts again. `report.py` makes tables and plots of the
 from __future__ import annotations
 
 import argparse
+import copy
 import multiprocessing
 import os
 import sys
@@ -39,7 +40,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from trl import SFTConfig, SFTTrainer
 
 from bitune_plugin import BituneConfig, BituneLM, BituneSFTConfig, BituneSFTTrainer
-from evidence.experiment import METHODS, SEEDS, Run, ablation_runs, curve_runs, rate_runs, table_runs
+from evidence.experiment import METHODS, RESULTS, Run, ablation_runs, curve_runs, rate_runs, table_runs
 from pretrained import resolve
 from tasks import held_out, training
 
@@ -105,7 +106,7 @@ def execute(run: Run, device: str, threads: int) -> dict[str, Any]:
     questions = held_out(run.task, VALIDATION + TEST)
     samples = training(run.task, run.samples[-1], run.seed, questions)
     splits = {"test": questions.select(range(VALIDATION, VALIDATION + TEST))}
-    if run.seed == SEEDS[0]:  # whose scores choose the learning rate
+    if run in rate_runs():  # whose scores choose the learning rate
         splits["validation"] = questions.select(range(VALIDATION))
     tokenizer = AutoTokenizer.from_pretrained(resolve(run.model))
     with tempfile.TemporaryDirectory() as folder:
@@ -170,12 +171,12 @@ def make_trainer(
         args=settings,
         train_dataset=samples.select_columns(["prompt", "completion"]),
         processing_class=tokenizer,
-        peft_config=method.adapter,
+        peft_config=copy.deepcopy(method.adapter),  # PEFT writes the names of this model's layers into it
     )
 
 
 def score(model: PeftModel, tokenizer: PreTrainedTokenizerBase, questions: Dataset) -> str:
-    """Exact match of greedy answers by lm-eval, question by question: `1` for a right one."""
+    """Exact match of the first line of greedy answers by lm-eval, question by question: `1` for a right one."""
     lm_class = BituneLM if isinstance(model.peft_config["default"], BituneConfig) else HFLM
     lm = lm_class(pretrained=model, tokenizer=tokenizer, batch_size=50)
     longest = max(map(len, tokenizer(questions["completion"][:], add_special_tokens=False)["input_ids"]))
@@ -198,11 +199,8 @@ def score(model: PeftModel, tokenizer: PreTrainedTokenizerBase, questions: Datas
         # Without lm-eval's own tasks, and its look around the machine, which take longer than the answers.
         tasks = get_task_dict([task], TaskManager(include_defaults=False))
         scored = lm_eval.evaluate(lm, tasks, log_samples=True, bootstrap_iters=0)
-    return "".join(str(int(each["exact_match"])) for each in by_number(scored["samples"]["evidence"]))
-
-
-def by_number(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(samples, key=lambda sample: sample["doc_id"])
+    in_order = sorted(scored["samples"]["evidence"], key=lambda sample: sample["doc_id"])
+    return "".join(str(int(sample["exact_match"])) for sample in in_order)
 
 
 def alphas(model: PeftModel) -> dict[str, list[list[float]]] | None:
@@ -223,18 +221,26 @@ def in_worker(run: Run, device: str, threads: int) -> None:
     run.save(execute(run, device, threads))
 
 
+def missing(stage: str) -> list[Run]:
+    """Runs of a stage that have no result yet."""
+    return [run for run in STAGES[stage]() if run.result() is None]
+
+
 def run_all(stage: str, arguments: argparse.Namespace) -> None:
     """Runs what a stage still lacks, `--jobs` at a time."""
-    missing = [run for run in STAGES[stage]() if run.result() is None]
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with Progress() as progress, ProcessPoolExecutor(arguments.jobs, spawn) as workers:
-        bar = progress.add_task(stage, total=len(missing))
-        futures = {workers.submit(in_worker, run, arguments.device, threads): run for run in missing}
-        for future in as_completed(futures):
-            future.result()
-            progress.print(f"done: {futures[future].file.relative_to(futures[future].file.parents[2])}")
-            progress.advance(bar)
+        futures = {workers.submit(in_worker, run, arguments.device, threads): run for run in missing(stage)}
+        bar = progress.add_task(stage, total=len(futures))
+        try:
+            for future in as_completed(futures):
+                future.result()
+                progress.print(f"done: {futures[future].file.relative_to(RESULTS)}")
+                progress.advance(bar)
+        except BaseException:  # the executor would first run all that still waits
+            workers.shutdown(cancel_futures=True)
+            raise
 
 
 def parse_arguments() -> argparse.Namespace:
