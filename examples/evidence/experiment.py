@@ -29,7 +29,7 @@ SEEDS = (0, 1, 2)
 SAMPLES = 256
 """Of a run in the table. Each is seen once."""
 
-CURVE = (256, 512, 1024, 2048)
+CURVE = (256, 512, 1024)
 """Numbers of training samples at which a run of a curve is scored."""
 
 CURVE_MODEL, CURVE_TASK = "smollm2-135m", "larger_families"
