@@ -166,6 +166,9 @@ class BituneConfig(PeftConfig):
         return config
 
 
+SETTINGS = tuple(name for name in BituneConfig.__annotations__ if name != "adapter")
+"""Bitune's own settings: all but those of the inner method."""
+
 _OWN_FIELDS = {f.name for f in dataclasses.fields(BituneConfig)} | {"unused"}
 
 

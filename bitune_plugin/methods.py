@@ -22,7 +22,7 @@ METHODS: dict[str, str] = {
 }
 """Methods that do put adapters into layers, and why they are refused all the same."""
 
-_OTHER_START = "Use `init_lora_weights=True`, 'gaussian' or 'orthogonal'."
+_OTHER_START = "Use `init_lora_weights=True`, 'gaussian', 'orthogonal' or 'mica'."
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,14 @@ class Setting:
     Attributes:
         name: of the field in the PEFT config.
         refused: whether a value of it is.
-        because: the reason, and what to do instead.
+        because: the reason.
+        instead: what to do.
     """
 
     name: str
     refused: Callable[[Any], bool]
     because: str
+    instead: str = "Leave it out."
 
 
 def _starts(*names: str) -> Callable[[Any], bool]:
@@ -48,51 +50,49 @@ SETTINGS = (
     Setting(
         "init_lora_weights",
         _starts("pissa", "olora", "corda", "lora_ga", "loftq"),
-        f"takes its start out of the base weights, which two adapters cannot both do. {_OTHER_START}",
+        "takes its start out of the base weights, which two adapters cannot both do",
+        _OTHER_START,
     ),
     Setting(
         "init_lora_weights",
         _starts("eva"),
-        f"waits for PEFT's `initialize_lora_eva_weights`, which takes plain LoRA models only. {_OTHER_START}",
+        "waits for PEFT's `initialize_lora_eva_weights`, which takes plain LoRA models only",
+        _OTHER_START,
     ),
     Setting(
         "layer_replication",
         bool,
-        "makes the model deeper, which two adapters cannot both do. Build the deeper model first.",
+        "makes the model deeper, which two adapters cannot both do",
+        "Build the deeper model first.",
     ),
-    Setting(
-        "kasa_config",
-        bool,
-        "takes components out of the base weights, which two adapters cannot both do. Leave it out.",
-    ),
+    Setting("kasa_config", bool, "takes components out of the base weights, which two adapters cannot both do"),
     Setting(
         "alora_invocation_tokens",
         bool,
-        "lets the adapter act from a place in the row on, which is another in a row that carries its prompt twice. "
+        "lets the adapter act from a place in the row on, which is another in a row that carries its prompt twice",
         "Leave it out: Bitune's adapters act on all tokens.",
     ),
-    Setting("arrow_config", bool, "chooses among trained adapters of a plain LoRA model. Train one adapter instead."),
+    Setting("arrow_config", bool, "chooses among trained adapters of a plain LoRA model", "Train one adapter instead."),
     Setting(
         "monteclora_config",
         bool,
-        "adds a term to the loss that PEFT collects from plain LoRA models only, so it would be lost. Leave it out.",
+        "adds a term to the loss that PEFT collects from plain LoRA models only, so it would be lost",
     ),
     Setting(
         "velora_config",
         lambda velora: bool(velora) and velora.init_type != "random",
         "makes gradients of a mean over all tokens of a batch, and a batch that carries its prompts twice has another, "
-        "unless `init_type='random'`. Use that.",
+        "unless `init_type='random'`",
+        "Use that.",
     ),
-    Setting("megatron_config", bool, "is for layers of Megatron, which no Transformers model has. Leave it out."),
+    Setting("megatron_config", bool, "is for layers of Megatron, which no Transformers model has"),
     Setting(
-        "use_asa",
-        bool,
-        "needs `update_and_allocate` after each step, which PEFT does for the active adapter only. Leave it out.",
+        "use_asa", bool, "needs `update_and_allocate` after each step, which PEFT does for the active adapter only"
     ),
     Setting(
         "save_only_topk_weights",
         bool,
-        "saves an adapter that comes back with infinite logits, as a damaged one would. Leave it out.",
+        "saves an adapter that comes back with infinite logits, as a damaged one would",
     ),
 )
 
@@ -108,7 +108,7 @@ def check_method(adapter: PeftConfig) -> None:
     for setting in SETTINGS:
         value = getattr(adapter, setting.name, None)
         if setting.refused(value):
-            raise ValueError(f"`{setting.name}={value!r}` {setting.because}")
+            raise ValueError(f"`{setting.name}={value!r}` {setting.because}. {setting.instead}")
 
 
 def refusal(peft_type: str) -> str | None:

@@ -146,7 +146,7 @@ def table() -> str:
     for setting in SETTINGS:
         values = [value for _, name, value in REFUSED if name == setting.name and setting.refused(value)]
         of_strings = [f"{setting.name}={value!r}" for value in values if isinstance(value, str)]
-        reasons[setting.because.split(". ")[0]] = of_strings or [setting.name]
+        reasons[setting.because] = of_strings or [setting.name]
     exact = ", ".join(f"`{_class(method)}`" for method in METHODS if refusal(method) is None)
     lines = ["Exact as `adapter`, in PEFT 0.21.2:", *textwrap.wrap(f"{exact}.", 120, break_on_hyphens=False)]
     lines += ["", "| refused | because it |", "|---|---|"]

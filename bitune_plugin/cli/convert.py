@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bitune_plugin.authors import convert
 from bitune_plugin.cli.terminal import busy, parser
-from bitune_plugin.config import NO_MIXING, SECOND_PASSES
+from bitune_plugin.config import NO_MIXING, SECOND_PASSES, SETTINGS
 from bitune_plugin.saved import local_folder, write_adapter
 
 DESCRIPTION = """\
@@ -33,8 +33,7 @@ def main(argv: Sequence[str]) -> None:
     with busy(f"Converting {source}"):
         config, weights = convert(folder, {name: value for name, value in options.items() if value is not None})
         write_adapter(destination, config, weights, folder, force)
-    settings = ("theta_init", "mixing", "mixing_granularity", "second_pass_attention", "share_adapter")
-    print(f"{destination}: " + " ".join(f"{name}={getattr(config, name)}" for name in settings))
+    print(f"{destination}: " + " ".join(f"{name}={getattr(config, name)}" for name in SETTINGS))
 
 
 def _parser() -> argparse.ArgumentParser:

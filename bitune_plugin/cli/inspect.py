@@ -17,7 +17,7 @@ from rich.text import Text
 from torch import Tensor
 
 from bitune_plugin.cli.terminal import parser, with_progress
-from bitune_plugin.config import NO_MIXING
+from bitune_plugin.config import NO_MIXING, SETTINGS
 from bitune_plugin.saved import SavedAdapter, find_adapters
 
 if TYPE_CHECKING:
@@ -85,14 +85,13 @@ def describe(adapter: SavedAdapter) -> dict[str, Any]:
     """What there is to say about an adapter, for JSON. Alphas: a list per layer, one number or one for each head."""
     settings = adapter.config.to_dict()
     inner = settings.pop("adapter")
-    names = ("theta_init", "mixing", "mixing_granularity", "second_pass_attention", "share_adapter")
     return {
         "adapter": str(adapter.folder),
         "step": adapter.step,
         "base_model": adapter.config.base_model_name_or_path,
         "method": adapter.method,
         "rank": inner.get("r"),
-        "settings": {name: settings[name] for name in names},
+        "settings": {name: settings[name] for name in SETTINGS},
         "sizes": {part: vars(size) for part, size in adapter.sizes.items()},
         "attention": adapter.attentions,
         "alpha": {kind: [alpha.tolist() for alpha in alphas] for kind, alphas in adapter.alphas().items()},
