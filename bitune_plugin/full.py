@@ -131,7 +131,7 @@ class FullModel(BaseTuner):
         config = self.peft_config[adapter_name]
         if config.target_modules == ALL:
             _name_all(config, model)
-        embeddings, head = _embeddings(model)
+        embeddings, head = embeddings_and_head(model)
         config.modules_to_tie = [head] if _are_tied(model) and embeddings in (config.modules_to_save or ()) else None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
@@ -179,7 +179,7 @@ def _name_all(config: FullConfig, model: nn.Module) -> None:
     Raises:
         ValueError: a module holds weights beside layers with weights, so that it cannot be copied alone.
     """
-    embeddings, head = _embeddings(model)
+    embeddings, head = embeddings_and_head(model)
     whole = (embeddings,) if _are_tied(model) else (embeddings, head)
     once = {name for name in whole if not _is_excluded(config, name)}
     elsewhere = (embeddings, head, *(config.modules_to_save or ()), FullModel.prefix, "modules_to_save", MIXING)
@@ -213,7 +213,7 @@ def _is_excluded(config: FullConfig, name: str) -> bool:
     return bool(names) and bool(check_target_module_exists(FullConfig(target_modules=names), name))
 
 
-def _embeddings(model: nn.Module) -> tuple[str, str]:
+def embeddings_and_head(model: nn.Module) -> tuple[str, str]:
     """Names of the embeddings and of the LM head."""
     names = {module: name for name, module in model.named_modules()}
     return names[model.get_input_embeddings()], names[model.get_output_embeddings()]

@@ -34,6 +34,7 @@ from .architectures import describe
 from .attention import MIXING, implementation_for
 from .config import NO_MIXING, BituneConfig
 from .forward import attach, detach
+from .full import embeddings_and_head
 from .merging import merge, not_mergeable, unmerge, worth_merging
 from .mixing import AlphaFunction, mix
 from .plugins import mixings
@@ -633,9 +634,7 @@ def _tie(model: nn.Module, config: BituneConfig, adapter_name: str, remapped: di
     `low_cpu_mem_usage` puts both in the model."""
     if not getattr(config, "modules_to_tie", None):
         return
-    names = {module: name for name, module in model.named_modules()}
-    both = [names[module] for module in (model.get_input_embeddings(), model.get_output_embeddings())]
-    embeddings, head = (f"{name}.modules_to_save.{adapter_name}.weight" for name in both)
+    embeddings, head = (f"{name}.modules_to_save.{adapter_name}.weight" for name in embeddings_and_head(model))
     if embeddings in remapped and head in remapped:
         remapped[embeddings] = remapped[head] = nn.Parameter(remapped[embeddings], requires_grad=False)
 
