@@ -27,8 +27,9 @@ from torch import Tensor
 from .attention import MIXING
 from .config import NO_MIXING, BituneConfig
 from .plugins import mixings
-from .saved import ROOT, read_config, read_weights
+from .saved import ROOT, read_config
 from .tuner import BIDIRECTIONAL, first
+from .weights import read_weights
 
 Weights = Mapping[str, Tensor]
 Mixer = dict[str, Tensor]

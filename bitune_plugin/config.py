@@ -7,19 +7,17 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, TaskType
-from safetensors import SafetensorError, safe_open
 
 from .full import FullConfig, PeftTypeName
 from .methods import check_method
 from .plugins import mixings
+from .weights import read_weights
 
 PEFT_TYPE = "BITUNE"
 NO_MIXING = "none"
@@ -223,13 +221,14 @@ def _without_sets(value: Any) -> Any:
 def _check_weights(folder: Path, config: BituneConfig) -> None:
     if not folder.is_dir():
         return  # a hub id, whose files the hub checks
-    keys = _saved_keys(folder)
-    if keys is None:
+    try:
+        keys = read_weights(folder)
+    except FileNotFoundError as error:
         if config.inference_mode:  # so PEFT marks the config of an adapter that it saves whole
             raise ValueError(
                 f"{folder} holds the config of a saved adapter, but neither {SAFETENSORS_WEIGHTS_NAME} nor "
                 f"{WEIGHTS_NAME}. Copy or download the adapter again."
-            )
+            ) from error
         return
     for module in getattr(config, "modules_to_save", None) or []:
         if not any(f".{module}." in f".{key}." for key in keys):
@@ -237,17 +236,3 @@ def _check_weights(folder: Path, config: BituneConfig) -> None:
                 f"The weights in {folder} lack the module {module!r}, which `modules_to_save` of the config names. "
                 "Copy or download the adapter again."
             )
-
-
-def _saved_keys(folder: Path) -> set[str] | None:
-    """Keys of the saved weights, or `None` if there are none."""
-    weights, pickled = folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME
-    try:
-        if weights.is_file():
-            with safe_open(weights, framework="pt") as file:
-                return set(file.keys())
-        if pickled.is_file():
-            return set(torch.load(pickled, map_location="meta", weights_only=True))
-    except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError) as error:
-        raise ValueError(f"The weights in {folder} are damaged ({error}). Copy the adapter again.") from error
-    return None

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
@@ -22,15 +21,15 @@ import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .attention import MIXING
 from .config import NO_MIXING, BituneConfig
 from .plugins import mixings
 from .tuner import BIDIRECTIONAL, first
+from .weights import read_weights
 
 Config = TypeVar("Config", bound=PeftConfig)
 
@@ -276,24 +275,6 @@ def read_config(folder: Path, kind: type[Config]) -> Config:
         return kind.from_pretrained(str(folder))
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no config of an adapter ({error}). Copy the adapter again.") from error
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of the adapter in `folder`, mapped into memory: they are read when they are looked at.
-
-    Raises:
-        FileNotFoundError: there are none.
-        ValueError: they are damaged.
-    """
-    weights, pickled = folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME
-    try:
-        if weights.is_file():
-            return load_file(weights)
-        if pickled.is_file():
-            return dict(torch.load(pickled, map_location="cpu", weights_only=True))
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, TypeError, ValueError) as error:
-        raise ValueError(f"The weights in {folder} are damaged ({error}). Copy the adapter again.") from error
-    raise FileNotFoundError(f"{folder} holds neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}.")
 
 
 def write_adapter(

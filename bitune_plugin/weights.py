@@ -1,0 +1,28 @@
+"""The weights of a saved adapter, as they lie in its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of the adapter in `folder`, mapped into memory: they are read when they are looked at.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: they are damaged.
+    """
+    safe, pickled = folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME
+    if not safe.is_file() and not pickled.is_file():
+        raise FileNotFoundError(f"{folder} holds neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}.")
+    try:
+        return load_file(safe) if safe.is_file() else dict(torch.load(pickled, map_location="cpu", weights_only=True))
+    except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError, TypeError, ValueError) as error:
+        raise ValueError(f"The weights in {folder} are damaged ({error}). Copy the adapter again.") from error
