@@ -22,11 +22,12 @@ TASKS: dict[str, tuple[str, dict[str, object]]] = {
     "larger_families": ("family_relationships", {"max_family_size": 6, "min_family_size": 4}),
     "syllogism": ("syllogism", {"invalid_ratio": 0.5}),
     "path_star": ("path_star", {"degree": 2, "node_range": 10, "min_path_length": 3, "max_path_length": 3}),
+    "short_path_star": ("path_star", {"degree": 3, "node_range": 10, "min_path_length": 2, "max_path_length": 2}),
 }
 """Tasks that are not just generators of reasoning-gym with its own settings: small families and graphs, whose prompts
 are short enough for a CPU, and syllogisms that hold less often."""
 
-PREAMBLES = {"path_star": "Solve the following task:\n"}
+PREAMBLES = dict.fromkeys(("path_star", "short_path_star"), "Solve the following task:\n")
 """How the instructions end that a task gives with every question, if they are longer than the question: what is trained
 on a task need not be told."""
 

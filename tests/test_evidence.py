@@ -152,8 +152,12 @@ def test_tables_say_what_the_results_say() -> None:
     # Four questions gained, with one seed or more, and none lost: 2 / 2**4.
     assert "| smollm2-135m | syllogism | 3 | 40.0 ± 0.0 | 40.0 ± 0.0 | 70.0 ± 10.0 | +30.0 | 0.12 |" in lines
     assert "| LoRA r=16 | 18 | +30.0 |" in report.overall()
-    assert "| only causal | 3 | 70.0 ± 10.0 |" in report.ablations()
-    assert " | ".join(["| Bitune r=8", "3", *["70.0 ± 10.0"] * len(experiment.CURVE)]) in report.curves()
+    for method in ("Bitune r=8", "only causal"):
+        assert f"| {method} |" + 3 * " 70.0 ± 10.0 (3) |" in report.ablations()
+    curve = " | ".join(["70.0 ± 10.0"] * len(experiment.CURVE))
+    assert f"| gemma-3-270m | short_path_star | Bitune r=8 | 3 | {curve} |" in report.curves()
+    # As above with the seeds' 6, 7 and 8 of 10.
+    assert "| gemma-3-270m | short_path_star |" + 3 * " +30.0 (p 0.12) |" in report.crossing()
 
 
 @pytest.mark.usefixtures("measured")
@@ -174,9 +178,11 @@ def test_plots_show_what_the_results_say() -> None:
         assert bars["LoRA r=16"] == pytest.approx([0.4] * 3)
     for axes in drawn("alphas"):
         assert [list(line.get_ydata()) for line in axes.lines[:3]] == [[pytest.approx(0.5), pytest.approx(0.6)]] * 3
-    [axes] = drawn("curves")
-    assert list(axes.lines[0].get_xdata()) == list(experiment.CURVE)
-    assert list(axes.lines[0].get_ydata()) == pytest.approx([0.4] * len(experiment.CURVE))
+    for axes in drawn("curves"):
+        lora, ours = axes.lines[:2]
+        assert list(lora.get_xdata()) == list(experiment.CURVE)
+        assert list(lora.get_ydata()) == pytest.approx([0.4] * len(experiment.CURVE))
+        assert list(ours.get_ydata()) == pytest.approx([0.7] * len(experiment.CURVE))
 
 
 def test_seeds_that_have_not_run_are_left_out() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,18 @@ SAMPLES = 256
 CURVE = (256, 512, 1024)
 """Numbers of training samples at which a run of a curve is scored."""
 
-CURVE_MODEL, CURVE_TASK = "smollm2-135m", "larger_families"
-"""Where curves and ablations are measured: the cheapest of all."""
+CURVE_MODEL = "smollm2-135m"
+"""Where all that goes beyond the table is measured: the cheaper one."""
+
+FAMILIES, PATHS = "larger_families", "short_path_star"
+"""The tasks of curves and ablations. The second is paths of two edges along one of three arms: unlike `path_star`, it
+can be learnt from as few samples."""
+
+ABLATED = {FAMILIES: (256,), PATHS: (256, 512)}
+"""Where ablations are scored."""
+
+MOVED = {FAMILIES: CURVE, PATHS: (256, 512)}
+"""Where the `MOVERS` are scored: as long as it is open who is ahead."""
 
 
 def lora(rank: int) -> LoraConfig:
@@ -77,6 +87,9 @@ MOVERS = {
 """What might move the number of samples from which Bitune is ahead."""
 
 METHODS = COMPARED | ABLATIONS | MOVERS
+
+CROSSING = ("LoRA r=16", "Bitune r=8")
+"""Whose curves may cross: of as many parameters."""
 
 
 @dataclass(frozen=True)
@@ -141,15 +154,21 @@ def table_runs() -> Iterator[Run]:
 
 
 def ablation_runs() -> Iterator[Run]:
-    """Bitune without one of its parts, beside the whole."""
+    """Bitune without one of its parts; the whole is in the table and the curves."""
     for seed in SEEDS:
-        yield from at_best_rate(CURVE_MODEL, [CURVE_TASK], ["Bitune r=8", *ABLATIONS], seed)
+        for task, samples in ABLATED.items():
+            yield from at_best_rate(CURVE_MODEL, [task], ABLATIONS, seed, samples)
 
 
 def curve_runs() -> Iterator[Run]:
     """Score against the number of training samples."""
     for seed in SEEDS:
-        yield from at_best_rate(CURVE_MODEL, [CURVE_TASK], ["LoRA r=16", "Bitune r=8", *MOVERS], seed, CURVE)
+        yield from at_best_rate(CURVE_MODEL, [FAMILIES], CROSSING, seed, CURVE)
+        for model in MODELS:
+            yield from at_best_rate(model, [PATHS], CROSSING, seed, CURVE)
+            yield from at_other_rates(model, PATHS, CROSSING, seed, CURVE)
+        for task, samples in MOVED.items():
+            yield from at_best_rate(CURVE_MODEL, [task], MOVERS, seed, samples)
 
 
 def at_best_rate(
@@ -161,3 +180,11 @@ def at_best_rate(
             rate = best_rate(model, method)
             if rate is not None:
                 yield Run(model, task, method, rate, seed, samples)
+
+
+def at_other_rates(model: str, task: str, methods: Iterable[str], seed: int, samples: tuple[int, ...]) -> Iterator[Run]:
+    """What the learning rate that was chosen, on another task, is to be compared with."""
+    for one in at_best_rate(model, [task], methods, seed, samples):
+        for rate in LEARNING_RATES:
+            if rate != one.learning_rate:
+                yield replace(one, learning_rate=rate)

@@ -23,10 +23,11 @@ from scipy.stats import binomtest, ttest_rel
 
 from benchmarks.report import markdown, save, with_tables
 from evidence.experiment import (
+    ABLATED,
     ABLATIONS,
     COMPARED,
+    CURVE,
     CURVE_MODEL,
-    CURVE_TASK,
     LEARNING_RATES,
     MODELS,
     RESULTS,
@@ -83,10 +84,13 @@ def paired(one: Sequence[Result], other: Sequence[Result]) -> Iterator[tuple[Res
             yield result, counterpart
 
 
-def p_of_questions(one: Sequence[Result], other: Sequence[Result]) -> float:
+def p_of_questions(one: Sequence[Result], other: Sequence[Result], point: int = -1) -> float:
     """The exact sign test over the questions, each with the answers of all seeds, which are not independent of each
     other: whether these models differ. With one seed, McNemar's test."""
-    gains = [[int(a) - int(b) for a, b in zip(answers(x), answers(y), strict=True)] for x, y in paired(one, other)]
+    gains = [
+        [int(a) - int(b) for a, b in zip(answers(x, point), answers(y, point), strict=True)]
+        for x, y in paired(one, other)
+    ]
     by_question = [sum(of_seeds) for of_seeds in zip(*gains, strict=True)]
     wins, losses = sum(gain > 0 for gain in by_question), sum(gain < 0 for gain in by_question)
     return binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
@@ -134,30 +138,70 @@ def rates() -> str:
     return markdown(["model", "method", *(f"at {rate:g}" for rate in LEARNING_RATES), "chosen"], rows)
 
 
+def at(found: Sequence[Result], size: int) -> dict[int, float]:
+    """Scores after `size` training samples, by seed: a run's are the same whether it ends there or goes on."""
+    return {
+        result["seed"]: share(point["test"])
+        for result in found
+        for point in result["points"]
+        if point["samples"] == size
+    }
+
+
 def ablations() -> str:
     """Bitune without one of its parts."""
-    found = results(ablation_runs())
-    rows = [
-        [method, str(len(own)), spread(scores(own))]
-        for method in (OURS, *ABLATIONS)
-        if (own := of(found, method=method))
-    ]
-    return markdown(["", "seeds", "exact match"], rows)
+    runs = [*table_runs(), *curve_runs(), *ablation_runs()]
+    rate = best_rate(CURVE_MODEL, OURS)
+    found = results(run for run in runs if (run.model, run.learning_rate) == (CURVE_MODEL, rate))
+    columns = [(task, size) for task, sizes in ABLATED.items() for size in sizes]
+    rows = []
+    for method in (OURS, *ABLATIONS):
+        cells = [at(of(found, task=task, method=method), size) for task, size in columns]
+        rows.append([method, *(f"{spread(list(cell.values()))} ({len(cell)})" if cell else "" for cell in cells)])
+    return markdown(["", *(f"{task}, {size}" for task, size in columns)], rows)
+
+
+def curve_groups() -> dict[tuple[str, str], dict[str, list[Result]]]:
+    """By model and task, then by method, and its learning rate where that is not the chosen one."""
+    groups: dict[tuple[str, str], dict[str, list[Result]]] = {}
+    for result in results(curve_runs()):
+        model, method, rate = result["model"], result["method"], result["learning_rate"]
+        name = method if rate == best_rate(model, method) else f"{method} at {rate:g}"
+        groups.setdefault((model, result["task"]), {}).setdefault(name, []).append(result)
+    return groups
 
 
 def curves() -> str:
     """Score against the number of training samples."""
-    found = results(curve_runs())
-    sizes = [point["samples"] for point in found[0]["points"]] if found else []
     rows = [
-        [method, str(len(own)), *(spread(scores(own, place)) for place in range(len(sizes)))]
-        for method in dict.fromkeys(result["method"] for result in found)
-        if (own := of(found, method=method))
+        [model, task, method, str(len(own)), *(spread(list(at(own, size).values())) for size in CURVE)]
+        for (model, task), by_method in curve_groups().items()
+        for method, own in by_method.items()
     ]
-    return markdown(["", "seeds", *map(str, sizes)], rows)
+    return markdown(["model", "task", "", "seeds", *map(str, CURVE)], rows)
 
 
-TABLES = {"table": table, "overall": overall, "rates": rates, "ablations": ablations, "curves": curves}
+def crossing() -> str:
+    """Bitune against LoRA of as many parameters, along the curves."""
+    rows = []
+    for (model, task), by_method in curve_groups().items():
+        ours, baseline = by_method.get(OURS, []), by_method.get(BASELINE, [])
+        cells = []
+        for place in range(len(CURVE)):
+            gains = [score(a, place) - score(b, place) for a, b in paired(ours, baseline)]
+            cells.append(f"{100 * mean(gains):+.1f} (p {p_of_questions(ours, baseline, place):.2g})" if gains else "")
+        rows.append([model, task, *cells])
+    return markdown(["model", "task", *map(str, CURVE)], rows)
+
+
+TABLES = {
+    "table": table,
+    "overall": overall,
+    "rates": rates,
+    "ablations": ablations,
+    "curves": curves,
+    "crossing": crossing,
+}
 
 
 def draw_scores(figure: Figure) -> None:
@@ -190,21 +234,22 @@ def draw_alphas(figure: Figure) -> None:
 
 def draw_curves(figure: Figure) -> None:
     """Score against the number of training samples, mean, least and greatest of the seeds."""
-    found = results(curve_runs())
-    axes = figure.subplots()
-    for method in dict.fromkeys(result["method"] for result in found):
-        own = of(found, method=method)
-        sizes = [point["samples"] for point in own[0]["points"]]
-        by_size = [scores(own, place) for place in range(len(sizes))]
-        axes.plot(sizes, [mean(values) for values in by_size], "o-", label=f"{method} ({len(own)})")
-        axes.fill_between(sizes, [min(values) for values in by_size], [max(values) for values in by_size], alpha=0.15)
-    axes.set(xscale="log", xlabel="training samples", ylabel="exact match", title=f"{CURVE_MODEL}, {CURVE_TASK}")
-    axes.set_xticks(sizes if found else [], map(str, sizes) if found else [])
-    axes.minorticks_off()
-    axes.legend(fontsize="small")
+    groups = curve_groups()
+    panels = figure.subplots(1, max(1, len(groups)), sharey=True, squeeze=False)[0]
+    for axes, ((model, task), by_method) in zip(panels, groups.items(), strict=False):
+        for method, own in by_method.items():
+            sizes = own[0]["samples"]
+            by_size = [scores(own, place) for place in range(len(sizes))]
+            axes.plot(sizes, [mean(values) for values in by_size], "o-", label=f"{method} ({len(own)})")
+            axes.fill_between(sizes, list(map(min, by_size)), list(map(max, by_size)), alpha=0.15)
+        axes.set(xscale="log", xlabel="training samples", title=f"{model}, {task}")
+        axes.set_xticks(CURVE, map(str, CURVE))
+        axes.minorticks_off()
+        axes.legend(fontsize="x-small")
+    panels[0].set_ylabel("exact match")
 
 
-PLOTS = {"scores": (draw_scores, (9, 3.5)), "alphas": (draw_alphas, (9, 6)), "curves": (draw_curves, (6, 4))}
+PLOTS = {"scores": (draw_scores, (9, 3.5)), "alphas": (draw_alphas, (9, 6)), "curves": (draw_curves, (13, 4.5))}
 """How each is drawn, and its size in inches."""
 
 
