@@ -154,10 +154,11 @@ def test_tables_say_what_the_results_say() -> None:
     assert "| LoRA r=16 | 18 | +30.0 |" in report.overall()
     for method in ("Bitune r=8", "only causal"):
         assert f"| {method} |" + 3 * " 70.0 ± 10.0 (3) |" in report.ablations()
-    curve = " | ".join(["70.0 ± 10.0"] * len(experiment.CURVE))
+    curve = " | ".join(["70.0 ± 10.0"] * len(experiment.LONG_CURVE))
     assert f"| gemma-3-270m | short_path_star | Bitune r=8 | 3 | {curve} |" in report.curves()
     # As above with the seeds' 6, 7 and 8 of 10.
-    assert "| gemma-3-270m | short_path_star |" + 3 * " +30.0 (p 0.12) |" in report.crossing()
+    assert "| gemma-3-270m | short_path_star |" + 4 * " +30.0 (p 0.12) |" in report.crossing()
+    assert "| smollm2-135m | short_path_star |" + 3 * " +30.0 (p 0.12) |" + "  |" in report.crossing()
 
 
 @pytest.mark.usefixtures("measured")
@@ -178,11 +179,11 @@ def test_plots_show_what_the_results_say() -> None:
         assert bars["LoRA r=16"] == pytest.approx([0.4] * 3)
     for axes in drawn("alphas"):
         assert [list(line.get_ydata()) for line in axes.lines[:3]] == [[pytest.approx(0.5), pytest.approx(0.6)]] * 3
-    for axes in drawn("curves"):
+    for axes, sizes in zip(drawn("curves"), (experiment.CURVE, experiment.LONG_CURVE, experiment.CURVE), strict=True):
         lora, ours = axes.lines[:2]
-        assert list(lora.get_xdata()) == list(experiment.CURVE)
-        assert list(lora.get_ydata()) == pytest.approx([0.4] * len(experiment.CURVE))
-        assert list(ours.get_ydata()) == pytest.approx([0.7] * len(experiment.CURVE))
+        assert list(lora.get_xdata()) == list(sizes)
+        assert list(lora.get_ydata()) == pytest.approx([0.4] * len(sizes))
+        assert list(ours.get_ydata()) == pytest.approx([0.7] * len(sizes))
 
 
 def test_seeds_that_have_not_run_are_left_out() -> None:

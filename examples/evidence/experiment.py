@@ -32,6 +32,9 @@ SAMPLES = 256
 CURVE = (256, 512, 1024)
 """Numbers of training samples at which a run of a curve is scored."""
 
+LONG_CURVE = (*CURVE, 2048)
+"""For Gemma, which finds no path with fewer."""
+
 CURVE_MODEL = "smollm2-135m"
 """Where all that goes beyond the table is measured: the cheaper one."""
 
@@ -165,8 +168,9 @@ def curve_runs() -> Iterator[Run]:
     for seed in SEEDS:
         yield from at_best_rate(CURVE_MODEL, [FAMILIES], CROSSING, seed, CURVE)
         for model in MODELS:
-            yield from at_best_rate(model, [PATHS], CROSSING, seed, CURVE)
-            yield from at_other_rates(model, PATHS, CROSSING, seed, CURVE)
+            samples = CURVE if model == CURVE_MODEL else LONG_CURVE
+            yield from at_best_rate(model, [PATHS], CROSSING, seed, samples)
+            yield from at_other_rates(model, PATHS, CROSSING, seed, samples)
         for task, samples in MOVED.items():
             yield from at_best_rate(CURVE_MODEL, [task], MOVERS, seed, samples)
 

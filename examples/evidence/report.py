@@ -26,9 +26,9 @@ from evidence.experiment import (
     ABLATED,
     ABLATIONS,
     COMPARED,
-    CURVE,
     CURVE_MODEL,
     LEARNING_RATES,
+    LONG_CURVE,
     MODELS,
     RESULTS,
     SEEDS,
@@ -174,11 +174,11 @@ def curve_groups() -> dict[tuple[str, str], dict[str, list[Result]]]:
 def curves() -> str:
     """Score against the number of training samples."""
     rows = [
-        [model, task, method, str(len(own)), *(spread(list(at(own, size).values())) for size in CURVE)]
+        [model, task, method, str(len(own)), *(spread(list(at(own, size).values())) for size in LONG_CURVE)]
         for (model, task), by_method in curve_groups().items()
         for method, own in by_method.items()
     ]
-    return markdown(["model", "task", "", "seeds", *map(str, CURVE)], rows)
+    return markdown(["model", "task", "", "seeds", *map(str, LONG_CURVE)], rows)
 
 
 def crossing() -> str:
@@ -187,11 +187,11 @@ def crossing() -> str:
     for (model, task), by_method in curve_groups().items():
         ours, baseline = by_method.get(OURS, []), by_method.get(BASELINE, [])
         cells = []
-        for place in range(len(CURVE)):
-            gains = [score(a, place) - score(b, place) for a, b in paired(ours, baseline)]
+        for place, size in enumerate(LONG_CURVE):
+            gains = [score(a, place) - score(b, place) for a, b in paired(ours, baseline) if size in a["samples"]]
             cells.append(f"{100 * mean(gains):+.1f} (p {p_of_questions(ours, baseline, place):.2g})" if gains else "")
         rows.append([model, task, *cells])
-    return markdown(["model", "task", *map(str, CURVE)], rows)
+    return markdown(["model", "task", *map(str, LONG_CURVE)], rows)
 
 
 TABLES = {
@@ -243,7 +243,7 @@ def draw_curves(figure: Figure) -> None:
             axes.plot(sizes, [mean(values) for values in by_size], "o-", label=f"{method} ({len(own)})")
             axes.fill_between(sizes, list(map(min, by_size)), list(map(max, by_size)), alpha=0.15)
         axes.set(xscale="log", xlabel="training samples", title=f"{model}, {task}")
-        axes.set_xticks(CURVE, map(str, CURVE))
+        axes.set_xticks(LONG_CURVE, map(str, LONG_CURVE))
         axes.minorticks_off()
         axes.legend(fontsize="x-small")
     panels[0].set_ylabel("exact match")
