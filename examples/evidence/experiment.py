@@ -33,7 +33,7 @@ CURVE = (256, 512, 1024)
 """Numbers of training samples at which a run of a curve is scored."""
 
 LONG_CURVE = (*CURVE, 2048)
-"""For Gemma, which finds no path with fewer."""
+"""For Gemma, which finds no path with fewer, nor with these."""
 
 CURVE_MODEL = "smollm2-135m"
 """Where all that goes beyond the table is measured: the cheaper one."""
