@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from pickle import UnpicklingError
+from zipfile import is_zipfile
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -23,6 +24,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     if not safe.is_file() and not pickled.is_file():
         raise FileNotFoundError(f"{folder} holds neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}.")
     try:
-        return load_file(safe) if safe.is_file() else dict(torch.load(pickled, map_location="cpu", weights_only=True))
+        if safe.is_file():
+            return load_file(safe)
+        mappable = is_zipfile(pickled)  # not so before PyTorch 1.6
+        return dict(torch.load(pickled, map_location="cpu", weights_only=True, mmap=mappable))
     except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError, TypeError, ValueError) as error:
         raise ValueError(f"The weights in {folder} are damaged ({error}). Copy the adapter again.") from error
