@@ -28,5 +28,14 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             return load_file(safe)
         mappable = is_zipfile(pickled)  # not so before PyTorch 1.6
         return dict(torch.load(pickled, map_location="cpu", weights_only=True, mmap=mappable))
-    except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError, TypeError, ValueError) as error:
+    except (
+        SafetensorError,
+        UnpicklingError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ValueError(f"The weights in {folder} are damaged ({error}). Copy the adapter again.") from error

@@ -117,7 +117,7 @@ def test_a_damaged_config_is_refused_and_named(tmp_path: Path, text: str) -> Non
         SavedAdapter.read(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"no weights", b"\xff" * 64])
+@pytest.mark.parametrize("content", [b"", b"no weights", b"hello", b"\xff" * 64])
 @pytest.mark.parametrize("file", [WEIGHTS, "adapter_model.bin"])
 def test_damaged_weights_are_refused(tmp_path: Path, file: str, content: bytes) -> None:
     save(tmp_path)
