@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -16,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention import shares_keys
 from .joint_attention import JointAttention
 from .latent_attention import LatentAttention
+from .modeling.host import takes_mask
 from .plugins import plugin_manager
 from .routing import Extension
 
@@ -68,6 +70,12 @@ class Architecture:
     def does_own_arithmetic(self) -> bool:
         """Whether the attention modules attend by themselves, and not by the function of `AttentionInterface`."""
         return self.attention_extension is not None and issubclass(self.attention_extension, JointAttention)
+
+    @cached_property
+    def numbers_by_mask(self) -> bool:
+        """Whether the backbone, if it is given no positions, leaves padding out of them, as OPT does. Others count all
+        tokens of a row, and of the cache."""
+        return any(isinstance(module, nn.Embedding) and takes_mask(module) for module in self.backbone.modules())
 
     def flattening_blocks(self) -> list[nn.Module]:
         """Blocks of the decoder layers that flatten their tokens to `[B * T, ...]`: mixtures of experts."""

@@ -29,11 +29,12 @@ from .adapter_methods import AdapterMethods
 from .architectures import Architecture
 from .attention import MIXING, PREFIX, base_of, implementation_for
 from .layout import LayoutError, PromptLayout, document_starts, plan, prompt_from_labels
+from .modeling.host import CACHE_KEYWORDS, OF_GENERATE, cache_in, drops_cache, put_cache, translate_cache
 from .per_thread import PerThread
 from .routing import (
-    Extension,
     FollowingLayer,
     Reading,
+    TakesCache,
     by_name,
     extend,
     follow_into_checkpoints,
@@ -85,27 +86,15 @@ class Prompts:
 
 
 @dataclass
-class Call:
-    """One call of a causal language model: what it says of the prompts, on its way to the backbone."""
-
-    prompts: Prompts = field(default_factory=Prompts)
-    reached_backbone: bool = False
-
-
-_call: PerThread[Call] = PerThread()
-
-
-@dataclass
 class Generation:
-    """One call of `generate`.
+    """One call of `generate`. Its own forward passes carry it, and no others: a logits processor may call
+    the model too.
 
     Attributes:
-        backbone: the backbone it belongs to; another model may run meanwhile, as in assisted decoding.
         prompt_mask: bool `[rows given, tokens given]`; what is appended later is completion.
         cache: the one that the prompt has been read into.
     """
 
-    backbone: nn.Module
     prompt_mask: Tensor
     cache: Cache | None = None
 
@@ -129,8 +118,24 @@ class Generation:
 
 _generation: PerThread[Generation] = PerThread()
 
+GENERATION = "bitune_generation"
+"""The keyword under which a step of `generate` hands its `Generation` to the causal language model."""
 
-class CausalModel(AdapterMethods):
+
+@dataclass
+class Call:
+    """One call of a causal language model: what it says of the prompts, on its way to the backbone, and the `generate`
+    that it is a step of, if any."""
+
+    prompts: Prompts = field(default_factory=Prompts)
+    generation: Generation | None = None
+    reached_backbone: bool = False
+
+
+_call: PerThread[Call] = PerThread()
+
+
+class CausalModel(AdapterMethods, TakesCache):
     """A causal language model that knows the prompt from the text that follows it, in training and in `generate`.
 
     Attributes:
@@ -150,8 +155,9 @@ class CausalModel(AdapterMethods):
         if "bitune_architecture" not in vars(self):  # a new model of this class
             return super().__call__(*args, **kwargs)
         # Not in `forward`, which TRL's fused LM head puts its own in place of.
-        kwargs = by_name(super().forward, args, kwargs)
-        call = Call(self.prompts_of(kwargs))
+        kwargs = translate_cache(by_name(super().forward, args, kwargs), self.cache_keyword)
+        generation = kwargs.pop(GENERATION, None)
+        call = Call(self.prompts_of(kwargs), generation)
         with _call.set(call):
             outputs = super().__call__(**kwargs)
         if not call.reached_backbone:
@@ -187,11 +193,12 @@ class CausalModel(AdapterMethods):
             prompt_mask: bool `[B, T]`, to go on with text that is partly written: True on the prompt, False on what
                 has been answered so far. By default all of the input is prompt.
         """
-        kwargs = by_name(super().generate, args, kwargs)
+        kwargs = translate_cache(by_name(super().generate, args, kwargs), OF_GENERATE)
         if kwargs.get("cache_implementation") == "paged":
             self._refuse_continuous_batching("cache_implementation='paged'")
         self._check_settings(kwargs)
-        given = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+        # The first step reads embeddings if there are any; what is answered goes behind the tokens.
+        given = (kwargs.get(name) for name in ("inputs_embeds", "input_ids", "inputs"))
         tokens = next((x for x in given if x is not None), None)
         if prompt_mask is None:
             # Beside the tokens, if there are any: `self.device` is the meta device where weights are kept on disk.
@@ -199,8 +206,8 @@ class CausalModel(AdapterMethods):
             prompt_mask = torch.ones(start.shape[:2], dtype=torch.bool, device=start.device)
         else:
             _check_per_token("prompt_mask", prompt_mask, tokens)
-            _check_unread(kwargs.get("past_key_values"))
-        with _generation.set(Generation(self.bitune_architecture.backbone, prompt_mask.bool())):
+            _check_unread(cache_in(kwargs))
+        with _generation.set(Generation(prompt_mask.bool())):
             return super().generate(**kwargs)
 
     def _check_settings(self, kwargs: dict[str, Any]) -> None:
@@ -218,7 +225,6 @@ class CausalModel(AdapterMethods):
         input_ids: Tensor,
         *args: Any,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,  # transformers looks for this name in the signature
         **kwargs: Any,
     ) -> dict[str, Any]:
@@ -227,20 +233,20 @@ class CausalModel(AdapterMethods):
         Raises:
             ValueError: a static cache with flash attention.
         """
+        past = cache_in(kwargs)
         implementation = base_of(self.config._attn_implementation)
-        if implementation.startswith("flash") and getattr(past_key_values, "is_compileable", False):
+        if implementation.startswith("flash") and getattr(past, "is_compileable", False):
             # Under the name of Bitune's implementation transformers does not see that it needs the padding mask.
             raise ValueError(
                 f"A static cache with `attn_implementation={implementation!r}` is not supported by Bitune. Leave "
                 "`cache_implementation` unset, or call `model.set_attn_implementation('sdpa')`."
             )
-        kwargs |= {
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-        }
+        kwargs |= {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        kwargs = translate_cache(kwargs, OF_GENERATE)
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        if _holds_tokens(past_key_values) or active_adapter(self.bitune_architecture) is None:
+        if _generation.value is not None:
+            inputs[GENERATION] = _generation.value
+        if _holds_tokens(past) or active_adapter(self.bitune_architecture) is None:
             return inputs
         return {**inputs, "attention_mask": attention_mask}
 
@@ -253,7 +259,7 @@ class CausalModel(AdapterMethods):
         **kwargs: Any,
     ) -> Any:
         """As in transformers; but a prompt is read in one piece, whatever `prefill_chunk_size` says."""
-        unread = not _holds_tokens(model_kwargs.get("past_key_values"))
+        unread = not _holds_tokens(cache_in(model_kwargs))
         if generation_config.prefill_chunk_size is not None and unread and active_adapter(self.bitune_architecture):
             _warn_one_piece()
             generation_config = copy.copy(generation_config)
@@ -278,7 +284,7 @@ class CausalModel(AdapterMethods):
             )
 
 
-class TwoWayBackbone(Extension):
+class TwoWayBackbone(TakesCache):
     """A backbone that reads the prompts of a batch both ways, in one pass over lengthened rows.
 
     Attributes:
@@ -301,11 +307,11 @@ class TwoWayBackbone(Extension):
         """
         if "bitune_architecture" not in vars(self):  # a new model of this class
             return super().forward(*args, **kwargs)
-        kwargs = by_name(super().forward, args, kwargs)
+        kwargs = translate_cache(by_name(super().forward, args, kwargs), self.cache_keyword)
         call = _call.value or Call()
         call.reached_backbone = True
         prompts = Prompts.taken_from(kwargs, otherwise=call.prompts)
-        reading = _start_reading(self.bitune_architecture, prompts, kwargs)
+        reading = _start_reading(self.bitune_architecture, prompts, call.generation, kwargs)
         if reading is None:
             _check_plain(prompts)
             return super().forward(**kwargs)
@@ -355,12 +361,6 @@ def active_adapter(architecture: Architecture) -> str | None:
     return mixing.active_adapters[0] if mixing.is_on else None
 
 
-def _generation_of(architecture: Architecture) -> Generation | None:
-    """The call of `generate` that this forward pass of the backbone is part of, if any."""
-    generation = _generation.value
-    return generation if generation is not None and generation.backbone is architecture.backbone else None
-
-
 def takes_several_completions(architecture: Architecture) -> bool:
     """Whether a row may hold several completions of its prompt (`completion_index`)."""
     implementation = base_of(architecture.backbone.config._attn_implementation)
@@ -368,12 +368,14 @@ def takes_several_completions(architecture: Architecture) -> bool:
     return not implementation.startswith("flash") and getattr(extension, "takes_several_completions", True)
 
 
-def _start_reading(architecture: Architecture, prompts: Prompts, kwargs: dict[str, Any]) -> Reading | None:
+def _start_reading(
+    architecture: Architecture, prompts: Prompts, generation: Generation | None, kwargs: dict[str, Any]
+) -> Reading | None:
     """The reading that these arguments of the backbone ask for; `None` for a plain forward pass."""
     adapter = active_adapter(architecture)
     if adapter is None:
         return None
-    past, generation = kwargs.get("past_key_values"), _generation_of(architecture)
+    past = cache_in(kwargs)
     # A static cache is asked for its length once, and not in every step, where it would break a compiled graph.
     if past is not None and generation is not None and generation.cache is past:
         return None
@@ -381,7 +383,10 @@ def _start_reading(architecture: Architecture, prompts: Prompts, kwargs: dict[st
         if prompts.prompt_mask is not None:
             _check_unread(past)
         return None
-    layout = _plan(architecture, prompts, kwargs) if prompts.prompt_layout is None else _planned(prompts, kwargs)
+    if prompts.prompt_layout is None:
+        layout = _plan(architecture, prompts, generation, kwargs)
+    else:
+        layout = _planned(prompts, kwargs)
     if layout is None or (layout.plain and not _must_read(prompts, past)):
         if generation is not None:
             generation.cache = past
@@ -440,7 +445,7 @@ def _check_several_completions(architecture: Architecture, cache: Cache | None) 
 
 def _check_nothing_follows(kwargs: dict[str, Any], generation: Generation | None) -> None:
     """Raises LayoutError if a cache was asked for rows that hold several documents; models make one unasked."""
-    if generation is not None or _has(kwargs, "past_key_values") or kwargs.get("use_cache"):
+    if generation is not None or cache_in(kwargs) is not None or kwargs.get("use_cache"):
         raise LayoutError(
             "`position_ids` start again within a row, so it holds several documents (packing, padding-free batches), "
             "and no text follows several at once. Pass `use_cache=False`, and to generate give every prompt a row of "
@@ -486,14 +491,15 @@ def plan_ahead(model: nn.Module, **inputs: Any) -> PromptLayout | None:
         LayoutError: it cannot be told where a prompt ends.
     """
     causal_model = next(each for each in model.modules() if isinstance(each, CausalModel))
-    return _plan(causal_model.bitune_architecture, causal_model.prompts_of(inputs), inputs)
+    return _plan(causal_model.bitune_architecture, causal_model.prompts_of(inputs), None, inputs)
 
 
-def _plan(architecture: Architecture, prompts: Prompts, kwargs: dict[str, Any]) -> PromptLayout | None:
+def _plan(
+    architecture: Architecture, prompts: Prompts, generation: Generation | None, kwargs: dict[str, Any]
+) -> PromptLayout | None:
     prompt_mask, completion_index = prompts.prompt_mask, prompts.completion_index
     tokens = _tokens(kwargs)
     attention_mask = _padding_mask(kwargs)
-    generation = _generation_of(architecture)
     if prompt_mask is not None:
         _check_per_token("prompt_mask", prompt_mask, tokens)
     elif generation is not None:
@@ -557,7 +563,6 @@ def _lengthen(architecture: Architecture, reading: Reading, kwargs: dict[str, An
     """Arguments of the backbone for lengthened rows; the cache is taken out, the attention function fills it."""
     layout = reading.layout
     lengthened = {name: layout.lengthen(kwargs[name]) for name in PER_TOKEN if _has(kwargs, name)}
-    positions = layout.lengthen(kwargs["position_ids"]) if _has(kwargs, "position_ids") else layout.positions
     # The attention modules get masks of their own in a reading. transformers hands 4-D masks on as they are, which
     # spares it making another.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=_tokens(kwargs).device)
@@ -565,13 +570,23 @@ def _lengthen(architecture: Architecture, reading: Reading, kwargs: dict[str, An
     if "logits_to_keep" in kwargs:  # counted from the end of the row, where the copy is now
         lengthened["logits_to_keep"] = 0
     return {
-        **{name: value for name, value in kwargs.items() if name not in OF_PACKED_ROWS},
+        **{name: value for name, value in kwargs.items() if name not in (*OF_PACKED_ROWS, *CACHE_KEYWORDS)},
         **lengthened,
-        "position_ids": positions,
-        "past_key_values": None,
+        "position_ids": _positions(architecture, reading, kwargs),
         "use_cache": False,
         "return_dict": True,
     }
+
+
+def _positions(architecture: Architecture, reading: Reading, kwargs: dict[str, Any]) -> Tensor:
+    """Positions for lengthened rows, `[R or 1, M]`: those of the caller. Without them every document starts at 0, as if
+    it were alone; but if a cache is filled, tokens are numbered as the model will number those that come after it."""
+    layout = reading.layout
+    if _has(kwargs, "position_ids"):
+        return layout.lengthen(kwargs["position_ids"])
+    if reading.cache is None or architecture.numbers_by_mask:
+        return layout.positions
+    return layout.lengthen(torch.arange(layout.shape[1], device=layout.source.device)[None])
 
 
 def _restored(reading: Reading, outputs: ModelOutput, answers_only: bool) -> ModelOutput:
@@ -584,7 +599,7 @@ def _restored(reading: Reading, outputs: ModelOutput, answers_only: bool) -> Mod
             x if x is None else reading.layout.to(x.device).restore(x) for x in outputs["hidden_states"]
         )
     if reading.cache is not None:
-        outputs["past_key_values"] = reading.cache
+        put_cache(outputs, reading.cache)
     return outputs
 
 
@@ -593,9 +608,9 @@ def _cache_to_fill(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> Cache |
     use_cache = kwargs.get("use_cache")
     if use_cache is None:
         use_cache = getattr(backbone.config, "use_cache", False)
-    if not use_cache or (getattr(backbone, "gradient_checkpointing", False) and backbone.training):
+    if not use_cache or drops_cache(backbone):
         return None
-    past = kwargs.get("past_key_values")
+    past = cache_in(kwargs)
     return DynamicCache(config=backbone.config) if past is None else past
 
 
@@ -622,7 +637,7 @@ def _holds_tokens(past: Cache | None) -> bool:
 def _check_unread(past: Cache | None) -> None:
     if _holds_tokens(past):
         raise LayoutError(
-            "`prompt_mask` came with a `past_key_values` that already holds tokens. Bitune reads a prompt in one "
+            f"`prompt_mask` came with a `{OF_GENERATE}` that already holds tokens. Bitune reads a prompt in one "
             "piece, before anything is in the cache: pass an empty cache, or leave `prompt_mask` out."
         )
 

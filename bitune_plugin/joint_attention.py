@@ -23,7 +23,8 @@ from .attention import MIXING
 from .kernels import additive
 from .layout import PromptLayout
 from .masks import Reach
-from .routing import Extension, Reading, by_name, current_reading
+from .modeling.host import with_cache
+from .routing import Reading, TakesCache, by_name, current_reading
 
 
 class MixingCache:
@@ -68,15 +69,13 @@ class MixingCache:
         return 0
 
 
-class JointAttention(Extension):
+class JointAttention(TakesCache):
     """An attention module that does its own arithmetic, in a reading. Subclasses know how it takes its arguments.
 
     Attributes:
-        cache_argument: the name of the cache among them.
         takes_several_completions: rows may hold several completions of their prompt.
     """
 
-    cache_argument: ClassVar[str] = "layer_past"
     takes_several_completions: ClassVar[bool] = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -87,7 +86,7 @@ class JointAttention(Extension):
         kwargs = by_name(super().forward, args, kwargs)
         (documents,) = reading.layout.documents
         visible = documents.joint_mask(reading.layout.tokens, self.reach(), reading.second_pass_causal)
-        kwargs[self.cache_argument] = MixingCache(self, reading)
+        kwargs = with_cache(kwargs, self.cache_keyword, MixingCache(self, reading))
         kwargs |= self.mask_arguments(kwargs, visible, reading.layout)
         return super(JointAttention, self.unmasked(visible)).forward(**kwargs)
 

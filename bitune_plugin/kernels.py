@@ -7,7 +7,6 @@ returns what attention functions of transformers return: attended values `[B, Q,
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .layout import LayoutError
 from .masks import Chunk, Sight
+from .modeling.host import attention_implementations, with_attention
 from .routing import with_attributes
 
 Attended = tuple[Tensor, Tensor | None]
@@ -88,11 +88,13 @@ def flash_attention(base: str, module: nn.Module, kwargs: dict[str, Any], *state
     return slots.index_copy(0, packing.queries, attended).unflatten(0, seen.queries.shape), None
 
 
+FLASH = attention_implementations("flash_attention_2", "flash_attention_3", "flash_attention_4")
+
 KERNELS: dict[str, Callable[..., Attended]] = {
     "sdpa": sdpa,
     "eager": eager,
     "flex_attention": flex_attention,
-    **{base: partial(flash_attention, base) for base in (f"flash_attention_{version}" for version in (2, 3, 4))},
+    **{base: partial(flash_attention, base) for base in FLASH},
 }
 """Attention implementations of transformers that Bitune can stand on."""
 
@@ -133,9 +135,7 @@ def _take(states: Tensor, index: Tensor) -> Tensor:
 
 def _configured(module: nn.Module, base: str) -> nn.Module:
     """The module with a config that names `base`: flash attention asks it which of its versions to use."""
-    config = copy.copy(module.config)
-    config._attn_implementation_internal = base
-    return with_attributes(module, config=config)
+    return with_attributes(module, config=with_attention(module.config, base))
 
 
 def _eager_function(module: nn.Module) -> Callable[..., Attended]:

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import Cache
 
 from .attention import MIXING
+from .modeling.host import cache_in, with_cache
 from .per_thread import PerThread
-from .routing import Extension, by_name
+from .routing import TakesCache, by_name
 
 
 class _PassThrough:
@@ -33,17 +34,17 @@ class _PassThrough:
 _cache: PerThread[Cache] = PerThread()
 
 
-class LatentAttention(Extension):
+class LatentAttention(TakesCache):
     """An attention module with `expand_kv` whose cache holds what it expands to. In a reading it is given no cache;
     the attention function fills it."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = by_name(super().forward, args, kwargs)
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if cache is None or not getattr(self, MIXING).is_on:
             return super().forward(**kwargs)
         with _cache.set(cache):
-            return super().forward(**{**kwargs, "past_key_values": _PassThrough(cache)})
+            return super().forward(**with_cache(kwargs, self.cache_keyword, _PassThrough(cache)))
 
     def expand_kv(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keys and values of new tokens, `[B, heads, tokens, head size]`; in decoding with those of all before."""

@@ -15,6 +15,7 @@ from .joint_attention import JointAttention
 from .latent_attention import LatentAttention
 from .layout import PromptLayout
 from .masks import Reach, Window
+from .modeling.host import attends_through_interface, cache_in
 from .plugins import hookimpl
 from .routing import Extension, with_attributes
 
@@ -53,17 +54,11 @@ class TemperedAttention(PlacedQueries):
         return torch.log1p(torch.floor((place.float() + 1) / self.floor_scale)) * self.attn_scale + 1
 
 
-class DifferentialAttention(JointAttention):
-    """DiffLlama: attends twice, to two halves of the values."""
-
-    cache_argument = "past_key_values"
-
-
 class GPTNeoAttention(JointAttention):
     """GPT-Neo: has its causal mask, and that of its local layers, in a buffer."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self, MIXING).is_on and getattr(kwargs.get("layer_past"), "is_compileable", False):
+        if getattr(self, MIXING).is_on and getattr(cache_in(kwargs), "is_compileable", False):
             raise ValueError(
                 "GPT-Neo takes the end of a static cache for the end of the text (transformers 5.23). Leave "
                 "`cache_implementation` unset."
@@ -102,7 +97,6 @@ class MptAttention(JointAttention):
     """MPT: a bias as Bloom's, but the same for all rows, which leaves place for one completion in each; and a mask that
     is True where nothing is to be seen."""
 
-    cache_argument = "past_key_values"
     takes_several_completions = False
 
     def mask_arguments(self, kwargs: dict[str, Any], visible: Tensor, layout: PromptLayout) -> dict[str, Any]:
@@ -122,7 +116,7 @@ def _at_positions(alibi: Tensor, layout: PromptLayout, heads: int) -> Tensor:
 EXTENSIONS: dict[str, type[Extension]] = {
     "BloomAttention": BloomAttention,
     "CodeGenAttention": JointAttention,
-    "DiffLlamaAttention": DifferentialAttention,
+    "DiffLlamaAttention": JointAttention,  # attends twice, to two halves of the values
     "FalconAttention": FalconAttention,
     "GPTJAttention": JointAttention,
     "GPTNeoSelfAttention": GPTNeoAttention,
@@ -132,6 +126,9 @@ EXTENSIONS: dict[str, type[Extension]] = {
     "Qwen2MoeAttention": WindowInConfig,
 }
 """Attention modules that need more than the others, by the name of their class."""
+
+ONCE_OWN_ARITHMETIC = ("CodeGenAttention", "GPTJAttention")
+"""Those that call an attention function like all others in later versions of transformers."""
 
 QUIRKS: dict[str, dict[str, Any]] = {
     "gemma4_text": {"flattened": ["proj"]},  # of the router
@@ -160,6 +157,8 @@ def bitune_architecture(model: nn.Module) -> Architecture | None:
 def _quirks_of_attention(model: PreTrainedModel) -> dict[str, Any]:
     for module in model.modules():
         name = type(module).__name__
+        if name in ONCE_OWN_ARITHMETIC and attends_through_interface(module):
+            return {}
         if name in EXTENSIONS:
             return {"is_attention": partial(_is_called, name), "attention_extension": EXTENSIONS[name]}
         if hasattr(module, "expand_kv"):

@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners import lora
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from .layout import PromptLayout
+from .modeling.host import cache_keyword
 from .per_thread import PerThread
 
 UNMERGED = "_bitune_unmerged"
@@ -116,6 +117,23 @@ class Extension:
         # The class of an extended module is made on the fly, so pickle and deepcopy must be told how.
         extension, base = type(self).__bases__
         return _blank, (base, extension), self.__dict__
+
+
+class TakesCache(Extension):
+    """What is added to a module whose `forward` takes the key/value cache.
+
+    Attributes:
+        cache_keyword: the keyword under which the module's own `forward` takes it. Found once per class, because
+            torch.compile cannot look at signatures.
+    """
+
+    cache_keyword: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        base = cls.__bases__[-1]
+        if not issubclass(base, Extension):  # the class of a module, in front of which this one stands
+            cls.cache_keyword = cache_keyword(base.forward)
 
 
 class FollowingLayer(Extension):

@@ -18,6 +18,7 @@ from transformers import (
 from bitune_plugin import BituneConfig
 from bitune_plugin.architectures import UnsupportedModelError, describe
 from models import ARCHITECTURES, SIZE, tiny
+from three_pass import CACHE
 
 # --- Supported --------------------------------------------------------------------------------------------------------
 
@@ -44,7 +45,7 @@ def test_the_number_of_key_value_heads_is_that_of_the_keys(architecture: str) ->
     model = tiny(architecture)
     found = describe(model)
     with torch.no_grad():
-        keys = model(torch.tensor([[3, 4, 5]]), use_cache=True).past_key_values.layers[0].keys
+        keys = model(torch.tensor([[3, 4, 5]]), use_cache=True)[CACHE].layers[0].keys
     assert found.key_value_heads(found.attentions[0]) == keys.shape[1]
 
 

@@ -33,7 +33,7 @@ from helpers import (
     with_oracle,
 )
 from models import ARCHITECTURES, EXPERTS, tiny
-from three_pass import ThreePass
+from three_pass import CACHE, ThreePass
 from zoo import tiny_of
 
 ROWS = samples(*SHAPES)
@@ -704,15 +704,15 @@ def test_without_an_adapter_the_number_of_a_single_completion_is_ignored() -> No
 
 @pytest.mark.parametrize(
     ("prompt_mask", "message"),
-    [(None, NO_PROMPT), (torch.tensor([[True, False, False]]), "`prompt_mask` came with a `past_key_values`")],
+    [(None, NO_PROMPT), (torch.tensor([[True, False, False]]), f"`prompt_mask` came with a `{CACHE}`")],
     ids=["alone", "beside a prompt_mask"],
 )
 def test_several_completions_beside_a_filled_cache_are_refused(prompt_mask: Tensor | None, message: str) -> None:
     model = bitune()
-    cache = model(**INPUTS, use_cache=True).past_key_values
+    cache = model(**INPUTS, use_cache=True)[CACHE]
     inputs = {"input_ids": tokens(3)[None], **numbers(0, 1, 2), "prompt_mask": prompt_mask}
     with pytest.raises(LayoutError, match=f"(?s){message}"):
-        model(**inputs, attention_mask=torch.ones(1, 14), past_key_values=cache)
+        model(**inputs, attention_mask=torch.ones(1, 14), **{CACHE: cache})
     assert cache.get_seq_length() == 11
 
 
@@ -876,10 +876,10 @@ def test_labels_without_a_prompt_are_refused() -> None:
 
 def test_a_prompt_mask_beside_a_filled_cache_is_refused() -> None:
     model = bitune()
-    cache = model(**INPUTS, use_cache=True).past_key_values
+    cache = model(**INPUTS, use_cache=True)[CACHE]
     more = one(tokens(3), 3)
-    with pytest.raises(LayoutError, match=r"(?s)prompt_mask.*past_key_values.*already holds"):
-        model(**{**more, "attention_mask": torch.ones(1, 14)}, past_key_values=cache)
+    with pytest.raises(LayoutError, match=rf"(?s)prompt_mask.*{CACHE}.*already holds"):
+        model(**{**more, "attention_mask": torch.ones(1, 14)}, **{CACHE: cache})
 
 
 def test_without_an_adapter_nothing_is_refused() -> None:
@@ -897,7 +897,7 @@ class Forgetful(nn.Module):
         self.layer = layer
 
     def forward(self, hidden_states: Tensor, **keywords: object) -> Tensor:
-        known = ("attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings")
+        known = ("attention_mask", "position_ids", CACHE, "use_cache", "position_embeddings")
         return self.layer(hidden_states, **{name: keywords[name] for name in known if name in keywords})
 
 

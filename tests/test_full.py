@@ -18,7 +18,7 @@ from bitune_plugin import BituneConfig
 from bitune_plugin.full import FullConfig, FullLayer
 from helpers import SHAPES, assert_close, batch, lora, observe, samples, tokens, unharmed
 from models import randomise_adapters, tiny
-from three_pass import STREAMS, ThreePass
+from three_pass import CACHE, STREAMS, ThreePass
 from training import ONE_STEP, assert_exact
 from zoo import tiny_of
 
@@ -43,7 +43,7 @@ class TwoModels(ThreePass):
         self.model.get_base_model = lambda: self.streams["bidirectional"]
         positions = torch.arange(start, start + input_ids.shape[1])[None]
         model = self.streams[adapter]
-        return model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        return model(input_ids=input_ids, position_ids=positions, **{CACHE: cache}, use_cache=True)
 
     def pairs(self, product: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
         theirs = dict(product.named_parameters(remove_duplicate=False))

@@ -14,6 +14,7 @@ from agreement import assert_answers_agree, assert_logits_agree
 from bitune_plugin import BituneConfig
 from helpers import SHAPES, assert_close, batch, bitune, gradients, lora, packed, samples, tokens, unharmed, with_oracle
 from models import ARCHITECTURES, randomise_adapters, tiny
+from three_pass import CACHE
 from zoo import tiny_of
 
 ADAPTERS: dict[str, PeftConfig] = {
@@ -158,10 +159,10 @@ def test_adapters_of_parameters_are_refused() -> None:
 def test_decoding_goes_on_from_a_cache_across_a_merge() -> None:
     model = bitune()
     ids, token = tokens(9)[None], torch.tensor([[7]])
-    expected = model(input_ids=token, past_key_values=model(input_ids=ids, use_cache=True).past_key_values).logits
-    cache = model(input_ids=ids, use_cache=True).past_key_values
+    expected = model(input_ids=token, **{CACHE: model(input_ids=ids, use_cache=True)[CACHE]}).logits
+    cache = model(input_ids=ids, use_cache=True)[CACHE]
     model.merge_adapter()
-    assert_close(model(input_ids=token, past_key_values=cache).logits, expected)
+    assert_close(model(input_ids=token, **{CACHE: cache}).logits, expected)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)

@@ -15,6 +15,7 @@ from bitune_plugin.forward import plan_ahead
 from bitune_plugin.layout import LayoutError
 from helpers import assert_close, batch, bitune, gradients, lora, packed, samples, tokens, unharmed, with_oracle
 from models import EXPERTS, tiny
+from three_pass import CACHE
 from zoo import tiny_of
 
 LONG_AND_SHORT = samples((40, 30), (3, 2), (5, 1), (4, 4), (2, 1), (21, 4), (6, 5))
@@ -173,7 +174,7 @@ def test_no_text_follows_several_documents() -> None:
 def test_a_cache_that_nobody_asked_for_is_not_made() -> None:
     model, rows = bitune(), packed(samples((9, 5), (7, 3)))
     assert model.config.use_cache
-    assert model(**rows.inputs).past_key_values is None
+    assert model(**rows.inputs).get(CACHE) is None
 
 
 # --- Nothing to encode -----------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from bitune_plugin.layout import LayoutError
 from bitune_plugin.plugins import GROUP, plugin_manager
 from helpers import SHAPES, batch, lora, packed, samples, tokens, with_oracle
 from models import randomise
+from three_pass import CACHE
 from zoo import MODEL_TYPES, UNBUILDABLE, model_of, tiny_of
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -66,7 +67,7 @@ def assert_exact(base: PreTrainedModel, adapter: LoraConfig) -> None:
     with torch.no_grad():
         assert_logits_agree(model, oracle, rows)
         assert_logits_agree(model, oracle, packed(samples(*SHAPES)))
-        cache = model(**rows.inputs, use_cache=True).past_key_values
+        cache = model(**rows.inputs, use_cache=True)[CACHE]
     attentions = [a for a in model.base_model.architecture.attentions if not shares_keys(a)]
     cached = [layer.keys.shape[1] for layer in cache.layers if layer.keys is not None]
     assert [getattr(attention, MIXING).heads for attention in attentions] == cached

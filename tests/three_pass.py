@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from inspect import signature
 from unittest.mock import patch
 
 import torch
@@ -17,10 +18,13 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
 STREAMS = {"causal": "default", "bidirectional": "default__bidirectional"}
 """Adapter names here, and in the product."""
+
+CACHE = "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
+"""The keyword under which the installed transformers takes the key/value cache."""
 
 
 class ThreePass(nn.Module):
@@ -114,7 +118,7 @@ class ThreePass(nn.Module):
                 layer._active_adapter = [adapter]
         positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
         return self.model.base_model.model(
-            input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=input_ids, position_ids=positions, use_cache=True, **{CACHE: cache}
         )
 
     def _train_both_streams(self) -> None:
@@ -202,7 +206,7 @@ class _ExpandingCache:
     def __init__(self, cache: DynamicCache, expand: Callable[..., tuple[Tensor, Tensor]]) -> None:
         self.cache, self.expand = cache, expand
 
-    def update(self, latent: Tensor, rotary: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def update(self, latent: Tensor, rotary: Tensor, layer: int, **_: object) -> tuple[Tensor, Tensor]:
         return self.cache.update(*self.expand(latent, rotary), layer)
 
     def __getattr__(self, name: str) -> object:
@@ -210,4 +214,4 @@ class _ExpandingCache:
 
 
 def _expanding(expand: Callable[..., tuple[Tensor, Tensor]], module: nn.Module, args: tuple, kwargs: dict) -> tuple:
-    return args, {**kwargs, "past_key_values": _ExpandingCache(kwargs["past_key_values"], expand)}
+    return args, {**kwargs, CACHE: _ExpandingCache(kwargs[CACHE], expand)}

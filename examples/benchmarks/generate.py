@@ -42,6 +42,7 @@ from benchmarks.measuring import (
 )
 from benchmarks.report import Result
 from bitune_plugin import BituneConfig
+from bitune_plugin.modeling.host import OF_GENERATE
 
 CONTENDERS = ("lora", "bitune", "merged", "base")
 REFERENCE = {"lora": "lora", "bitune": "lora", "merged": "base", "base": "base"}
@@ -65,17 +66,17 @@ class Writer:
 
     def read(self) -> None:
         """Reads the prompt into a new cache."""
-        self._take(self.prompt, past_key_values=None, **self.told)
+        self._take(self.prompt, **self.told)
 
     def write(self, tokens: int) -> None:
         """Decodes some tokens more."""
         for _ in range(tokens):
-            self._take(self.last, past_key_values=self.cache)
+            self._take(self.last, **{OF_GENERATE: self.cache})
 
     @torch.inference_mode()
     def _take(self, tokens: Tensor, **arguments: object) -> None:
         outputs = self.model(input_ids=tokens, use_cache=True, logits_to_keep=1, **arguments)
-        self.cache, self.last = outputs.past_key_values, outputs.logits[:, -1:].argmax(-1)
+        self.cache, self.last = outputs[OF_GENERATE], outputs.logits[:, -1:].argmax(-1)
 
 
 def make_writer(arguments: argparse.Namespace, model: str, shape: str, contender: str) -> Writer:

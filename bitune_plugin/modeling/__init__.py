@@ -1,0 +1,1 @@
+"""The method on a transformers model. Knows nothing of PEFT."""
