@@ -20,12 +20,7 @@ from helpers import SHAPES, assert_close, batch, gradients, lora, samples, token
 from models import randomise_adapters, tiny
 from three_pass import ThreePass
 
-
-@pytest.fixture(autouse=True)
-def any_peft(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers 5.24 asks for a PEFT that is not released; the methods themselves work with the one that is."""
-    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21.0")
-
+pytestmark = pytest.mark.usefixtures("any_peft")
 
 ROWS = batch(samples(*SHAPES), "left")
 

@@ -22,12 +22,15 @@ from transformers import (
     CompileConfig,
     DynamicCache,
     GenerationConfig,
+    LogitsProcessor,
     PreTrainedTokenizerFast,
     StaticCache,
+    StoppingCriteria,
     TextIteratorStreamer,
     TextStreamer,
     pipeline,
 )
+from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bitune_plugin.forward import _warn_one_piece
@@ -991,3 +994,77 @@ def test_gpt_neo_refuses_a_static_cache() -> None:
     model, _ = quirky_models("gpt_neo")
     with pytest.raises(ValueError, match=r"GPT-Neo.*static cache.*cache_implementation"):
         greedy(model, PROMPT, cache_implementation="static")
+
+
+# --- The model called meanwhile ---------------------------------------------------------------------------------------
+
+
+class Scores(LogitsProcessor, StoppingCriteria, BaseStreamer):
+    """Scores another text whenever it is called."""
+
+    def __init__(self, model: nn.Module, **text: Tensor) -> None:
+        self.model, self.text, self.logits = model, text, []
+
+    def score(self) -> None:
+        self.logits.append(self.model(**self.text).logits)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.score()
+        return scores
+
+    def put(self, value: Tensor) -> None:
+        self.score()
+
+    def end(self) -> None:
+        pass
+
+
+class Stopping(Scores):
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
+        self.score()
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "argument"),
+    [(Scores, "logits_processor"), (Stopping, "stopping_criteria"), (Scores, "streamer")],
+    ids=["logits processor", "stopping criterion", "streamer"],
+)
+@torch.no_grad()
+def test_a_text_that_is_scored_inside_generate_has_a_prompt_of_its_own(
+    models: tuple[PeftModel, ThreePass], kind: type[Scores], argument: str, use_cache: bool
+) -> None:
+    model, oracle = models
+    other = tokens(14, seed=8)
+    whole = kind(model, input_ids=other[None])
+    split = kind(model, input_ids=other[None], prompt_mask=torch.arange(14)[None] < 5)
+    expected = {whole: oracle(other, 14), split: oracle(other, 5)}
+    for scorer, logits in expected.items():
+        given = scorer if argument == "streamer" else [scorer]
+        answer = greedy(model, PROMPT, use_cache=use_cache, **{argument: given})
+        assert torch.equal(answer[0], oracle.generate(PROMPT, 6))
+        assert len(scorer.logits) >= 6
+        for got in scorer.logits:
+            assert_close(got[0, -len(logits) :], logits)
+
+
+def test_generate_inside_generate(models: tuple[PeftModel, ThreePass]) -> None:
+    model, oracle = models
+    other, answers = tokens(5, seed=9), []
+
+    def processor(input_ids: Tensor, scores: Tensor) -> Tensor:
+        answers.append(greedy(model, other, steps=3)[0])
+        return scores
+
+    assert torch.equal(greedy(model, PROMPT, logits_processor=[processor])[0], oracle.generate(PROMPT, 6))
+    assert {tuple(answer.tolist()) for answer in answers} == {tuple(oracle.generate(other, 3).tolist())}
+
+
+@pytest.mark.parametrize("given", [1, 4, 9])
+def test_the_prompt_is_as_long_as_its_embeddings(models: tuple[PeftModel, ThreePass], given: int) -> None:
+    """Beside embeddings, `input_ids` are only what the answer is put behind."""
+    model, oracle = models
+    embeds = model.get_input_embeddings()(PROMPT)[None]
+    answer = greedy(model, PROMPT[:given], inputs_embeds=embeds, attention_mask=torch.ones(1, 9, dtype=torch.long))
+    assert torch.equal(answer[0, given:], oracle.generate(PROMPT, 6)[9:])

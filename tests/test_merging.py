@@ -181,6 +181,7 @@ def test_an_adapter_that_is_switched_off_is_not_merged() -> None:
         model.merge_adapter()
 
 
+@pytest.mark.usefixtures("any_peft")
 def test_adapters_put_on_by_transformers_are_merged_and_switched_off_too() -> None:
     base, ids = tiny(), tokens(9)[None]
     expected = base(input_ids=ids).logits
