@@ -197,10 +197,13 @@ class Documents:
     def _sights(self, reach: Reach | None, causal: bool) -> tuple[Sight, Sight, Sight]:
         both = torch.cat([self.encoded, self.answer], dim=1)
         one_completion = True if self.completion_index is None else None
+        # A twin that keeps masks and no sights, because a cycle of references would hold the masks of every batch until
+        # Python's collector runs.
+        twin = once(self._made, "twin", lambda: replace(self, _made={}))
         return (
-            Sight(self.encoded, self.encoded, True, reach, lambda: self.encoded_mask(reach)),
-            Sight(self.encoded, self.encoded, causal, reach, lambda: self.copy_mask(reach, causal)),
-            Sight(self.answer, both, one_completion, reach, lambda: self.answer_mask(reach)),
+            Sight(self.encoded, self.encoded, True, reach, lambda: twin.encoded_mask(reach)),
+            Sight(self.encoded, self.encoded, causal, reach, lambda: twin.copy_mask(reach, causal)),
+            Sight(self.answer, both, one_completion, reach, lambda: twin.answer_mask(reach)),
         )
 
     def _filled(self, slots: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from .routing import Extension, with_attributes
 
 UNSUPPORTED = {
     "blt": "works on bytes and on patches of them, which its encoder makes",
+    "dory": "runs through some of its layers several times, and keeps keys and values of each time",
     "git": "reads images beside its text",
     "hrm_text": "runs through its layers several times, and keeps keys and values of each time",
     "jetmoe": "has a mixture of experts inside its attention, where tokens cannot be told apart",

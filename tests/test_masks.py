@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from bitune_plugin.layout import PromptLayout
 from bitune_plugin.masks import Chunk, Documents, Made, Reach, Sight, Window, once
 from documents import ALIKE_QUESTIONS, PACKED, QUESTIONS, RAGGED, Batch, Document, batches, groups, reaches
+from helpers import SHAPES, batch, bitune, samples
 
 
 def documents_of(*rows: str) -> Documents:
@@ -256,3 +262,41 @@ def test_the_joint_mask_of_a_document() -> None:
         [0, 0, 0, 0, 1, 1, 0, 0, 0, 0],
         [0, 0, 0, 0, 1, 1, 0, 0, 0, 0],
     ]
+
+
+# --- Gone with its batch ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Python without its cyclic garbage collector: objects in a cycle of references stay."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("reach", [None, Window(2), Chunk(2)], ids=str)
+@pytest.mark.parametrize("rows_apart", [False, True])
+def test_masks_go_with_their_documents(reach: Reach | None, rows_apart: bool) -> None:
+    layout = RAGGED.plan(rows_apart)
+    held: list[weakref.ref] = [weakref.ref(layout)]
+    for documents in layout.documents:
+        sights = documents.sights(reach, False)
+        masks = [sight.dense() for sight in sights] + (
+            [documents.joint_mask(layout.tokens, reach)] if rows_apart else []
+        )
+        held += map(weakref.ref, (documents, *sights, *masks))
+    del layout, documents, sights, masks
+    assert [ref() for ref in held] == [None] * len(held)
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])  # flex attention itself leaves its block masks in a cycle
+def test_a_training_step_leaves_nothing_of_its_batch(implementation: str) -> None:
+    model = bitune().train()
+    model.set_attn_implementation(implementation)
+    rows = batch(samples(*SHAPES), "left")
+    model(**rows.inputs, labels=rows.labels, use_cache=False).loss.backward()
+    assert [each for each in gc.get_objects() if type(each) in (PromptLayout, Documents, Sight)] == []
