@@ -15,7 +15,7 @@ class Tested(NamedTuple):
     highest: str
 
 
-# By the name of the distribution, as `importlib.metadata.version` takes it. The lowest are the bounds in pyproject.toml.
+# By the names that `importlib.metadata.version` takes. The lowest are the bounds in pyproject.toml.
 TESTED: dict[str, Tested] = {
     "torch": Tested(lowest="2.6", highest="2.15.0"),
     "transformers": Tested(lowest="5.17", highest="5.24.0"),

@@ -14,9 +14,9 @@ from datasets import Dataset, Features, Value
 from jinja2 import StrictUndefined, Template, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from trl.data_utils import get_dataset_column_names
-from trl.trainer.utils import global_then_local_main_first
 
 from .trl_data import Samples, filtered
+from .trl_host import main_process_first
 
 FEATURES = Features({"prompt": Value("string"), "completion": Value("string")})
 
@@ -48,7 +48,7 @@ def apply_templates(
     for column, template in templates.items():
         _compiled(column, template)
     workers = {"num_proc": num_proc, "desc": "Rendering prompts"} if isinstance(dataset, Dataset) else {}
-    with global_then_local_main_first():  # one process fills the cache for all
+    with main_process_first():  # one process fills the cache for all
         rendered = dataset.map(
             _render,
             fn_kwargs={"templates": templates},

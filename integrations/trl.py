@@ -17,17 +17,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 import trl
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
-from packaging.version import Version
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import SFTConfig, SFTTrainer
 from trl.data_utils import get_dataset_column_names
-from trl.trainer.utils import global_then_local_main_first
 
 from bitune_plugin.attention import MIXING
 from bitune_plugin.config import BituneConfig
@@ -51,9 +50,7 @@ from .trl_data import (
     pack,
     split_conversations,
 )
-
-SELECTIVE_WORKS = Version(trl.__version__) >= Version("1.17")
-"""TRL 1.16 puts its selective checkpointing where transformers 5.23 no longer looks, in its own trainer too."""
+from .trl_host import checkpointing_settings, main_process_first, selective_checkpointing_works
 
 
 @dataclass
@@ -154,7 +151,7 @@ class BituneSFTTrainer(SFTTrainer):
         if _is_conversation(given):
             dataset = _split(dataset, args, dataset_name)
         dataset = self._tokenize_uncut(dataset, processing_class, args, dataset_name).with_format(None)
-        with global_then_local_main_first():  # as TRL does, so that one process fills the cache for all
+        with main_process_first():  # as TRL does, so that one process fills the cache for all
             if "input_ids" not in given:
                 template = {"tokenizer": processing_class, "chat_template": self.chat_template}
                 reason = _CHANGED.format(dataset_name)
@@ -290,10 +287,11 @@ def _check_settings(args: Any, data_collator: Any) -> None:
         if getattr(args, name, None):
             _check_packing(name, args, data_collator)
     _check_parallelism(getattr(args, "parallelism_config", None))
-    if (getattr(args, "gradient_checkpointing_kwargs", None) or {}).get("selective") and not SELECTIVE_WORKS:
+    checkpointing = checkpointing_settings(args)
+    if checkpointing.get("selective") and not selective_checkpointing_works():
         raise ValueError(
-            f"`gradient_checkpointing_kwargs={args.gradient_checkpointing_kwargs}`: TRL {trl.__version__} hands "
-            "'selective' on to transformers, which does not know it. Leave 'selective' out."
+            f"`gradient_checkpointing_kwargs={checkpointing}`: TRL {trl.__version__} hands 'selective' on to "
+            f"transformers {transformers.__version__}, which does not know it. Leave 'selective' out."
         )
 
 
@@ -392,7 +390,7 @@ def _split(dataset: Any, args: SFTConfig, name: str) -> Any:
         f"conversations of the {name} dataset have no turn of the role 'assistant' that something comes before: there "
         "is no completion to learn."
     )
-    with global_then_local_main_first():
+    with main_process_first():
         if "conversations" in get_dataset_column_names(dataset):
             dataset = chatml(dataset, workers)
         dataset = filtered(dataset, has_assistant_turn, reason, workers)

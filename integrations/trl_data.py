@@ -24,10 +24,12 @@ from datasets import Dataset, Features, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
-from trl.data_utils import common_prefix_length, get_dataset_column_names, maybe_convert_to_chatml
+from trl.data_utils import get_dataset_column_names, maybe_convert_to_chatml
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from bitune_plugin.layout import IGNORED
+
+from .trl_host import common_prefix_length
 
 logger = logging.getLogger(__name__)
 

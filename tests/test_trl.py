@@ -294,10 +294,6 @@ class TestRefusals:
         with pytest.raises(ValueError, match="`max_length=None`: nothing is too long"):
             trainer(drop_overlong=True, max_length=None)
 
-    def test_selective_checkpointing_that_trl_hands_to_the_wrong_place(self, trainer: Any) -> None:
-        with pytest.raises(ValueError, match=r"'selective': True.*Leave 'selective' out"):
-            trainer(gradient_checkpointing_kwargs={"selective": True, "use_reentrant": False})
-
     def test_a_dataset_without_samples(self, trainer: Any) -> None:
         with pytest.raises(ValueError, match="The train dataset is empty"):
             trainer(train_dataset=Dataset.from_list(pairs()).select([]))

@@ -10,11 +10,13 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
-from trl.models.selective_activation_checkpointing import _aten_attention_ops, _build_policy_fn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from trl import SFTTrainer
 
+from bitune_plugin.integrations.trl_host import selective_checkpointing_works
 from helpers import assert_close
 from training import (
+    LORA,
     ONE_STEP,
     TokenLoss,
     assert_exact,
@@ -27,14 +29,18 @@ from training import (
     pairs,
 )
 
-SAVES_ATTENTION = _build_policy_fn(_aten_attention_ops())
-"""What TRL's `selective` hands to checkpointing. TRL 1.16 itself hands it to a method that transformers 5.23 no longer
-calls, so that `selective` fails with any model."""
+SELECTIVE = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"selective": True}}
 
 PACKED = {"packing": True, "max_length": 40}
 EVAL_ROWS = Dataset.from_list(pairs(6))
 
 layouts = pytest.mark.parametrize("layout", [{}, PACKED], ids=["padded", "packed"])
+
+
+def saves_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """The policy of TRL's `selective`: attention is saved, the rest is computed again."""
+    saved = "scaled_dot_product" in str(operation)
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def dft(logits: Tensor, labels: Tensor) -> Tensor:
@@ -92,13 +98,28 @@ class TestMemory:
             None,
             {"use_reentrant": True},
             {"use_reentrant": False},
-            {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, SAVES_ATTENTION)},
+            {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, saves_attention)},
         ],
         ids=["off", "reentrant", "not reentrant", "selective"],
     )
     def test_checkpointing(self, trainer: Any, how: dict[str, Any] | None, layout: dict[str, Any]) -> None:
         settings = {"gradient_checkpointing": how is not None, "gradient_checkpointing_kwargs": how}
         assert_exact(trainer(**ONE_STEP, **settings, **layout))
+
+    def test_selective_checkpointing_of_trl(self, trainer: Any) -> None:
+        if selective_checkpointing_works():
+            assert_exact(trainer(**ONE_STEP, **SELECTIVE))
+        else:
+            with pytest.raises(ValueError, match=r"'selective': True.*Leave 'selective' out"):
+                trainer(**SELECTIVE)
+
+    def test_selective_checkpointing_is_refused_where_the_stock_trainer_fails(self, trainer: Any) -> None:
+        stock = trainer(SFTTrainer, peft_config=LORA, max_steps=1, **SELECTIVE)
+        if selective_checkpointing_works():
+            stock.train()
+        else:
+            with pytest.raises(ValueError, match="Unexpected keyword arguments: selective"):
+                stock.train()
 
     @layouts
     @pytest.mark.parametrize("checkpointing", [False, True])
