@@ -22,7 +22,7 @@ import trl
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import SFTConfig, SFTTrainer
@@ -260,14 +260,20 @@ def _bitune_config(model: Any, peft_config: PeftConfig | None) -> PeftConfig | N
     tuner = getattr(model, "base_model", None)
     if isinstance(tuner, BituneModel):
         return peft_config  # TRL refuses a config for a model that already carries an adapter
-    if getattr(tuner, "peft_config", None) is not None:
+    if isinstance(model, PeftModel) or getattr(tuner, "peft_config", None) is not None:
         raise ValueError(
-            "`model` carries a PEFT adapter that is not Bitune. Pass the base model, and the adapter's config as "
-            "`peft_config`; `model.unload()` gives the base model."
+            f"`model` carries a PEFT adapter that is not Bitune ({_method_of(model)}). Pass the base model, and the "
+            "config of an adapter as `peft_config`; `model.unload()` gives the base model, or `model.get_base_model()` "
+            "if it carries a prompt."
         )
     if peft_config is None:
         return BituneConfig(adapter=FullConfig(target_modules="all"))
     return peft_config if isinstance(peft_config, BituneConfig) else BituneConfig(adapter=peft_config)
+
+
+def _method_of(model: Any) -> str:
+    configs = getattr(model, "peft_config", None) or model.base_model.peft_config
+    return ", ".join(sorted({str(getattr(config.peft_type, "value", config.peft_type)) for config in configs.values()}))
 
 
 def _check_settings(args: Any, data_collator: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import ParallelismConfig
 from datasets import Dataset
-from peft import IA3Config, PeftModel, PromptTuningConfig, TaskType, get_peft_model
+from peft import IA3Config, PeftConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 from trl import SFTTrainer
 
@@ -266,9 +266,16 @@ class TestAdapters:
         with pytest.raises(ValueError, match="PromptTuning"):
             trainer(peft_config=PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2))
 
-    def test_a_model_that_carries_another_adapter_is_refused(self, trainer: Any) -> None:
-        with pytest.raises(ValueError, match="carries a PEFT adapter that is not Bitune"):
-            trainer(model=get_peft_model(tiny(), LORA), peft_config=None)
+    @pytest.mark.parametrize(
+        ("config", "method"),
+        [(LORA, "LORA"), (PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2), "PROMPT_TUNING")],
+        ids=["LoRA", "prompt tuning"],
+    )
+    def test_a_model_that_carries_another_adapter_is_refused(
+        self, trainer: Any, config: PeftConfig, method: str
+    ) -> None:
+        with pytest.raises(ValueError, match=rf"carries a PEFT adapter that is not Bitune \({method}\)"):
+            trainer(model=get_peft_model(tiny(), config), peft_config=None)
 
 
 class TestRefusals:
