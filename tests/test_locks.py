@@ -80,10 +80,11 @@ def test_a_lock_satisfies_pyproject(lock: str, environment: dict[str, str]) -> N
     for requirement in required(EXTRAS[lock]):
         if requirement.marker is None or requirement.marker.evaluate(environment):
             version = pinned.get(canonicalize_name(requirement.name))
-            assert version is not None, f"{requirement.name} is missing from {lock}: run `make lock`"
-            assert requirement.specifier.contains(version, prereleases=True), (
-                f"{lock} has {requirement.name} {version}, pyproject.toml wants {requirement.specifier}: run `make lock`"
+            advice = (
+                f"{lock} has {requirement.name} {version}, but pyproject.toml wants `{requirement}`: run `make lock`"
             )
+            assert version is not None, advice
+            assert requirement.specifier.contains(version, prereleases=True), advice
 
 
 def test_the_oldest_lock_has_the_lower_bounds_of_the_hosts() -> None:

@@ -186,8 +186,10 @@ def test_uninstalled_nothing_is_left(kind: str, built: Built, environment: Envir
     assert environment.run("import peft") == "torch\npeft\n"
 
 
-def test_torch_survives_that_the_source_tree_of_an_editable_install_goes(tmp_path: Path, built: Built) -> None:
-    source, environment = Path(shutil.copytree(built.source, tmp_path / "source")), Environment(tmp_path / "environment")
+def test_torch_survives_that_the_source_tree_of_an_editable_install_goes(
+    tmp_path: Path, built: Built, environment: Environment
+) -> None:
+    source = shutil.copytree(built.source, tmp_path / "source")
     build(source, tmp_path, "editable")
     (editable,) = tmp_path.glob("*.whl")
     environment.unpack(editable)
