@@ -1,8 +1,14 @@
-# Everything runs in a virtual environment of its own, made on first use.
+# Each environment is made on first use. `make help` lists the commands.
+SHELL         := bash
+.SHELLFLAGS   := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
 VENV   ?= .venv
 PYTHON ?= python3
-# What pip takes for the build of this machine; TORCH="torch==2.13.0 --index-url ..." chooses another.
-TORCH  ?= torch==2.13.0
+# pip picks a build for this machine; TORCH="torch==2.13.0 --index-url ..." chooses another build of the same version.
+TORCH        ?= torch==2.13.0
+OLDEST_TORCH ?= torch==2.6.0
+NEWEST_TORCH ?= torch
 # Or any hub id or path.
 MODEL  ?= gemma-3-270m
 BIN     = $(VENV)/bin
@@ -11,22 +17,39 @@ BIN     = $(VENV)/bin
 export MALLOC_MMAP_THRESHOLD_ = 4294967296
 export MALLOC_TRIM_THRESHOLD_ = 68719476736
 
-.PHONY: quickstart evaluate test lint format benchmarks clean
+.PHONY: help quickstart evaluate test test-oldest test-newest lint format benchmarks lock dist clean
 
-quickstart: $(VENV)/demo     ## fine-tune, save, reload, generate
+help:                          ## print this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | while read -r name text; do printf '%-12s %s\n' "$$name" "$$text"; done
+
+quickstart: $(VENV)/installed  ## fine-tune, save, reload, generate
 	$(BIN)/python examples/quickstart.py --model $(MODEL)
 
-evaluate: $(VENV)/demo       ## LoRA and Bitune side by side, scored by lm-eval
+evaluate: $(VENV)/installed    ## LoRA and Bitune side by side, scored by lm-eval
 	$(BIN)/python examples/evaluate.py --model $(MODEL)
 
-test: $(VENV)/dev            ## the whole test suite
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+PYTEST = bin/python -m pytest --numprocesses 2 --dist loadfile
+# A new version of a host breaks these first. About five minutes on two cores; the longest files come first.
+SUBSET = $(patsubst %,tests/test_%.py,lm_eval forward generate tuner trl autoload reference)
 
-lint: $(VENV)/dev
+test: $(VENV)/installed        ## the whole test suite, with the versions of requirements.lock
+	$(VENV)/$(PYTEST)
+
+test-oldest: .venv-oldest/installed  ## the core of the suite, with the oldest versions that pyproject.toml allows
+	.venv-oldest/$(PYTEST) $(SUBSET)
+
+test-newest:                   ## the core of the suite, with the newest version of everything
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --no-compile --upgrade $(NEWEST_TORCH)
+	.venv-newest/bin/python -m pip install --quiet --no-compile --upgrade --upgrade-strategy eager --editable ".[dev]"
+	.venv-newest/bin/python -m pip freeze | grep -E '^(accelerate|datasets|lm_eval|peft|torch|transformers|trl)=='
+	.venv-newest/$(PYTEST) $(SUBSET)
+
+lint: $(VENV)/installed        ## check the style of the code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(VENV)/dev
+format: $(VENV)/installed      ## repair the style of the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -34,7 +57,7 @@ format: $(VENV)/dev
 RESULTS = examples/benchmarks/results
 measure = $(BIN)/python examples/benchmarks/$(1).py --models smollm2-135m gemma-3-270m --json $(RESULTS)/$(2).json $(OPTIONS)
 
-benchmarks: $(VENV)/demo     ## every table of the README
+benchmarks: $(VENV)/installed  ## measure every table of the README
 	$(call measure,train_step,train_step) --shapes 128x64 256x128 256x64 --rounds 4
 	$(call measure,train_step,train_step-checkpointing) --shapes 256x128 --rounds 4 --checkpointing --contenders lora bitune
 	$(call measure,ragged,ragged) --shapes 1x8 --rounds 4
@@ -44,15 +67,53 @@ benchmarks: $(VENV)/demo     ## every table of the README
 	$(call measure,lm_eval,lm_eval) --rounds 2
 	$(BIN)/python examples/benchmarks/report.py --write README.md
 
-clean:
-	rm -rf $(VENV) .cache build dist *.egg-info
+lock: .venv-tools/installed    ## write both locks: the newest version of everything, and the oldest that is allowed
+	@$(call compile,requirements.lock,$(TORCH),--extra demo)
+	@$(call compile,requirements-oldest.lock,$(OLDEST_TORCH),--resolution lowest-direct)
 
-$(VENV)/torch:
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	touch $@
+dist: .venv-tools/installed    ## build sdist and wheel, and check them
+	rm -rf dist
+	PIP_CONSTRAINT=$(CURDIR)/requirements.lock .venv-tools/bin/python -m build
+	.venv-tools/bin/python -m twine check --strict dist/*
 
-$(VENV)/demo $(VENV)/dev: $(VENV)/%: $(VENV)/torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+clean:                         ## remove all environments, and what was built
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-tools .cache build dist *.egg-info
+
+# $(call compile,LOCK,TORCH,OPTIONS): one line per package, for every platform and every Python that we allow. Nothing
+# of this machine (`--no-config`) and nothing of CUDA goes into the file: builds of torch for CPUs do not need CUDA, and
+# the others require the packages that they were built for.
+define compile
+echo "$(firstword $(2))" | .venv-tools/bin/uv pip compile pyproject.toml --extra dev $(3) --constraints - \
+  --universal --python-version "$$(sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)" \
+  --no-config --no-header --no-annotate --quiet --output-file $(1).new
+{ echo "# Written by 'make lock'. Without make: install torch (a build for CPUs, if you want one), then"; \
+  echo "# pip install --requirement $(1) && pip install --no-deps --no-build-isolation --editable ."; \
+  echo "# Packages of CUDA are left out: the builds of torch that need them require them by version."; \
+  grep -Ev '^(cuda-|nvidia-|triton==)' $(1).new; } > $(1)
+rm $(1).new
+endef
+
+# $(call install,ENVIRONMENT,LOCK,TORCH): the lock is a constraint, too, for what pip needs to build packages from source.
+# `--no-compile` halves the time, because most modules are never imported.
+define install
+$(PYTHON) -m venv $(1)
+$(1)/bin/python -m pip install --quiet --no-compile $(3)
+PIP_CONSTRAINT=$(CURDIR)/$(2) PIP_BUILD_CONSTRAINT=$(CURDIR)/$(2) $(1)/bin/python -m pip install --quiet --no-compile --requirement $(2)
+$(1)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+touch $(1)/installed
+endef
+
+# An editable install holds a copy of these; everything else is read from the source tree.
+COPIED = pyproject.toml setup.py bitune_autoload.py
+
+$(VENV)/installed: requirements.lock $(COPIED)
+	$(call install,$(VENV),requirements.lock,$(TORCH))
+
+.venv-oldest/installed: requirements-oldest.lock $(COPIED)
+	$(call install,.venv-oldest,requirements-oldest.lock,$(OLDEST_TORCH))
+
+# Pinned, so that `make lock` and `make dist` work in a year as they do today.
+.venv-tools/installed:
+	$(PYTHON) -m venv .venv-tools
+	.venv-tools/bin/python -m pip install --quiet build==1.6.1 twine==7.0.0 uv==0.13.9
 	touch $@

@@ -66,6 +66,7 @@ def autoload() -> None:
 def _complain(error: Exception, consequence: str) -> None:
     print(
         f"bitune-plugin could not register itself ({type(error).__name__}: {error}); {consequence}. "
-        "Reinstall it and the library (README, 'Install', has the versions), or set BITUNE_AUTOLOAD=0 to silence this.",
+        "Reinstall it and the library (README, 'Install', says which versions work); or remove it "
+        "(pip uninstall bitune-plugin); or set BITUNE_AUTOLOAD=0 to silence this.",
         file=sys.stderr,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 import peft as _peft  # first: while it is imported, `bitune_autoload` imports modules of this package
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from .integrations.lm_eval.model import BituneLM
     from .integrations.trl import BituneSFTConfig, BituneSFTTrainer
 
-__version__ = "0.1.0"
 __all__ = ["BituneConfig", "BituneLM", "BituneModel", "BituneSFTConfig", "BituneSFTTrainer"]
 
 _plugin_manager().hook.bitune_register(host=_peft.__name__)
@@ -30,6 +30,8 @@ _OPTIONAL = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version("bitune-plugin")
     if name not in _OPTIONAL:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, extra = _OPTIONAL[name]

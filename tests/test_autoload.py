@@ -63,6 +63,13 @@ def test_torch_calls_it() -> None:
     assert {entry.value for entry in entry_points(group="torch.backends")} >= {"bitune_autoload:autoload"}
 
 
+def test_the_installed_module_is_that_of_the_source_tree() -> None:
+    """An editable install holds a copy (`setup.py` tells why): after a change, `pip install --no-deps --editable .`."""
+    installed, _ = python("import bitune_autoload; print(bitune_autoload.__file__)")
+    source = Path(__file__).parents[1] / "bitune_autoload.py"
+    assert Path(installed).read_text(encoding="utf-8") == source.read_text(encoding="utf-8")
+
+
 LOOKUP = "from lm_eval.api.registry import get_model, model_registry"
 
 
