@@ -37,7 +37,7 @@ a bug report.
 """
 
 EXAMPLES = """\
-  bitune doctor
+  bitune doctor                                      versions, and a table of checks
   bitune doctor --json > doctor.json
   bitune doctor --traceback                          where exceptions come from, not just one line
 """
