@@ -19,6 +19,7 @@ COMMANDS = {
     "inspect": "print and plot alpha by layer of saved adapters, and their sizes",
     "convert": "make a Bitune adapter of a folder that the authors' code saved",
     "export": "make a plain PEFT adapter of one stream of a Bitune adapter",
+    "doctor": "check that Bitune computes what it should with the versions installed here",
 }
 """Name -> what it does. Modules of these names are imported when they are called: they take seconds."""
 
@@ -32,6 +33,7 @@ examples:
   bitune inspect out/checkpoint-100 --plot alpha.png
   bitune convert authors-folder adapter          load the result with PeftModel.from_pretrained
   bitune export adapter plain --stream causal    for programs that know PEFT, but not Bitune
+  bitune doctor                                  what is installed, and whether it works; for bug reports
 
 `bitune COMMAND --help` says all about a command.
 """
@@ -57,10 +59,11 @@ def run(command: str, work: Callable[[], Any]) -> int:
     """Does the work of a command.
 
     Returns:
-        The exit code: 0, 1 after an error that a user can mend, which is one line on stderr, or 130 when interrupted.
+        The exit code: that which `work` returns, if any, or 0; 1 after an error that a user can mend, which is one
+        line on stderr, or 130 when interrupted.
     """
     try:
-        work()
+        code = work()
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get(TRACEBACK) == "1":
             raise
@@ -69,7 +72,7 @@ def run(command: str, work: Callable[[], Any]) -> int:
     except KeyboardInterrupt:
         print(f"bitune {command}: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return code if isinstance(code, int) else 0
 
 
 def _module(command: str) -> Any:

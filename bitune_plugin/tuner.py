@@ -39,6 +39,7 @@ from .merging import merge, not_mergeable, unmerge, worth_merging
 from .mixing import AlphaFunction, mix
 from .plugins import mixings
 from .routing import FlattenedTokens, ParameterAdapter, SeparateStreams, TwoAdapterLayer, bidirectional, extend, restore
+from .self_check import check_untried_versions
 
 BIDIRECTIONAL = "bidirectional"
 """What stands in the keys of a saved adapter where the inner adapter's name stands in the model."""
@@ -171,6 +172,7 @@ class BituneModel(BaseTuner):
         low_cpu_mem_usage: create the adapter on the meta device, to be filled by loading.
 
     Raises:
+        SelfCheckError: a host is newer than what Bitune was tested with, and Bitune does not work with it.
         UnsupportedModelError: Bitune cannot be applied to `model`.
         ValueError: `model` already carries another PEFT method, or the inner configs of two adapters do not go
             together.
@@ -187,6 +189,7 @@ class BituneModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
+        check_untried_versions()
         # All that may be refused is refused before the model is changed.
         _check_bare(model, adapter_name)
         if isinstance(peft_config, BituneConfig):  # no PeftModel around it
