@@ -43,23 +43,24 @@ def merge(layer: BaseTunerLayer, adapter_name: str, safe_merge: bool = False) ->
     with onload_layer(layer):
         base = layer.get_base_layer()
         kept = {name: p.detach().to(device=device or p.device, copy=True) for name, p in _parameters(base)}
-        setattr(layer, UNMERGED, kept)
         try:
+            setattr(layer, UNMERGED, kept)
             layer.merge(safe_merge=safe_merge, adapter_names=[adapter_name])
-        except Exception:
+        except BaseException:
             unmerge(layer)
             raise
 
 
 def unmerge(layer: BaseTunerLayer) -> None:
-    """Takes `merge` back, bit for bit."""
-    kept: dict[str, Tensor] | None = vars(layer).pop(UNMERGED, None)
+    """Takes `merge` back, bit for bit, also one that was interrupted. If interrupted itself, it can be called again."""
+    kept: dict[str, Tensor] | None = vars(layer).get(UNMERGED)
     if kept is None:
         return
     with onload_layer(layer), torch.no_grad():
         for name, parameter in _parameters(layer.get_base_layer()):
             parameter.copy_(kept[name])
     layer.merged_adapters.clear()
+    vars(layer).pop(UNMERGED, None)
 
 
 def _parameters(base_layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -40,6 +40,7 @@ from .mixing import AlphaFunction, mix
 from .plugins import mixings
 from .routing import FlattenedTokens, ParameterAdapter, SeparateStreams, TwoAdapterLayer, bidirectional, extend, restore
 from .self_check import check_untried_versions
+from .undo import all_or_nothing, switched_or_as_before
 
 BIDIRECTIONAL = "bidirectional"
 """What stands in the keys of a saved adapter where the inner adapter's name stands in the model."""
@@ -87,6 +88,17 @@ class MixingLayer(nn.Module, BaseTunerLayer):
     def is_on(self) -> bool:
         """Whether a Bitune adapter is switched on."""
         return not self.disable_adapters and bool(self.active_adapters)
+
+    # A PEFT layer passes its base layer's weights for its own. This one has no base layer: where PEFT looks for it, it
+    # finds the layer itself, without end.
+
+    @property
+    def weight(self) -> Tensor:
+        raise AttributeError("A mixing layer has no weight, only `theta_key` and `theta_value`.")
+
+    @property
+    def bias(self) -> Tensor:
+        raise AttributeError("A mixing layer has no bias, only `theta_key` and `theta_value`.")
 
     def _with_theta(self, config: BituneConfig) -> MixingLayer:
         """The mixing layer that has the theta for this one."""
@@ -190,17 +202,18 @@ class BituneModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         check_untried_versions()
-        # All that may be refused is refused before the model is changed.
-        _check_bare(model, adapter_name)
-        if isinstance(peft_config, BituneConfig):  # no PeftModel around it
-            _check_no_shared_weights(peft_config)
-        configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
-        if not low_cpu_mem_usage and not configs[adapter_name].unused:
-            _check_not_offloaded(model)
-        # Not submodules: the inner tuner wraps the same model again, and must not be saved a second time.
-        self.__dict__.update(self._state_of(model))
-        super().__init__(model, AdapterConfigs(configs), adapter_name, low_cpu_mem_usage, state_dict)
-        vars(model)["bitune_tuner"] = self  # no submodule either
+        with _without_note_if_refused(model), all_or_nothing(model):
+            # All that may be refused is refused before the model is changed.
+            _check_bare(model, adapter_name)
+            if isinstance(peft_config, BituneConfig):  # no PeftModel around it
+                _check_no_shared_weights(peft_config)
+            configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
+            if not low_cpu_mem_usage and not configs[adapter_name].unused:
+                _check_not_offloaded(model)
+            # Not submodules: the inner tuner wraps the same model again, and must not be saved a second time.
+            self.__dict__.update(self._state_of(model))
+            super().__init__(model, AdapterConfigs(configs), adapter_name, low_cpu_mem_usage, state_dict)
+            vars(model)["bitune_tuner"] = self  # no submodule either
 
     @staticmethod
     def _state_of(model: nn.Module) -> dict[str, Any]:
@@ -220,22 +233,37 @@ class BituneModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Puts one more Bitune adapter on the model: both streams and the mixing. See `BaseTuner.inject_adapter`."""
-        config = self.peft_config[adapter_name]
+        """Puts one more Bitune adapter on the model: both streams and the mixing. See `BaseTuner.inject_adapter`.
+
+        If that fails or is interrupted, the model is as it was, and the adapter's name is free.
+        """
+        options = {"low_cpu_mem_usage": low_cpu_mem_usage, "state_dict": state_dict}
+        config = self.peft_config.pop(adapter_name)  # entered by PEFT, which takes it out after an Exception only
         self._check_new_adapter(adapter_name, config)
         if self.inner is not None:
             self.unmerge_for("add_adapter")
+        with all_or_nothing(self, self.inner):
+            self.peft_config[adapter_name] = config
+            self._inject(model, adapter_name, config, autocast_adapter_dtype, options)
+
+    def _inject(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        config: BituneConfig,
+        autocast_adapter_dtype: bool,
+        options: dict[str, Any],
+    ) -> None:
         self._leave_out_unadaptable(config.causal_config())
         # Remembered for `unload`: the inner tuner freezes the model.
         if self.inner is None:
             self.__dict__["trained_before"] = [p for p in model.parameters() if p.requires_grad]
-        options = {"low_cpu_mem_usage": low_cpu_mem_usage, "state_dict": state_dict}
         self._inject_stream(adapter_name, config.causal_config(), autocast_adapter_dtype, options)
         if not config.share_adapter:
             # Copied now, when the first injection has put names in place of "all-linear".
             second = (bidirectional(adapter_name), config.bidirectional_config())
             self._inject_stream(*second, autocast_adapter_dtype, options)
-        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+        with init_empty_weights() if options["low_cpu_mem_usage"] else nullcontext():
             self._add_mixing(adapter_name, config)
         self._route_adapters(adapter_name)
         attach(model, self.architecture)
@@ -252,9 +280,10 @@ class BituneModel(BaseTuner):
         """
         names = self.check_one(adapter_name)
         self.unmerge_for("set_adapter")
-        super().set_adapter(names, inference_mode=inference_mode)
-        self.inner.active_adapter = names
-        peft_set_requires_grad(self.model, [bidirectional(name) for name in names], not inference_mode)
+        with switched_or_as_before(self, self.inner):
+            super().set_adapter(names, inference_mode=inference_mode)
+            self.inner.active_adapter = names
+            peft_set_requires_grad(self.model, [bidirectional(name) for name in names], not inference_mode)
 
     def check_one(self, adapter_name: str | list[str]) -> list[str]:
         """The one adapter that is named, in a list. Raises ValueError if there are several."""
@@ -273,13 +302,14 @@ class BituneModel(BaseTuner):
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist. There are: {', '.join(self.peft_config)}.")
         self.unmerge_for("delete_adapter")
-        was_active = adapter_name in self.active_adapters
-        for name in (bidirectional(adapter_name), adapter_name):
-            if name in self.inner.peft_config:
-                self.inner.delete_adapter(name)
-        super().delete_adapter(adapter_name)
-        if was_active:
-            self.set_adapter(self.active_adapters)
+        with all_or_nothing(self, self.inner):
+            was_active = adapter_name in self.active_adapters
+            for name in (bidirectional(adapter_name), adapter_name):
+                if name in self.inner.peft_config:
+                    self.inner.delete_adapter(name)
+            super().delete_adapter(adapter_name)
+            if was_active:
+                self.set_adapter(self.active_adapters)
 
     def alphas(self, adapter_name: str | None = None) -> dict[str, list[Tensor]]:
         """How much of the bidirectional reading each layer takes.
@@ -324,24 +354,25 @@ class BituneModel(BaseTuner):
             raise ValueError(
                 f"The adapter cannot be merged: {'; '.join(problems[:3])}. Leave it as it is, which is exact too."
             )
+        merged_before = any(mixing.merged for mixing in self._mixing_layers())
         try:
+            self._set_merged([active])  # first: should the undoing be interrupted too, `unmerge_adapter` is still due
             for layer in layers.values():
                 merge(layer, active, safe_merge)
-        except Exception:
-            self._unmerge_layers()
+        except BaseException:
+            if not merged_before:
+                self.unmerge_adapter()
             raise
-        for mixing in self._mixing_layers():
-            mixing.merged_adapters = [active]
 
     def unmerge_adapter(self) -> None:
         """Takes `merge_adapter` back, bit for bit."""
-        self._unmerge_layers()
-        for mixing in self._mixing_layers():
-            mixing.merged_adapters = []
-
-    def _unmerge_layers(self) -> None:
         for layer in self._tuner_layers():
             unmerge(layer)
+        self._set_merged([])
+
+    def _set_merged(self, names: list[str]) -> None:
+        for mixing in self._mixing_layers():
+            mixing.merged_adapters = list(names)
 
     def unmerge_for(self, action: str) -> None:
         """Unmerges, with a warning, before something that does not go with a merged adapter."""
@@ -361,6 +392,10 @@ class BituneModel(BaseTuner):
                 "`unload()` gives the base model back."
             )
         self.unmerge_for("unload")
+        with all_or_nothing(self, self.inner):
+            return self._unload(*args, **kwargs)
+
+    def _unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         detach(self.model, self.architecture)
         del self.model.bitune_tuner
         for block in self.architecture.flattening_blocks():
@@ -402,7 +437,7 @@ class BituneModel(BaseTuner):
     def _check_new_adapter(self, adapter_name: str, config: BituneConfig) -> None:
         if adapter_name == BIDIRECTIONAL or bidirectional("") in adapter_name:
             raise ValueError(f"`adapter_name={adapter_name!r}` is used by Bitune itself. Choose another name.")
-        types = {type(other.adapter).__name__ for other in self.peft_config.values()}
+        types = {type(other.adapter).__name__ for other in (config, *self.peft_config.values())}
         if len(types) > 1:
             raise ValueError(
                 f"`adapter={type(config.adapter).__name__}(...)`: all Bitune adapters on a model must have inner "
@@ -448,11 +483,7 @@ class BituneModel(BaseTuner):
                     self.add_module(shared, module)
             return
         self.inner.peft_config[name] = config
-        try:
-            self.inner.inject_adapter(self.model, name, autocast_adapter_dtype, **options)
-        except Exception:
-            del self.inner.peft_config[name]
-            raise
+        self.inner.inject_adapter(self.model, name, autocast_adapter_dtype, **options)
 
     def _add_mixing(self, adapter_name: str, config: BituneConfig) -> None:
         owner = None
@@ -529,8 +560,23 @@ class BituneModel(BaseTuner):
 
         Raises:
             ValueError: keys are missing or unknown, shapes differ, or a weight is not finite. A model to which the
-                adapter was just added is left as it was before.
+                adapter was just added is left as it was before, after any other exception too.
         """
+        try:
+            remapped = cls._remapped(model, config, adapter_name, state_dict)
+            _tuner_of(model).unmerge_for("load_adapter")
+            _tie(model, config, adapter_name, remapped)
+        except BaseException:
+            if config.unused:
+                _take_off(model, adapter_name)
+            raise
+        config.unused = False
+        return remapped
+
+    @staticmethod
+    def _remapped(
+        model: nn.Module, config: BituneConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         inner_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.adapter.peft_type]
         is_second = re.compile(rf"\.{BIDIRECTIONAL}(?=\.|$)")
         of_causal = {key: value for key, value in state_dict.items() if not is_second.search(key)}
@@ -543,16 +589,11 @@ class BituneModel(BaseTuner):
         except ValueError as error:  # some methods look for themselves, as VeRA for its projections
             problems = [str(error)]
         if problems:
-            if config.unused:
-                _take_off(model, adapter_name)
             raise ValueError(
                 f"The saved Bitune adapter {adapter_name!r} does not fit this model, or is damaged:\n  "
                 + "\n  ".join(first(problems))
                 + "\nCheck that the base model is the one it was trained on, or copy the adapter again."
             )
-        config.unused = False
-        _tuner_of(model).unmerge_for("load_adapter")
-        _tie(model, config, adapter_name, remapped)
         return remapped
 
 
@@ -560,6 +601,18 @@ def first(problems: Sequence[str], number: int = 8) -> list[str]:
     """The first few of `problems`, for a message, and how many more there are."""
     more = [f"and {len(problems) - number} more"] if len(problems) > number else []
     return [*problems[:number], *more]
+
+
+@contextmanager
+def _without_note_if_refused(model: nn.Module) -> Iterator[None]:
+    """Removes the note that transformers' `add_adapter` makes on a model before it asks PEFT, if the block fails: with
+    the note alone, without an adapter, `save_pretrained` of the model fails (transformers 5.23)."""
+    try:
+        yield
+    except BaseException:
+        if not hasattr(model, "peft_config"):
+            vars(model).pop("_hf_peft_config_loaded", None)
+        raise
 
 
 def _check_bare(model: nn.Module, adapter_name: str) -> None:
@@ -570,7 +623,8 @@ def _check_bare(model: nn.Module, adapter_name: str) -> None:
     if isinstance(configs, AdapterConfigs):
         raise ValueError(
             f"This model already carries Bitune adapters ({', '.join(configs)}), one of them {adapter_name!r}. Choose "
-            "another `adapter_name`, or call `unload()` on its PeftModel first."
+            "another `adapter_name`, or call `unload()` on its PeftModel first. (If there is none, because loading was "
+            "interrupted: `model.bitune_tuner.unload()`.)"
         )
     if configs is not None or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
@@ -627,8 +681,6 @@ def _problems(model: nn.Module, config: BituneConfig, adapter_name: str, remappe
             problems.append(f"shape {list(value.shape)} where the model has {list(in_model[key].shape)}: {key}")
         elif value.is_floating_point() and not torch.isfinite(value).all():
             problems.append(f"not finite: {key}")
-    if len(problems) > 8:
-        problems = [*problems[:8], f"and {len(problems) - 8} more"]
     return problems
 
 

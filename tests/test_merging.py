@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import IA3Config, LNTuningConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from agreement import assert_answers_agree, assert_logits_agree
 from bitune_plugin import BituneConfig
 from helpers import SHAPES, assert_close, batch, bitune, gradients, lora, packed, samples, tokens, unharmed, with_oracle
+from interruptions import interrupted_at, lines_of, places
 from models import ARCHITECTURES, randomise_adapters, tiny
 from three_pass import CACHE
 from zoo import tiny_of
@@ -24,6 +26,9 @@ ADAPTERS: dict[str, PeftConfig] = {
     "dora": lora(use_dora=True),
     "ia3": IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
 }
+
+
+IDS = tokens(9)[None]
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -146,6 +151,64 @@ def test_a_merge_that_fails_half_way_changes_nothing() -> None:
         model.base_model.merge_adapter(safe_merge=True)
     assert all(value.equal(before[name]) or value.isnan().any() for name, value in model.state_dict().items())
     assert not model.base_model.model.model.layers[0].self_attn.q_proj.merged
+
+
+@pytest.mark.parametrize("adapter", [lora(), lora(use_dora=True)], ids=["lora", "dora"])
+def test_a_merge_that_is_interrupted_anywhere_changes_nothing(adapter: PeftConfig) -> None:
+    model = bitune(tiny(num_hidden_layers=1), copy.deepcopy(adapter))
+    before = weights(model)
+    for line in places(lambda: copy.deepcopy(model), lambda twin: twin.merge_adapter()):
+        with unharmed(model):
+            assert interrupted_at(line, lambda: model.merge_adapter())
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=IDS).logits, tiny(num_hidden_layers=1)(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, MemoryError])
+@pytest.mark.parametrize("number", range(0, 21, 4))
+def test_a_merge_that_is_left_at_any_layer_changes_nothing(number: int, kind: type[BaseException]) -> None:
+    model = bitune()
+    layer = [module for module in model.modules() if isinstance(module, LoraLayer)][number]
+    merge = layer.merge
+
+    def merge_and_leave(*args: object, **kwargs: object) -> None:
+        merge(*args, **kwargs)
+        raise kind
+
+    with unharmed(model):
+        layer.merge = merge_and_leave
+        with pytest.raises(kind):
+            model.merge_adapter()
+        del layer.merge
+
+
+def test_unmerging_that_is_interrupted_anywhere_can_be_gone_on_with() -> None:
+    model = bitune(tiny(num_hidden_layers=1))
+    before = weights(model)
+    expected = model(**batch(samples(*SHAPES)).inputs).logits
+
+    def merged() -> PeftModel:
+        twin = copy.deepcopy(model)
+        twin.merge_adapter()
+        return twin
+
+    for line in places(merged, lambda twin: twin.unmerge_adapter()):
+        twin = merged()
+        assert interrupted_at(line, lambda twin=twin: twin.unmerge_adapter())
+        assert_close(twin(**batch(samples(*SHAPES)).inputs).logits, expected)
+        with twin.disable_adapter():
+            assert torch.equal(twin(input_ids=IDS).logits, tiny(num_hidden_layers=1)(input_ids=IDS).logits)
+        assert all(torch.equal(value, before[name]) for name, value in twin.state_dict().items())
+
+
+def test_a_second_merge_that_is_interrupted_leaves_the_model_merged() -> None:
+    model = bitune(tiny(num_hidden_layers=1))
+    model.merge_adapter()
+    once = weights(model)
+    assert interrupted_at(lines_of(model.merge_adapter) // 2, model.merge_adapter)
+    assert all(torch.equal(value, once[name]) for name, value in model.state_dict().items())
+    assert model.base_model.model.model.layers[0].self_attn.q_proj.merged
 
 
 def test_adapters_of_parameters_are_refused() -> None:

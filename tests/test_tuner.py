@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bitune_plugin import BituneConfig, BituneModel
+from bitune_plugin.full import FullConfig
 from helpers import assert_close, bitune, lora, observe, one, tokens, unharmed
+from interruptions import interrupted_at, places
 from models import randomise_adapters, tiny
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -130,6 +132,20 @@ def test_names_that_bitune_uses_itself_are_refused(name: str) -> None:
         model.add_adapter(name, BituneConfig(adapter=lora()))
 
 
+def test_tools_may_look_for_any_attribute_of_any_module() -> None:
+    for adapter in (lora(), FullConfig()):
+        for module in bitune(adapter=adapter).modules():
+            for name in ("weight", "bias", "in_features", "base_layer", *dir(type(module))):
+                if not name.startswith("__"):
+                    hasattr(module, name)
+
+
+def test_a_mixing_layer_has_no_weight_of_its_own() -> None:
+    mixing = bitune().get_submodule(f"{ATTENTION}.bitune_mixing")
+    assert not hasattr(mixing, "weight")
+    assert getattr(mixing, "bias", None) is None
+
+
 def test_status_names_the_method() -> None:
     assert bitune().get_model_status().peft_types == {"default": "BITUNE"}
 
@@ -186,6 +202,103 @@ def test_an_attention_implementation_that_is_not_supported_leaves_the_model_as_i
     assert [(name, type(module)) for name, module in base.named_modules()] == before
     assert all(parameter.requires_grad for parameter in base.parameters())
     assert not hasattr(base, "peft_config")
+
+
+# --- Interruptions ---------------------------------------------------------------------------------------------------
+
+SMALL = lora(target_modules=["q_proj", "lm_head"], modules_to_save=["embed_tokens"])
+
+
+def small() -> PreTrainedModel:
+    return tiny(num_hidden_layers=1)
+
+
+def another() -> BituneConfig:
+    return BituneConfig(adapter=copy.deepcopy(SMALL))
+
+
+def two_adapters() -> PeftModel:
+    model = bitune(small(), copy.deepcopy(SMALL))
+    model.add_adapter("other", another())
+    randomise_adapters(model)
+    return model
+
+
+def _put_on_another(base: nn.Module) -> None:
+    BituneModel(base, another(), "other")
+
+
+def _with(model: PeftModel, name: str) -> nn.Module:
+    model.peft_config[name] = another()
+    return model.get_base_model()
+
+
+CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object]]] = {
+    "put on a bare model": (small, lambda base: BituneModel(base, another(), "default")),
+    "add": (two_adapters, lambda model: model.base_model.inject_adapter(_with(model, "third"), "third")),
+    "put on beside another": (lambda: BituneModel(small(), another(), "default").model, _put_on_another),
+    "switch": (two_adapters, lambda model: model.base_model.set_adapter("other")),
+    "delete the active one": (two_adapters, lambda model: model.base_model.delete_adapter("default")),
+    "delete another": (two_adapters, lambda model: model.base_model.delete_adapter("other")),
+    "unload": (two_adapters, lambda model: model.unload()),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("make", "change"), CHANGES.values(), ids=CHANGES)
+def test_a_change_that_is_interrupted_anywhere_leaves_the_model_as_it_was(
+    make: Callable[[], nn.Module], change: Callable[[nn.Module], object]
+) -> None:
+    original = make()
+    before, names = observe(original), list(getattr(original, "peft_config", ()))
+    for line in places(lambda: copy.deepcopy(original), change):
+        model = copy.deepcopy(original)
+
+        assert interrupted_at(line, lambda model=model: change(model))
+
+        assert observe(model) == before, line
+        assert list(getattr(model, "peft_config", ())) == names
+    change(model)
+
+
+def test_a_transformers_model_that_took_no_adapter_is_saved_as_before(tmp_path: Path) -> None:
+    base = tiny()
+    with unharmed(base), pytest.raises(ValueError, match="nothing"):
+        base.add_adapter(BituneConfig(adapter=lora(target_modules=["nothing"])))
+    base.save_pretrained(tmp_path)
+
+
+def test_loading_that_is_interrupted_in_the_weights_leaves_the_model_as_it_was(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bitune_plugin.tuner._problems", interrupted)
+    base, model = tiny(), bitune()
+    with unharmed(base), pytest.raises(KeyboardInterrupt):
+        PeftModel.from_pretrained(base, folder)
+    with unharmed(model), pytest.raises(KeyboardInterrupt):
+        model.load_adapter(folder, "other")
+    assert list(model.peft_config) == ["default"]
+
+
+def test_after_loading_that_was_interrupted_within_peft_the_refusal_says_how_to_go_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    base = tiny()
+    with unharmed(base):
+        with monkeypatch.context() as during:
+            during.setattr("peft.peft_model.load_peft_weights", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                PeftModel.from_pretrained(base, folder)
+        with pytest.raises(ValueError, match=r"interrupted.*`model\.bitune_tuner\.unload\(\)`"):
+            PeftModel.from_pretrained(base, folder)
+        base.bitune_tuner.unload()
+    PeftModel.from_pretrained(base, folder)
 
 
 # --- Saving and loading ----------------------------------------------------------------------------------------------
