@@ -95,7 +95,7 @@ def test_tested_versions_do_not_import_it() -> None:
     code = (
         "import sys, bitune_plugin\n"
         "from bitune_plugin.versions import TESTED, Tested\n"
-        "TESTED.update({host: versions.Tested('0', '1000') for host in TESTED})\n"
+        "TESTED.update({host: Tested('0', '1000') for host in TESTED})\n"
         "from peft import get_peft_model\n"
         "from transformers import LlamaConfig, LlamaForCausalLM\n"
         "sizes = dict(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)\n"
