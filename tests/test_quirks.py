@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import tomllib
 from pathlib import Path
@@ -126,12 +127,19 @@ def test_mpt_takes_one_completion_in_a_row() -> None:
         model(input_ids=tokens(7)[None], prompt_mask=prompt, completion_index=index, use_cache=False)
 
 
-@pytest.mark.parametrize("model_type", ["bloom", "mpt", "gptj"])
+@pytest.mark.parametrize("model_type", ["bloom", "mpt", "gpt_neo"])
 def test_attention_that_does_its_own_arithmetic_is_followed_in_eager_and_sdpa_alone(model_type: str) -> None:
     base = tiny_of(model_type)
     base.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(UnsupportedModelError, match=r"flash_attention_2.*own arithmetic.*'eager' and 'sdpa'"):
         get_peft_model(base, BituneConfig())
+
+
+@pytest.mark.parametrize("model_type", ["codegen", "gptj"])
+def test_attention_that_calls_an_attention_function_in_later_versions_is_followed_there(model_type: str) -> None:
+    base = tiny_of(model_type)
+    calls_a_function = "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(inspect.getmodule(type(base)))
+    assert describe(base).does_own_arithmetic is not calls_a_function
 
 
 @pytest.mark.parametrize(
