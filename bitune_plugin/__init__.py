@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import peft as _peft  # first: while it is imported, `bitune_autoload` imports modules of this package
 
+from . import peft_host as _peft_host  # noqa: F401  # before the rest of the package: it refuses a PEFT too old for it
 from .config import BituneConfig
 from .plugins import plugin_manager as _plugin_manager
 from .tuner import BituneModel

@@ -18,13 +18,7 @@ from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners import RandLoraModel, TrainableTokensConfig
 from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _filter_state_dict_by_key_prefixes,
-    _get_tuner_state_dict_key_prefixes,
-    check_target_module_exists,
-)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.tuners.tuners_utils import set_requires_grad as peft_set_requires_grad
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import ModulesToSaveWrapper
@@ -37,6 +31,7 @@ from .forward import attach, detach
 from .full import embeddings_and_head
 from .merging import merge, not_mergeable, unmerge, worth_merging
 from .mixing import AlphaFunction, mix
+from .peft_host import adapter_prefixes, filter_by_prefixes
 from .plugins import mixings
 from .routing import FlattenedTokens, ParameterAdapter, SeparateStreams, TwoAdapterLayer, bidirectional, extend, restore
 from .self_check import check_untried_versions
@@ -224,6 +219,11 @@ class BituneModel(BaseTuner):
         architecture = describe(model)
         implementation_for(model.config._attn_implementation)
         return {"inner": None, "architecture": architecture}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the model, and never its `forward` alone, as PEFT up to 0.20 did: `__call__` reads the prompt both
+        ways."""
+        return self.model(*args, **kwargs)
 
     def inject_adapter(
         self,
@@ -666,7 +666,7 @@ def _problems(model: nn.Module, config: BituneConfig, adapter_name: str, remappe
     expected = {
         key
         for name in (adapter_name, bidirectional(adapter_name))
-        for key in _filter_state_dict_by_key_prefixes(parameters, _get_tuner_state_dict_key_prefixes(model, name))
+        for key in filter_by_prefixes(parameters, adapter_prefixes(model, name))
         if name in key.split(".")
     }
     filled = {parameters[key] for key in given if key in parameters}  # under one of its keys, if layers share it

@@ -12,6 +12,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
+import peft
 import pytest
 
 import bitune_autoload
@@ -57,6 +58,29 @@ def test_importing_torch_imports_nothing_heavy() -> None:
     heavy = ("peft", "transformers", "accelerate", "trl", "bitune_plugin", "pluggy")
     code = f"import torch, sys; print('bitune_autoload' in sys.modules, [x for x in {heavy} if x in sys.modules])"
     assert python(code) == ("True []", "")
+
+
+OLD_PEFT = (
+    "import wrapt; wrapt.register_post_import_hook("
+    "lambda module: delattr(module.BaseTuner, '_remap_adapter_state_dict_for_load'), 'peft.tuners.tuners_utils')"
+)
+"""Makes PEFT lack what it lacks up to 0.20."""
+
+
+@pytest.mark.parametrize("first", ["torch", "peft"])
+def test_a_peft_that_is_too_old_can_be_imported_without_bitune(first: str) -> None:
+    printed, complaint = python(f"{OLD_PEFT}; import {first}; {KNOWN}")
+    assert printed == "False"
+    assert "lacks `BaseTuner._remap_adapter_state_dict_for_load`" in complaint
+    assert "Bitune adapters will not load" in complaint
+
+
+@pytest.mark.parametrize("statement", ["import bitune_plugin.layout", "from bitune_plugin import BituneModel"])
+def test_with_a_peft_that_is_too_old_nothing_of_bitune_can_be_used(statement: str) -> None:
+    code = f"{OLD_PEFT}\ntry:\n    {statement}\nexcept ImportError as error:\n    print(error)"
+    printed, _ = python(code, BITUNE_AUTOLOAD="0")
+    assert printed.startswith(f"Bitune cannot be used with PEFT {peft.__version__}, which lacks")
+    assert "pip install 'peft>=" in printed
 
 
 def test_torch_calls_it() -> None:
