@@ -5,28 +5,23 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from accelerate import PartialState
+import trl
 from transformers import PreTrainedModel
+
+from bitune_plugin.versions import TESTED
 
 __all__ = ["checkpointing_settings", "common_prefix_length", "main_process_first", "selective_checkpointing_works"]
 
 try:
     from trl.data_utils import common_prefix_length
-except ImportError:  # before TRL 1.14
-
-    def common_prefix_length(ids: list[int], other_ids: list[int]) -> int:
-        """The number of leading tokens that two sequences share."""
-        pairs = enumerate(zip(ids, other_ids, strict=False))
-        return next((i for i, (token, other) in pairs if token != other), min(len(ids), len(other_ids)))
-
-
-try:
     from trl.trainer.utils import global_then_local_main_first as main_process_first
-except ImportError:  # before TRL 1.14, which goes by processes and not by nodes
-
-    def main_process_first() -> Any:
-        """A context: one process fills the cache of datasets, and the others read it."""
-        return PartialState().main_process_first()
+except ImportError as error:
+    # Without `common_prefix_length` TRL also lets the prompt end elsewhere, if a chat template renders it differently
+    # once the completion follows.
+    raise ImportError(
+        f"Bitune's trainer cannot be used with TRL {trl.__version__} ({error}). Install a version from "
+        f"{TESTED['trl'].lowest} on: pip install 'trl>={TESTED['trl'].lowest}'"
+    ) from error
 
 
 def checkpointing_settings(args: Any) -> dict[str, Any]:

@@ -292,7 +292,9 @@ class TestTraining:
     def test_of_a_damaged_file_is_refused(self, spaced: Any, tmp_path: Path) -> None:
         (tmp_path / "damaged").mkdir()
         (tmp_path / "damaged" / "train.jsonl").write_text('{"question": ')
-        with pytest.raises(ValueError, match=r"`dataset_name=.*damaged` cannot be read: JSON parse error"):
+        with pytest.raises(
+            ValueError, match=r"`dataset_name=.*damaged` cannot be read: (JSON parse error|Expected object)"
+        ):
             train(spaced(dataset_name=str(tmp_path / "damaged")))
 
     @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from bitune_plugin.integrations.trl import answers_only
 from bitune_plugin.integrations.trl_data import PROMPT_MASK, has_prompt_and_completion, mark_prompt
 from bitune_plugin.layout import LayoutError
 from models import tiny, word_tokenizer
-from training import LORA, ONE_STEP, assert_exact, batch_of, chat, losses, pairs
+from training import LORA, ONE_STEP, WITH_LOGITS, assert_exact, batch_of, chat, losses, pairs
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,7 @@ class TestPrompt:
 
     @pytest.mark.parametrize(
         "settings",
-        [{"completion_only_loss": False}, {"label_smoothing_factor": 0.1}, {"loss_type": "dft"}],
+        [{"completion_only_loss": False}, {**WITH_LOGITS, "label_smoothing_factor": 0.1}, {"loss_type": "dft"}],
         ids=["loss on all text", "label smoothing", "dft"],
     )
     def test_does_not_depend_on_what_is_made_of_the_labels(
@@ -358,7 +359,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"`processing_class` is a SomeProcessor.*processor\.tokenizer"):
             trainer(processing_class=SomeProcessor())
 
-    @pytest.mark.parametrize("setting", ["cp_size", "sp_size"])
+    @pytest.mark.parametrize("setting", sorted({"cp_size", "sp_size"} & signature(ParallelismConfig).parameters.keys()))
     def test_rows_in_pieces(self, trainer: Any, setting: str) -> None:
         args = trainer().args
         args.parallelism_config = ParallelismConfig(**{setting: 2})

@@ -18,6 +18,7 @@ from helpers import assert_close
 from training import (
     LORA,
     ONE_STEP,
+    WITH_LOGITS,
     TokenLoss,
     assert_exact,
     batch_of,
@@ -68,8 +69,8 @@ class TestLosses:
         ("settings", "token_loss"),
         [
             ({"loss_type": "dft"}, dft),
-            ({"label_smoothing_factor": 0.1}, smoothed),
-            ({"compute_loss_func": of_the_user}, doubled),
+            ({**WITH_LOGITS, "label_smoothing_factor": 0.1}, smoothed),
+            ({**WITH_LOGITS, "compute_loss_func": of_the_user}, doubled),
         ],
         ids=["dft", "label smoothing", "of the user"],
     )
@@ -197,7 +198,9 @@ class TestMetrics:
             seen["logits"] = torch.tensor(prediction.predictions)
             return {}
 
-        t = trainer(**layout, eval_dataset=EVAL_ROWS, compute_metrics=metrics, per_device_eval_batch_size=6)
+        t = trainer(
+            **WITH_LOGITS, **layout, eval_dataset=EVAL_ROWS, compute_metrics=metrics, per_device_eval_batch_size=6
+        )
         t.evaluate()
         (batch,) = t.get_eval_dataloader()
         oracle = oracle_of(t)
@@ -212,6 +215,7 @@ class TestMetrics:
             return {"right": int((guesses == labels)[labels != -100].sum())}
 
         t = trainer(
+            **WITH_LOGITS,
             eval_dataset=EVAL_ROWS,
             compute_metrics=count,
             preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),

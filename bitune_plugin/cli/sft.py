@@ -225,9 +225,11 @@ def _checked_config(argv: list[str]) -> list[str]:
         if not file:
             raise ValueError("`--config` wants a YAML file behind it.")
         try:
-            yaml.safe_load(Path(file[0]).read_text())
+            content = yaml.safe_load(Path(file[0]).read_text())
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{file[0]} is not valid YAML: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{file[0]} must contain a YAML mapping, lines like `max_steps: 100`.")
     return argv
 
 
@@ -302,7 +304,7 @@ def train(argv: list[str]) -> BituneSFTTrainer:
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
         trainer.accelerator.print(f"It is on the hub, too: https://huggingface.co/{trainer.hub_model_id}")
-    trainer.end()
+    trainer.accelerator.end_training()  # `trainer.end()` does no more, and transformers 5.17 does not have it
     return trainer
 
 
@@ -328,8 +330,9 @@ def _load(script: ScriptArguments, mixture: DatasetMixtureConfig) -> DatasetDict
         raise ValueError("There is no dataset: set `dataset_name`, or `datasets` in the YAML file.")
     try:
         return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
-    except DatasetGenerationError as error:  # which leaves it to its cause to say why
-        raise ValueError(f"`dataset_name={script.dataset_name}` cannot be read: {error.__cause__}.") from error
+    except (DatasetGenerationError, ValueError) as error:  # the former leaves it to its cause to say why
+        reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        raise ValueError(f"`dataset_name={script.dataset_name}` cannot be read: {reason}.") from error
 
 
 def _split(dataset: DatasetDict | IterableDatasetDict, name: str, settings: Settings) -> Samples:
