@@ -16,11 +16,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from .autocast import concatenate
 from .kernels import KERNELS
 from .layout import Parts, PromptLayout
 from .masks import Chunk, Reach, Sight, Window
@@ -128,7 +128,7 @@ def _attend_in_groups(
         q, k, v, k_kept, v_kept = parts
         by_encoded, by_copy, by_answer = documents.sights(reach, reading.second_pass_causal)
         encoded = _attended(attend, q.encoded, k.encoded, v.encoded, by_encoded)
-        k_seen, v_seen = (torch.cat([kept.encoded, kept.answer], dim=2) for kept in (k_kept, v_kept))
+        k_seen, v_seen = (concatenate([kept.encoded, kept.answer], dim=2) for kept in (k_kept, v_kept))
         answer = _attended(attend, q.answer, k_seen, v_seen, by_answer)
         copy = _attended(attend, q.copy, k.copy, v.copy, by_copy)
         attended.append(Parts(encoded, answer, copy))

@@ -16,6 +16,7 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .attention import MIXING
 from .routing import Stream, bidirectional, current_reading
@@ -67,6 +68,8 @@ class FullLayer(nn.Module, BaseTunerLayer):
     """A layer, and a trained copy of it for every adapter name. Passes for the active copy."""
 
     adapter_layer_names = ("bitune_full",)
+    cast_input_dtype_enabled = True
+    """Read and set by `peft.helpers.disable_input_dtype_casting`; nothing is cast here."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -114,6 +117,10 @@ class FullLayer(nn.Module, BaseTunerLayer):
         return self.active(*args, **kwargs)
 
 
+class FullLinear(FullLayer):
+    """A linear layer with its copies. For PEFT, "all-linear" are those whose class has "Linear" in its name."""
+
+
 class FullModel(BaseTuner):
     """Puts `FullLayer`s on a model. PEFT's LN tuning does the same with norms."""
 
@@ -148,7 +155,7 @@ class FullModel(BaseTuner):
             layer = target
         else:
             self._check_trainable(target, current_key)
-            layer = FullLayer(target)
+            layer = (FullLinear if isinstance(target, (nn.Linear, Conv1D)) else FullLayer)(target)
             layer._active_adapter = self.active_adapters
             self._replace_module(parent, target_name, layer, target)
         layer.bitune_full[adapter_name] = copy.deepcopy(layer.base_layer)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import MIXING
+from .autocast import concatenate
 from .kernels import additive
 from .layout import PromptLayout
 from .masks import Reach
@@ -52,12 +53,12 @@ class MixingCache:
         )
         # Short prompts leave slots of encoded prompts to the first tokens of their answers.
         encoded = layout.documents[0].encoded[:, None, :, None]
-        key_kept = torch.cat([torch.where(encoded, key_mixed, key_encoded), key_rest], dim=2)
-        value_kept = torch.cat([torch.where(encoded, value_mixed, value_encoded), value_rest], dim=2)
+        key_kept = concatenate([torch.where(encoded, key_mixed, key_encoded), key_rest], dim=2)
+        value_kept = concatenate([torch.where(encoded, value_mixed, value_encoded), value_rest], dim=2)
         if self.reading.cache is not None:
             in_token_order = (layout.restore(kept.transpose(1, 2)).transpose(1, 2) for kept in (key_kept, value_kept))
             self.reading.cache.update(*in_token_order, layer_idx)
-        return torch.cat([key, key_kept], dim=2), torch.cat([value, value_kept], dim=2)
+        return concatenate([key, key_kept], dim=2), concatenate([value, value_kept], dim=2)
 
     def _split(self, states: Tensor) -> tuple[Tensor, ...]:
         """The first `E` tokens of each row, the others of its `L`, and the copy."""

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .autocast import concatenate
 from .masks import Documents, Made, once
 
 IGNORED = -100
@@ -153,8 +154,8 @@ class PromptLayout:
         """Puts documents back into lengthened rows: `[D, slots, heads, size]` for each of `documents` to
         `[R, M, heads, size]`."""
         if self.to_slots is None:
-            return torch.cat(parts[0], dim=1)
-        slots = torch.cat([piece.flatten(0, 1) for each in parts for piece in each])
+            return concatenate(parts[0], dim=1)
+        slots = concatenate([piece.flatten(0, 1) for each in parts for piece in each])
         return rearrange(slots, self.to_tokens, self.to_slots)[None]
 
 

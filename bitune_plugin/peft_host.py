@@ -20,8 +20,13 @@ OF_TUNERS = (
 )
 """Attributes of `BaseTuner` by which a method says which weights to save, and under which names."""
 
-OF_MODULE = ("_filter_state_dict_by_key_prefixes", "_get_tuner_state_dict_key_prefixes")
-"""Functions of `peft.tuners.tuners_utils`: they tell the weights of an adapter from all others."""
+OF_MODULE = (
+    "_filter_state_dict_by_key_prefixes",
+    "_get_tuner_state_dict_key_prefixes",
+    "_maybe_include_all_linear_layers",
+)
+"""Functions of `peft.tuners.tuners_utils`: two tell the weights of an adapter from all others, the third puts names in
+place of "all-linear"."""
 
 
 def require_seams() -> None:
@@ -43,3 +48,4 @@ def require_seams() -> None:
 require_seams()
 filter_by_prefixes = tuners_utils._filter_state_dict_by_key_prefixes
 adapter_prefixes = tuners_utils._get_tuner_state_dict_key_prefixes
+name_all_linear = tuners_utils._maybe_include_all_linear_layers

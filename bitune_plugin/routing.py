@@ -27,6 +27,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import Cache
 
+from .autocast import concatenate
 from .layout import PromptLayout
 from .modeling.host import cache_keyword
 from .per_thread import PerThread
@@ -222,7 +223,7 @@ class TwoAdapterLayer(Extension):
             )
         if tokens.dim() == 3 and plain:
             return both_loras(self, tokens, layout.tokens, reading.adapter, second_name)
-        return torch.cat(list(_on_each_part(self.forward, reading, tokens, *args, **kwargs)), dim=1)
+        return concatenate(list(_on_each_part(self.forward, reading, tokens, *args, **kwargs)), dim=1)
 
 
 def _is_behind_heads(tokens: Tensor, length: int) -> bool:
@@ -286,8 +287,8 @@ def _join(first: Any, second: Any, rows: int) -> Any:
     if first is None:
         return None
     if first.dim() > 2 and first.shape[0] == rows:
-        return torch.cat([first, second], dim=1)
-    return torch.cat([first.unflatten(0, (rows, -1)), second.unflatten(0, (rows, -1))], dim=1).flatten(0, 1)
+        return concatenate([first, second], dim=1)
+    return concatenate([first.unflatten(0, (rows, -1)), second.unflatten(0, (rows, -1))], dim=1).flatten(0, 1)
 
 
 def with_active_adapter(layer: BaseTunerLayer, adapter_name: str) -> BaseTunerLayer:
@@ -344,8 +345,8 @@ def both_loras(layer: lora.Linear, tokens: Tensor, split: int, first: str, secon
     first_down, first_up = layer.lora_A[first].weight, layer.lora_B[first].weight
     if layer.merged:  # what is inside the weights is not trained
         first_down, first_up = first_down.detach(), first_up.detach()
-    down = torch.cat([first_down, layer.lora_A[second].weight])
-    up = torch.cat([first_up, layer.lora_B[second].weight], dim=1)
+    down = concatenate([first_down, layer.lora_A[second].weight])
+    up = concatenate([first_up, layer.lora_B[second].weight], dim=1)
     scaling = down.new_zeros(tokens.shape[1], down.shape[0])
     rank = layer.lora_A[first].out_features
     scaling[split:, rank:] = layer.scaling[second]

@@ -18,10 +18,14 @@ from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners import RandLoraModel, TrainableTokensConfig
 from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    check_target_module_exists,
+)
 from peft.tuners.tuners_utils import set_requires_grad as peft_set_requires_grad
 from peft.utils.integrations import init_empty_weights
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .architectures import describe
@@ -31,7 +35,7 @@ from .forward import attach, detach
 from .full import embeddings_and_head
 from .merging import merge, not_mergeable, unmerge, worth_merging
 from .mixing import AlphaFunction, mix
-from .peft_host import adapter_prefixes, filter_by_prefixes
+from .peft_host import adapter_prefixes, filter_by_prefixes, name_all_linear
 from .plugins import mixings
 from .routing import FlattenedTokens, ParameterAdapter, SeparateStreams, TwoAdapterLayer, bidirectional, extend, restore
 from .self_check import check_untried_versions
@@ -66,6 +70,8 @@ class MixingLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("theta_key", "theta_value")
     other_param_names = ("settings",)
+    cast_input_dtype_enabled = True
+    """Read and set by `peft.helpers.disable_input_dtype_casting`; nothing is cast here."""
 
     def __init__(self, heads: int, owner: MixingLayer | None, shared: MixingLayer | None = None) -> None:
         super().__init__()
@@ -199,6 +205,7 @@ class BituneModel(BaseTuner):
         check_untried_versions()
         with _without_note_if_refused(model), all_or_nothing(model):
             # All that may be refused is refused before the model is changed.
+            _check_not_compiled(model)
             _check_bare(model, adapter_name)
             if isinstance(peft_config, BituneConfig):  # no PeftModel around it
                 _check_no_shared_weights(peft_config)
@@ -255,6 +262,7 @@ class BituneModel(BaseTuner):
         options: dict[str, Any],
     ) -> None:
         self._leave_out_unadaptable(config.causal_config())
+        _leave_out_copies(config.causal_config(), model)
         # Remembered for `unload`: the inner tuner freezes the model.
         if self.inner is None:
             self.__dict__["trained_before"] = [p for p in model.parameters() if p.requires_grad]
@@ -265,6 +273,8 @@ class BituneModel(BaseTuner):
             self._inject_stream(*second, autocast_adapter_dtype, options)
         with init_empty_weights() if options["low_cpu_mem_usage"] else nullcontext():
             self._add_mixing(adapter_name, config)
+        self.targeted_module_names = self.inner.targeted_module_names
+        self.targeted_parameter_names = self.inner.targeted_parameter_names
         self._route_adapters(adapter_name)
         attach(model, self.architecture)
         if adapter_name in self.active_adapters:
@@ -281,8 +291,11 @@ class BituneModel(BaseTuner):
         names = self.check_one(adapter_name)
         self.unmerge_for("set_adapter")
         with switched_or_as_before(self, self.inner):
-            super().set_adapter(names, inference_mode=inference_mode)
-            self.inner.active_adapter = names
+            # Not PEFT's way for all tuner layers: trainable tokens are one too, and fail with an adapter that has none.
+            self.inner.set_adapter(names, inference_mode=inference_mode)
+            for mixing in self._mixing_layers():
+                mixing.set_adapter(names, inference_mode=inference_mode)
+            self.active_adapter = names
             peft_set_requires_grad(self.model, [bidirectional(name) for name in names], not inference_mode)
 
     def check_one(self, adapter_name: str | list[str]) -> list[str]:
@@ -298,18 +311,37 @@ class BituneModel(BaseTuner):
         super().set_requires_grad([*names, *map(bidirectional, names)], requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Removes an adapter, both its streams. See `BaseTuner.delete_adapter`."""
+        """Removes an adapter, both its streams. If it is active, the first of the others in alphabetical order is
+        activated, as in PEFT. See `BaseTuner.delete_adapter`."""
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist. There are: {', '.join(self.peft_config)}.")
         self.unmerge_for("delete_adapter")
         with all_or_nothing(self, self.inner):
-            was_active = adapter_name in self.active_adapters
+            left = sorted(other for other in self.peft_config if other != adapter_name)
+            if adapter_name in self.active_adapters and left:
+                # Before it is gone: layers that lack the next adapter would each choose another one.
+                warnings.warn(f"Adapter {adapter_name} was active. The active adapter is now {left[0]}.", stacklevel=3)
+                self.set_adapter(left[0])
+            active = [other for other in self.active_adapters if other != adapter_name]
             for name in (bidirectional(adapter_name), adapter_name):
                 if name in self.inner.peft_config:
                     self.inner.delete_adapter(name)
-            super().delete_adapter(adapter_name)
-            if was_active:
-                self.set_adapter(self.active_adapters)
+            for mixing in self._mixing_layers():
+                mixing.delete_adapter(adapter_name)
+            del self.peft_config[adapter_name]
+            self.inner.active_adapter = self.active_adapter = active
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: PEFT's sum of adapters is one of low-rank updates, and theta is no such thing.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "`add_weighted_adapter` has no meaning for Bitune adapters: how much of the bidirectional stream is mixed "
+            "in (theta) belongs to the two streams it was trained with, and the sum of several adapters has no theta. "
+            "Train one adapter on the data of all, or switch between them with `set_adapter`."
+        )
 
     def alphas(self, adapter_name: str | None = None) -> dict[str, list[Tensor]]:
         """How much of the bidirectional reading each layer takes.
@@ -630,6 +662,25 @@ def _check_bare(model: nn.Module, adapter_name: str) -> None:
         raise ValueError(
             "This model already carries another PEFT adapter, and Bitune cannot be put on top of it. Call "
             "`unload()` or `merge_and_unload()` first, and pass its config as `BituneConfig(adapter=...)`."
+        )
+
+
+def _leave_out_copies(config: PeftConfig, model: nn.Module) -> None:
+    """Puts names in place of "all-linear" on a model with modules trained whole: PEFT 0.21.2 takes each adapter's copy
+    of a linear layer for another linear layer, adapts it, and freezes it with that."""
+    wrappers = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    if wrappers and config.target_modules == "all-linear":
+        name_all_linear(config, model)
+        inside = tuple(f"{name}." for name in wrappers)
+        config.target_modules = {name for name in config.target_modules if not name.startswith(inside)}
+
+
+def _check_not_compiled(model: nn.Module) -> None:
+    """Raises ValueError for what `torch.compile` returns."""
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            "The model is compiled (`torch.compile`), and Bitune changes how it runs. Put the adapter on first and "
+            "compile then: `torch.compile(get_peft_model(model, config))`; or pass the model from before."
         )
 
 

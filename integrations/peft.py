@@ -12,14 +12,17 @@ def bitune_register(host: str) -> None:
 
 
 def register() -> None:
-    """Enters Bitune, and full fine-tuning as a method inside it, into PEFT's mappings.
+    """Enters Bitune, and full fine-tuning as a method inside it, into PEFT's mappings; and replaces its function
+    `get_layer_status`, which has no other seam, by one that knows that an adapter has two streams.
 
     By hand: `peft.utils.register_peft_method` takes only names that are members of PEFT's `PeftType` enum (PEFT
     0.21.2).
     """
-    from peft import mapping
+    import peft
+    from peft import mapping, peft_model
 
     from bitune_plugin import config, full
+    from bitune_plugin.status import with_streams_joined
     from bitune_plugin.tuner import BituneModel
 
     methods = {
@@ -30,3 +33,5 @@ def register() -> None:
         mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name] = config_class
         mapping.PEFT_TYPE_TO_TUNER_MAPPING[name] = tuner_class
         mapping.PEFT_TYPE_TO_PREFIX_MAPPING[name] = tuner_class.prefix
+    if peft_model.get_layer_status.__module__ == peft_model.__name__:
+        peft.get_layer_status = peft_model.get_layer_status = with_streams_joined(peft_model.get_layer_status)

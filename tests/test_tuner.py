@@ -523,6 +523,26 @@ def test_deleting_the_active_adapter_switches_to_another() -> None:
     assert _trainable(model) == {"other", "other__bidirectional"}
 
 
+@pytest.mark.parametrize("options", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [4, 5]}])
+def test_deleting_the_active_adapter_switches_modules_that_serve_both_streams_too(options: dict) -> None:
+    """To the first adapter that is left in alphabetical order, as PEFT does, whether it has such modules or not."""
+    model = get_peft_model(tiny(), BituneConfig(adapter=lora(**options))).eval()
+    for name, others in (("last", options), ("first", {})):
+        model.add_adapter(name, BituneConfig(adapter=lora(target_modules=["q_proj", "v_proj"], **others)))
+    randomise_adapters(model)
+    expected = {}
+    for name in ("first", "last"):
+        model.set_adapter(name)
+        expected[name] = logits(model)
+    model.set_adapter("default")
+
+    for deleted, active in (("default", "first"), ("first", "last")):
+        with pytest.warns(UserWarning, match=active):
+            model.delete_adapter(deleted)
+        assert model.active_adapters == model.base_model.inner.active_adapters == [active]
+        assert torch.equal(logits(model), expected[active])
+
+
 def test_a_deleted_adapter_can_be_replaced(folder: Path) -> None:
     model = bitune(theta_init=0.1)
     model.delete_adapter("default")
@@ -533,15 +553,18 @@ def test_a_deleted_adapter_can_be_replaced(folder: Path) -> None:
     assert torch.equal(logits(model), logits(bitune()))
 
 
-def test_the_last_adapter_can_be_deleted_and_another_put_in_its_place() -> None:
-    model = bitune()
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [4, 5]}])
+def test_the_last_adapter_can_be_deleted_and_another_put_in_its_place(options: dict) -> None:
+    model = bitune(adapter=lora(**options))
     model.delete_adapter("default")
+    assert (model.active_adapters, list(model.peft_config), _trainable(model)) == ([], [], set())
+    assert torch.equal(plain_logits(model.base_model.model), plain_logits(tiny()))
 
-    model.add_adapter("next", BituneConfig(adapter=lora()))
+    model.add_adapter("next", BituneConfig(adapter=lora(**options)))
     model.set_adapter("next")
     randomise_adapters(model)
 
-    assert torch.equal(logits(model), logits(bitune()))
+    assert torch.equal(logits(model), logits(bitune(adapter=lora(**options))))
 
 
 def test_adapters_with_inner_configs_of_two_types_are_refused() -> None:
