@@ -18,11 +18,7 @@ from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners import RandLoraModel, TrainableTokensConfig
 from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    check_target_module_exists,
-)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.tuners.tuners_utils import set_requires_grad as peft_set_requires_grad
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
