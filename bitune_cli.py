@@ -104,4 +104,13 @@ def _parser() -> argparse.ArgumentParser:
 def _in_one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    line = " ".join(str(error).split()) or type(error).__name__
+    root = _root_of(error)
+    return f"{line} ({type(root).__name__}: {' '.join(str(root).split())})" if root is not error else line
+
+
+def _root_of(error: BaseException) -> BaseException:
+    """The error that stopped an import: transformers raises a ModuleNotFoundError because of it, whatever it was."""
+    while isinstance(error, ModuleNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error

@@ -105,10 +105,11 @@ def _additive(seen: Sight, dtype: torch.dtype) -> Tensor:
 
 def _block_mask(seen: Sight) -> BlockMask:
     (rows, queries), keys, mask = seen.queries.shape, seen.keys.shape[1], seen.dense()
-    of_rows = mask.expand(rows, 1, queries, keys)
+    # Without the dimension of one head, because torch 2.6 cannot index by tensors and a number in a mask function.
+    of_rows = mask.expand(rows, 1, queries, keys)[:, 0]
 
     def sees(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return of_rows[row, 0, query, key]
+        return of_rows[row, query, key]
 
     return create_block_mask(sees, mask.shape[0], None, queries, keys, device=mask.device)
 

@@ -8,6 +8,7 @@ import tomllib
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -95,6 +96,14 @@ def test_an_error_is_one_line(sft: SimpleNamespace, error: Exception, line: str,
     assert capsys.readouterr() == ("", f"bitune sft: error: {line}\n")
 
 
+def test_an_import_that_failed_says_what_stopped_it(sft: SimpleNamespace, capsys) -> None:
+    sft.error = ModuleNotFoundError("Could not import module 'X'.")
+    sft.error.__cause__ = AttributeError("no 'register_constant'")
+    assert main(["sft"]) == 1
+    line = "Could not import module 'X'. (AttributeError: no 'register_constant')"
+    assert capsys.readouterr().err == f"bitune sft: error: {line}\n"
+
+
 def test_without_trl_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.delitem(sys.modules, "bitune_plugin.cli.sft", raising=False)
     for name in [name for name in sys.modules if name.partition(".")[0] == "trl"]:
@@ -115,6 +124,12 @@ def test_a_mistake_of_ours_is_not_hidden(sft: SimpleNamespace) -> None:
     sft.error = AssertionError("a bug")
     with pytest.raises(AssertionError):
         main(["sft"])
+
+
+@pytest.mark.parametrize(("returned", "code"), [(0, 0), (1, 1), (None, 0), ("a trainer", 0)])
+def test_the_exit_code_is_that_of_the_command_if_it_has_one(sft: SimpleNamespace, returned: Any, code: int) -> None:
+    sft.main = lambda arguments: returned
+    assert main(["sft"]) == code
 
 
 def test_an_interruption_is_told_by_the_exit_code(sft: SimpleNamespace, capsys) -> None:

@@ -136,7 +136,7 @@ def _table_of_versions() -> Table:
 
 def _table_of_results(results: Sequence[Result]) -> Table:
     table = Table(title="checks", title_justify="left")
-    for title in ("check", "where", "difference"):
+    for title in ("check", "where", "result"):
         table.add_column(title, overflow="fold")
     table.add_column("tolerance", justify="right")
     for _, group in groupby(results, key=lambda result: result.where):
