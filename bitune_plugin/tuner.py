@@ -262,6 +262,9 @@ class BituneModel(BaseTuner):
         # Remembered for `unload`: the inner tuner freezes the model.
         if self.inner is None:
             self.__dict__["trained_before"] = [p for p in model.parameters() if p.requires_grad]
+        if self.inner is not None and not self.active_adapters:
+            # The last adapter was deleted. PEFT 0.21.2 cannot add one beside modules trained whole if none is active.
+            self.inner.active_adapter = self.active_adapter = [adapter_name]
         self._inject_stream(adapter_name, config.causal_config(), autocast_adapter_dtype, options)
         if not config.share_adapter:
             # Copied now, when the first injection has put names in place of "all-linear".

@@ -80,6 +80,16 @@ def test_a_further_adapter_leaves_copies_of_modules_trained_whole_alone(options:
     assert torch.equal(outputs(model), expected)
 
 
+def test_a_second_set_of_full_weights_can_be_added() -> None:
+    model = bitune(adapter=FullConfig())
+    expected = outputs(model)
+
+    model.add_adapter("other", BituneConfig(adapter=FullConfig()))
+    assert torch.equal(outputs(model), expected)
+    model.set_adapter("other")
+    torch.testing.assert_close(outputs(model), outputs(get_peft_model(tiny(), BituneConfig(adapter="full")).eval()))
+
+
 # --- Functions that work, and those that are refused -------------------------------------------------------------
 
 
