@@ -26,10 +26,11 @@ from torch import Tensor
 
 from .attention import MIXING
 from .config import NO_MIXING, BituneConfig
+from .integrity import ROOT
 from .plugins import mixings
-from .saved import ROOT, read_config
+from .saved import read_config
 from .tuner import BIDIRECTIONAL, first
-from .weights import read_weights
+from .weights import not_finite, read_weights
 
 Weights = Mapping[str, Tensor]
 Mixer = dict[str, Tensor]
@@ -144,7 +145,7 @@ def _check_adapters(folder: Path, inner: PeftConfig, causal: Weights, second: We
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[inner.peft_type]
     both = [*causal.items(), *((f"{SECOND}: {key}", value) for key, value in second.items())]
     problems = [f"unknown: {key}" for key, _ in both if f".{prefix}" not in key]
-    problems += [f"not finite: {key}" for key, value in both if not value.isfinite().all()]
+    problems += not_finite(dict(both))
     problems += [f"missing in {SECOND!r}: {key}" for key in sorted(causal.keys() - second.keys())]
     problems += [f"only in {SECOND!r}: {key}" for key in sorted(second.keys() - causal.keys())]
     _raise_if_any(folder, problems or ([] if causal else ["no weights"]))

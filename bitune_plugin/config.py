@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
+import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,17 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, TaskType
 from .full import FullConfig, PeftTypeName
 from .methods import check_method
 from .plugins import mixings
-from .weights import read_weights
+from .weights import lacking_whole, read_weights
 
 PEFT_TYPE = "BITUNE"
 NO_MIXING = "none"
 GRANULARITIES = ("layer", "head", "model")
 SECOND_PASSES = ("bidirectional", "causal")
+
+THETA_INIT = (1e-12, 1e12)
+"""Least and greatest `theta_init`. Alpha starts at one half for each; theta's gradient is alpha's times
+`1 / (4 theta_init)`. Its square, which gradient clipping and Adam take, must neither overflow nor vanish in float32
+(1e38 and 1e-38), and room is left for the gradient of alpha itself and for the scaled losses of float16."""
 
 SHARED_FIELDS = ("task_type", "base_model_name_or_path", "revision", "inference_mode")
 """Fields that the inner config takes from the outer one, so that it is a whole PEFT config by itself."""
@@ -42,8 +47,8 @@ class BituneConfig(PeftConfig):
     Args:
         adapter: the PEFT config of both streams, as an object or a dict with its `peft_type`; or `"full"`, which
             trains the weights of all linear layers themselves, one set per stream (`FullConfig`).
-        theta_init: where the mixing coefficients start; alpha starts at one half whatever it is, but the smaller it
-            is, the faster alpha moves.
+        theta_init: where the mixing coefficients start, from 1e-12 to 1e12; alpha starts at one half whatever it is,
+            but the smaller it is, the faster alpha moves.
         mixing: how theta becomes alpha. `"abs"`, `"relu"`, `"none"` (answers see bidirectional features only), or a
             plugin's.
         mixing_granularity: one theta for keys and one for values per `"layer"`, per key/value `"head"` of each
@@ -84,8 +89,12 @@ class BituneConfig(PeftConfig):
         _check_choice("mixing", self.mixing, [*mixings(), NO_MIXING])
         _check_choice("mixing_granularity", self.mixing_granularity, GRANULARITIES)
         _check_choice("second_pass_attention", self.second_pass_attention, SECOND_PASSES)
-        if not _is_number(self.theta_init) or not math.isfinite(self.theta_init) or self.theta_init <= 0:
-            raise ValueError(f"`theta_init={self.theta_init!r}` must be a positive, finite number, for instance 0.01.")
+        low, high = THETA_INIT
+        if not _is_number(self.theta_init) or not low <= self.theta_init <= high:
+            raise ValueError(
+                f"`theta_init={reprlib.repr(self.theta_init)}` must be a number between {low:g} and {high:g}, such as "
+                "0.01. Beyond, theta or its gradient is 0 or infinite in float32."
+            )
         if not isinstance(self.share_adapter, bool):
             raise ValueError(f"`share_adapter={self.share_adapter!r}` must be True or False.")
         self._check_ablations()
@@ -230,9 +239,8 @@ def _check_weights(folder: Path, config: BituneConfig) -> None:
                 f"{WEIGHTS_NAME}. Copy or download the adapter again."
             ) from error
         return
-    for module in getattr(config, "modules_to_save", None) or []:
-        if not any(f".{module}." in f".{key}." for key in keys):
-            raise ValueError(
-                f"The weights in {folder} lack the module {module!r}, which `modules_to_save` of the config names. "
-                "Copy or download the adapter again."
-            )
+    lacking = list(lacking_whole(config.adapter, keys))
+    if lacking:
+        raise ValueError(
+            f"The weights in {folder} are damaged: {'; '.join(lacking)}. Copy or download the adapter again."
+        )

@@ -26,15 +26,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .attention import MIXING
-from .config import NO_MIXING, BituneConfig
+from .config import BituneConfig
+from .integrity import ROOT, problems_of
 from .plugins import mixings
 from .tuner import BIDIRECTIONAL, first
 from .weights import read_weights
 
 Config = TypeVar("Config", bound=PeftConfig)
-
-ROOT = "base_model.model."
-"""What PEFT puts before the names of a model's modules."""
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 """Folders that a trainer saves on its way."""
@@ -200,16 +198,8 @@ class SavedAdapter:
         return {key.split(f".{prefix}")[0].removeprefix(ROOT) for key in weights if f".{prefix}" in key}
 
     def _check(self) -> None:
-        """Raises ValueError if weights are missing, or theta is no number."""
-        expected = {f"{ROOT}{name}.{MIXING}.theta_{kind}" for name in self.attentions for kind in ("key", "value")}
-        problems = [f"missing: {key}" for key in sorted(expected - self.theta.keys())]
-        problems += [f"not finite: {key}" for key, value in self.theta.items() if not value.isfinite().all()]
-        if not self.causal:
-            problems.append("no weights of the causal stream")
-        if not self.bidirectional and not self.config.share_adapter:
-            problems.append("no weights of the bidirectional stream")
-        if not self.theta and self.config.mixing != NO_MIXING:
-            problems.append("no theta")
+        """Raises ValueError if the weights are not those of the config."""
+        problems = problems_of(self.config, self.weights)
         if problems:
             raise ValueError(
                 f"The weights in {self.folder} are not those of its config: {'; '.join(first(problems))}. Copy the "

@@ -36,6 +36,7 @@ from .plugins import mixings
 from .routing import FlattenedTokens, ParameterAdapter, SeparateStreams, TwoAdapterLayer, bidirectional, extend, restore
 from .self_check import check_untried_versions
 from .undo import all_or_nothing, switched_or_as_before
+from .weights import not_finite
 
 BIDIRECTIONAL = "bidirectional"
 """What stands in the keys of a saved adapter where the inner adapter's name stands in the model."""
@@ -729,9 +730,9 @@ def _problems(model: nn.Module, config: BituneConfig, adapter_name: str, remappe
                 problems.append(f"unknown: {key}")
         elif value.shape != in_model[key].shape:
             problems.append(f"shape {list(value.shape)} where the model has {list(in_model[key].shape)}: {key}")
-        elif value.is_floating_point() and not torch.isfinite(value).all():
-            problems.append(f"not finite: {key}")
-    return problems
+        elif in_model[key].is_floating_point() and not value.is_floating_point():
+            problems.append(f"{value.dtype}, which is no floating-point number: {key}")
+    return [*problems, *not_finite(given)]
 
 
 def _tie(model: nn.Module, config: BituneConfig, adapter_name: str, remapped: dict[str, Tensor]) -> None:

@@ -1,12 +1,14 @@
-"""The weights of a saved adapter, as they lie in its folder."""
+"""The weights of a saved adapter, as they lie in its folder, and what is wrong with them for any model."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from zipfile import is_zipfile
 
 import torch
+from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -39,3 +41,42 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         ValueError,
     ) as error:
         raise ValueError(f"The weights in {folder} are damaged ({error}). Copy the adapter again.") from error
+
+
+def not_finite(weights: Mapping[str, Tensor]) -> Iterator[str]:
+    """Which weights have values that are no numbers, or infinite."""
+    for key, value in weights.items():
+        if not value.is_floating_point():
+            continue
+        try:
+            finite = _in_checkable_dtype(value).isfinite().all()
+        except NotImplementedError:  # torch 2.13 cannot do anything with numbers of four bits
+            yield f"{value.dtype}, which cannot be read: {key}"
+        else:
+            if not finite:
+                yield f"not finite: {key}"
+
+
+def _in_checkable_dtype(value: Tensor) -> Tensor:
+    return value.float() if value.element_size() < 2 else value  # of eight bits, torch has no `isfinite`
+
+
+def lacking_whole(config: PeftConfig, keys: Iterable[str]) -> Iterator[str]:
+    """What `config` says is trained whole, once for both streams, and `keys` do not have.
+
+    Args:
+        config: of the inner method.
+        keys: of the saved weights.
+    """
+    dotted = [f".{key}." for key in keys]
+    for module in getattr(config, "modules_to_save", None) or []:
+        if not any(f".{module}." in key for key in dotted):
+            yield f"missing: the module {module!r}, which `modules_to_save` of the config names"
+    tokens = getattr(config, "trainable_token_indices", None) or {}
+    by_module = tokens if isinstance(tokens, dict) else {"": tokens}
+    found = {name for name in by_module if any(f"{name}.token_adapter.".lstrip(".") in key for key in dotted)}
+    saved = [by_module[name] for name in found]
+    for name, indices in by_module.items():
+        if name not in found and indices not in saved:  # of modules with tied weights, PEFT saves one
+            which = f" of {name!r}" if name else ""
+            yield f"missing: the tokens{which}, which `trainable_token_indices` of the config names"

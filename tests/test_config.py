@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import pickle
+import reprlib
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ from peft import (
 from safetensors.torch import save_file
 
 from bitune_plugin import BituneConfig
+from bitune_plugin.config import THETA_INIT
+from bitune_plugin.plugins import mixings
 
 # --- What is chosen when nothing is said ------------------------------------------------------------------------------
 
@@ -75,15 +78,29 @@ def test_an_unknown_choice_is_refused_and_the_known_ones_named(name: str, choice
     assert all(choice in str(caught.value) for choice in choices)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0, 0.0, -0.01, True, False, "0.01", None, [0.01]])
-def test_theta_must_start_at_a_positive_finite_number(value) -> None:
-    with pytest.raises(ValueError, match="`theta_init="):
+NO_NUMBERS = [math.nan, math.inf, -math.inf, 0, 0.0, -0.01, True, False, "0.01", None, [0.01]]
+
+
+@pytest.mark.parametrize("value", [*NO_NUMBERS, 1e-46, 1e-40, 1e-13, 1e13, 1e39, 10**400], ids=reprlib.repr)
+def test_theta_must_start_at_a_positive_number_that_float32_can_train(value) -> None:
+    with pytest.raises(ValueError, match=r"`theta_init=.*between 1e-12 and 1e\+12"):
         BituneConfig(theta_init=value)
 
 
-@pytest.mark.parametrize("value", [0.01, 1, 1e-6, 3.5])
-def test_any_positive_number_will_do_for_theta(value: float) -> None:
+@pytest.mark.parametrize("value", [0.01, 1, 1e-6, 3.5, *THETA_INIT])
+def test_any_other_number_will_do_for_theta(value: float) -> None:
     assert BituneConfig(theta_init=value).theta_init == value
+
+
+@pytest.mark.parametrize("mixing", ["abs", "relu"])
+@pytest.mark.parametrize("value", THETA_INIT)
+def test_at_the_ends_of_its_range_theta_still_has_a_gradient_that_can_be_squared(value: float, mixing: str) -> None:
+    theta = torch.full((1,), value, requires_grad=True)
+    alpha = mixings()[mixing](theta, value)
+    alpha.backward()
+    square = theta.grad.square()
+    assert alpha.item() == pytest.approx(0.5)
+    assert 1e-30 < square.item() < 1e30
 
 
 @pytest.mark.parametrize("value", [None, 1, 0, "yes", "false"])
@@ -404,7 +421,7 @@ def test_a_saved_adapter_without_its_weights_is_refused(tmp_path: Path) -> None:
 def test_weights_without_a_module_that_the_config_names_are_refused(tmp_path: Path) -> None:
     folder_with_weights(tmp_path, 1.0)
     BituneConfig(adapter=LoraConfig(modules_to_save=["lm_head"])).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"lack the module 'lm_head'.*`modules_to_save`"):
+    with pytest.raises(ValueError, match=r"missing: the module 'lm_head'.*`modules_to_save`"):
         BituneConfig.from_pretrained(tmp_path)
 
 

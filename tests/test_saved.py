@@ -12,6 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors.torch import load_file, save_file
 
 from bitune_plugin.saved import SavedAdapter, find_adapters, local_folder, write_adapter
+from damage import DAMAGE
 from helpers import bitune, lora
 from models import tiny
 
@@ -140,6 +141,18 @@ def test_missing_weights_are_refused(tmp_path: Path, lost: str, message: str) ->
     weights = load_file(tmp_path / WEIGHTS)
     save_file({key: value for key, value in weights.items() if lost not in key}, tmp_path / WEIGHTS)
     with pytest.raises(ValueError, match=message):
+        SavedAdapter.read(tmp_path)
+
+
+ONLY_WITH_THE_MODEL = {"other granularity"}  # how many key/value heads there are
+
+
+@pytest.mark.parametrize("kind", sorted(DAMAGE.keys() - ONLY_WITH_THE_MODEL))
+def test_a_damaged_folder_is_refused_as_in_loading(tmp_path: Path, kind: str) -> None:
+    bitune().save_pretrained(tmp_path)
+    damage, _ = DAMAGE[kind]
+    damage(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError)):
         SavedAdapter.read(tmp_path)
 
 

@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bitune_plugin import BituneConfig, BituneModel
 from bitune_plugin.full import FullConfig
+from damage import DAMAGE, THETA, edit_weights
 from helpers import assert_close, bitune, lora, observe, one, tokens, unharmed
 from interruptions import interrupted_at, places
 from models import randomise_adapters, tiny
@@ -832,72 +833,6 @@ def test_mixed_models_are_refused(folder: Path) -> None:
 # --- Damaged folders -------------------------------------------------------------------------------------------------
 
 
-def edit_weights(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
-    state = load_file(folder / WEIGHTS)
-    edit(state)
-    save_file(state, folder / WEIGHTS)
-
-
-def edit_config(folder: Path, edit: Callable[[dict], object]) -> None:
-    config = json.loads((folder / CONFIG).read_text())
-    edit(config)
-    (folder / CONFIG).write_text(json.dumps(config))
-
-
-def truncate(folder: Path) -> None:
-    content = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
-
-
-Q, THETA = f"{ATTENTION}.q_proj", f"{ATTENTION}.bitune_mixing.theta_key"
-DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "theta missing": (lambda f: edit_weights(f, lambda s: s.pop(THETA)), "missing.*theta_key"),
-    "causal key missing": (lambda f: edit_weights(f, lambda s: s.pop(f"{Q}.lora_A.weight")), "missing.*q_proj.lora_A"),
-    "bidirectional key missing": (
-        lambda f: edit_weights(f, lambda s: s.pop(f"{Q}.lora_B.bidirectional.weight")),
-        "missing.*q_proj.lora_B",
-    ),
-    "no key left": (lambda f: edit_weights(f, lambda s: s.clear()), "missing"),
-    "unknown key": (lambda f: edit_weights(f, lambda s: s.update({f"{Q}.lora_C.weight": s[THETA].clone()})), "unknown"),
-    "unknown layer": (
-        lambda f: edit_weights(f, lambda s: s.update({THETA.replace(".1.", ".7."): s[THETA].clone()})),
-        "unknown.*layers.7",
-    ),
-    "wrong shape": (
-        lambda f: edit_weights(f, lambda s: s.update({f"{Q}.lora_A.bidirectional.weight": torch.zeros(2, 2)})),
-        r"shape \[2, 2\].*\[4, 32\].*q_proj",
-    ),
-    "wrong shape of theta": (lambda f: edit_weights(f, lambda s: s.update({THETA: torch.zeros(2)})), r"\[2\].*\[1\]"),
-    "theta is not a number": (
-        lambda f: edit_weights(f, lambda s: s.update({THETA: torch.tensor([float("nan")])})),
-        "not finite.*theta_key",
-    ),
-    "theta is infinite": (
-        lambda f: edit_weights(f, lambda s: s.update({THETA: torch.tensor([float("inf")])})),
-        "not finite.*theta_key",
-    ),
-    "weights cut off": (truncate, "damaged"),
-    "weights empty": (lambda f: (f / WEIGHTS).write_bytes(b""), "damaged"),
-    "weights gone": (lambda f: (f / WEIGHTS).unlink(), "(?i)weights|adapter_model"),
-    "config gone": (lambda f: (f / CONFIG).unlink(), CONFIG),
-    "config cut off": (lambda f: (f / CONFIG).write_text('{"peft_type": "BITUNE", '), "line 1"),
-    "inner method unknown": (
-        lambda f: edit_config(f, lambda c: c["adapter"].update(peft_type="NEWEST")),
-        "NEWEST.*does not know",
-    ),
-    "inner method unnamed": (lambda f: edit_config(f, lambda c: c["adapter"].pop("peft_type")), "peft_type"),
-    "inner method is bitune": (lambda f: edit_config(f, lambda c: c["adapter"].update(peft_type="BITUNE")), "itself"),
-    "mixing unknown": (lambda f: edit_config(f, lambda c: c.update(mixing="sigmoid")), "mixing='sigmoid'.*'abs'"),
-    "theta_init is zero": (lambda f: edit_config(f, lambda c: c.update(theta_init=0)), "theta_init=0.*positive"),
-    "other granularity": (lambda f: edit_config(f, lambda c: c.update(mixing_granularity="head")), "shape"),
-    "other rank": (lambda f: edit_config(f, lambda c: c["adapter"].update(r=2)), "shape"),
-    "other targets": (lambda f: edit_config(f, lambda c: c["adapter"].update(target_modules=["q_proj"])), "unknown"),
-    "targets not in the model": (
-        lambda f: edit_config(f, lambda c: c["adapter"].update(target_modules=["nothing"])),
-        "nothing",
-    ),
-    "another task": (lambda f: edit_config(f, lambda c: c.update(task_type="SEQ_CLS")), "SEQ_CLS"),
-}
 damage = pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
 
 
