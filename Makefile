@@ -30,7 +30,7 @@ evaluate: $(VENV)/installed    ## LoRA and Bitune side by side, scored by lm-eva
 
 PYTEST = bin/python -m pytest --numprocesses 2 --dist loadfile
 # A new version of a host breaks these first. About five minutes on two cores; the longest files come first.
-SUBSET = tests/checks $(patsubst %,tests/test_%.py,lm_eval forward generate tuner trl autoload reference)
+SUBSET = tests/checks tests/modeling $(patsubst %,tests/test_%.py,lm_eval forward generate tuner trl autoload reference)
 
 test: $(VENV)/installed        ## the whole test suite, with the versions of requirements.lock
 	$(VENV)/$(PYTEST)
