@@ -16,6 +16,8 @@ BIN     = $(VENV)/bin
 # glibc hands large blocks back to the kernel at every free, which makes training on CPUs several times slower.
 export MALLOC_MMAP_THRESHOLD_ = 4294967296
 export MALLOC_TRIM_THRESHOLD_ = 68719476736
+# Where it is set, every process would compile all that it imports anew: packages are installed without bytecode.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help quickstart evaluate test test-oldest test-newest lint format benchmarks lock dist clean
 

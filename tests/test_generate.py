@@ -252,8 +252,9 @@ def test_a_prompt_mask_on_a_filled_cache_is_refused(models: tuple[PeftModel, Thr
 def test_the_cache_holds_mixed_keys_and_values_in_token_order(architecture: str, side: str) -> None:
     model, oracle = with_oracle(architecture)
     rows = batch([(tokens(11), 7), (tokens(8, seed=1), 8), (tokens(5, seed=2), 1)], side)
+    positions = (rows.attention_mask.cumsum(1) - 1).clamp(min=0)  # by default the model counts padding on the left
     with torch.no_grad():
-        cache = model(**rows.inputs, use_cache=True)[CACHE]
+        cache = model(**rows.inputs, position_ids=positions, use_cache=True)[CACHE]
         for row, (start, (ids, prompt)) in enumerate(zip(rows.starts, rows.samples, strict=True)):
             _, expected = oracle._answer(ids, prompt)
             for got, want in zip(cache.layers, expected.layers, strict=True):
