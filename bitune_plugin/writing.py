@@ -41,8 +41,8 @@ def write_adapter(
             config.save_pretrained(str(folder))
             save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
             _copy_tokenizer(source, folder)
-    except SafetensorError as error:
-        raise OSError(f"{destination} cannot be written, and is as it was: {error}") from error
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"{destination} cannot be written, and is as it was: {error}.") from error
 
 
 def _check_may_write(destination: Path, source: Path, replace: bool) -> None:
