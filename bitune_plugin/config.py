@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, TaskType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, TaskType
 
 from .full import FullConfig, PeftTypeName
 from .methods import check_method
@@ -150,6 +152,14 @@ class BituneConfig(PeftConfig):
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "adapter"}
         adapter = {**self.causal_config().to_dict(), "peft_type": str(self.adapter.peft_type.value)}
         return {**own, "peft_type": PEFT_TYPE, "adapter": _without_sets(adapter)}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As `PeftConfig.save_pretrained`, but a config that is there already is replaced as a whole or not at all."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".bitune-", dir=folder) as beside:
+            super().save_pretrained(beside, **kwargs)
+            os.replace(Path(beside, CONFIG_NAME), folder / CONFIG_NAME)
 
     @classmethod
     def from_pretrained(

@@ -1,4 +1,4 @@
-"""Adapters as they lie in folders, read and written without the model they belong to.
+"""Adapters as they lie in folders, read without the model they belong to.
 
 What the keys mean stands where they are made: `BituneModel`, "How an adapter is saved".
 """
@@ -8,25 +8,21 @@ from __future__ import annotations
 import copy
 import json
 import re
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TypeVar
 
-import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
-from safetensors.torch import save_file
+from peft.utils import CONFIG_NAME, PeftType
 from torch import Tensor
 
 from .attention import MIXING
 from .config import BituneConfig
+from .folders import put_back
 from .integrity import ROOT, problems_of
 from .plugins import mixings
 from .tuner import BIDIRECTIONAL, first
@@ -231,12 +227,16 @@ def find_adapters(name: str) -> list[Path]:
 
 
 def local_folder(name: str) -> Path:
-    """The folder of that name, or the one with the files of a hub id, which are downloaded if need be.
+    """The folder of that name, or the one with the files of a hub id, which are downloaded if need be. A folder that a
+    killed process was about to replace is put back.
 
     Raises:
         OSError: there is neither.
     """
     folder = Path(name)
+    if folder.is_dir():
+        return folder
+    put_back(folder)
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -265,64 +265,6 @@ def read_config(folder: Path, kind: type[Config]) -> Config:
         return kind.from_pretrained(str(folder))
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no config of an adapter ({error}). Copy the adapter again.") from error
-
-
-def write_adapter(
-    destination: Path, config: PeftConfig, weights: Mapping[str, Tensor], source: Path, replace: bool = False
-) -> None:
-    """Writes an adapter, whole or not at all, and beside it what tokenizer files there are in `source`.
-
-    Args:
-        destination: a folder that is empty or not there yet.
-        replace: `destination` may also be the folder of an adapter, and is replaced with all that is in it.
-
-    Raises:
-        OSError: `destination` is something else, or cannot be written.
-    """
-    destination = destination.resolve()
-    _check_may_write(destination, source.resolve(), replace)
-    with _in_place_of(destination) as folder:
-        config.save_pretrained(str(folder))
-        tensors = {key: value.clone(memory_format=torch.contiguous_format) for key, value in weights.items()}
-        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        for path in _tokenizer_files(source):
-            copy = shutil.copytree if path.is_dir() else shutil.copy2
-            copy(path, folder / path.name)
-
-
-def _check_may_write(destination: Path, source: Path, replace: bool) -> None:
-    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
-        return
-    if not destination.is_dir():
-        raise FileExistsError(f"{destination} is a file. Name a folder that is not there yet.")
-    if not replace:
-        raise FileExistsError(f"{destination} is not empty. Name another folder, or replace this one with --force.")
-    if not (destination / CONFIG_NAME).is_file():
-        raise FileExistsError(f"{destination} is not empty and no adapter, so it is not replaced. Name another folder.")
-    if source == destination or destination in source.parents:
-        raise FileExistsError(f"{destination} holds the adapter that is read. Name another folder.")
-
-
-@contextmanager
-def _in_place_of(destination: Path) -> Iterator[Path]:
-    """A new folder, which takes the place of `destination` if the block ends well."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as room:
-        new, old = Path(room, "new"), Path(room, "old")
-        new.mkdir()
-        yield new
-        if destination.exists():
-            destination.rename(old)
-        try:
-            new.rename(destination)
-        except OSError:
-            if old.exists():
-                old.rename(destination)
-            raise
-
-
-def _tokenizer_files(folder: Path) -> Sequence[Path]:
-    return sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)})
 
 
 def _exclude(config: PeftConfig, modules: set[str]) -> None:

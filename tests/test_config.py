@@ -78,6 +78,15 @@ def test_an_unknown_choice_is_refused_and_the_known_ones_named(name: str, choice
     assert all(choice in str(caught.value) for choice in choices)
 
 
+def test_a_config_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    BituneConfig(theta_init=0.2).save_pretrained(tmp_path)
+    monkeypatch.setattr(BituneConfig, "to_dict", lambda self: {"theta_init": 0.3, "unwritable": object()})
+    with pytest.raises(TypeError):
+        BituneConfig(theta_init=0.3).save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(str(tmp_path)).theta_init == 0.2
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
+
+
 NO_NUMBERS = [math.nan, math.inf, -math.inf, 0, 0.0, -0.01, True, False, "0.01", None, [0.01]]
 
 

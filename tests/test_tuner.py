@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import multiprocessing
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -32,6 +35,7 @@ from bitune_plugin.full import FullConfig
 from damage import DAMAGE, THETA, edit_weights
 from helpers import assert_close, bitune, lora, observe, one, tokens, unharmed
 from interruptions import interrupted_at, places
+from killing import DONE, KILLED, killed_at
 from models import randomise_adapters, tiny
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -359,6 +363,58 @@ def test_the_causal_stream_of_a_saved_adapter_is_a_plain_peft_adapter(folder: Pa
         expected = bitune()(input_ids=INPUTS["input_ids"], prompt_mask=nothing_encoded).logits
     assert torch.equal(plain_logits(model), expected)
     assert not torch.allclose(plain_logits(model), plain_logits(tiny()), atol=0.1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the operations are counted in a forked process")
+def test_a_process_that_is_killed_while_it_saves_leaves_the_old_adapter_or_the_new(folder: Path) -> None:
+    new = bitune()
+    randomise_adapters(new, seed=2)
+    known = [load_file(folder / WEIGHTS)[THETA].item(), new.get_parameter(f"{THETA}.default").item()]
+    loaded = set()
+    for step in itertools.count(1):
+        ended = killed_at(step, lambda: new.save_pretrained(folder), folder)
+        PeftConfig.from_pretrained(folder)
+        loaded.add(known.index(load_file(folder / WEIGHTS)[THETA].item()))
+        PeftModel.from_pretrained(tiny(), folder)
+        if ended == DONE:
+            break
+        assert ended == KILLED
+    assert loaded == {0, 1}
+
+
+def test_on_a_full_disk_the_adapter_that_was_there_still_loads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    model, expected = bitune(), logits(bitune())
+    randomise_adapters(model, seed=2)
+    monkeypatch.setattr("peft.peft_model.safe_save_file", full)
+    with unharmed(model):
+        for destination in (folder, folder.parent / "new"):
+            with pytest.raises(SafetensorError, match="No space left"):
+                model.save_pretrained(destination)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny(), folder)), expected)
+    with pytest.raises(ValueError, match=CONFIG):
+        PeftModel.from_pretrained(tiny(), folder.parent / "new")
+
+
+def _save_often(model: PeftModel, folder: Path) -> None:
+    for _ in range(20):
+        model.save_pretrained(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="models are handed to other processes by forking")
+def test_of_several_processes_that_save_to_one_folder_one_wins(folder: Path) -> None:
+    fork, models = multiprocessing.get_context("fork"), [bitune(), bitune()]
+    randomise_adapters(models[1], seed=2)
+    writers = [fork.Process(target=_save_often, args=(model, folder)) for model in models]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert any(torch.equal(logits(PeftModel.from_pretrained(tiny(), folder)), logits(model)) for model in models)
+    assert {path.name for path in folder.iterdir()} == {WEIGHTS, CONFIG, "README.md"}
 
 
 SAVED_VARIANTS = {

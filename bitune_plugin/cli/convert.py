@@ -9,7 +9,8 @@ from pathlib import Path
 from bitune_plugin.authors import convert
 from bitune_plugin.cli.terminal import busy, parser
 from bitune_plugin.config import NO_MIXING, SECOND_PASSES, SETTINGS
-from bitune_plugin.saved import local_folder, write_adapter
+from bitune_plugin.saved import local_folder
+from bitune_plugin.writing import write_adapter
 
 DESCRIPTION = """\
 Reads an adapter that the code of the paper's authors saved, its folder `prefill` included, and writes it as a Bitune

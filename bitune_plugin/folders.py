@@ -1,0 +1,100 @@
+"""Folders that take the place of others as a whole, whatever happens meanwhile.
+
+    .NAME.bitune-new     the new folder, while it is written; never whole, for all that a later process knows
+    .NAME.bitune-old     the folder that was there before, for the moment between two renames; always whole
+
+Two renames, because a single step that swaps two folders (`renameat2`) is there on Linux alone, and not on all file
+systems. A process that is killed between them leaves no folder under the name. Whoever looks for it next puts the old
+one back: `put_back`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two processes must not write to one folder at once
+    fcntl = None
+
+
+@contextmanager
+def replacing(destination: Path) -> Iterator[Path]:
+    """A new folder, which takes the place of `destination` if the block ends well. Of several processes that do this at
+    once, each waits for the one before it.
+
+    Raises:
+        OSError: the folder cannot be written. `destination` is as before, as it is after any other exception.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    new, old = _beside(destination, "new"), _beside(destination, "old")
+    with _alone_in(destination.parent):
+        _clear(destination)
+        try:
+            new.mkdir()
+            yield new
+            _flush(new)
+            if destination.exists():
+                destination.rename(old)
+            new.rename(destination)
+            _flush_entry(destination.parent)
+        finally:
+            _clear(destination)
+
+
+def put_back(destination: Path) -> None:
+    """Puts `destination` back where a process was killed while replacing it."""
+    if _beside(destination, "old").exists():
+        with _alone_in(destination.parent):
+            _clear(destination)
+
+
+def _beside(destination: Path, which: str) -> Path:
+    return destination.with_name(f".{destination.name}.bitune-{which}")
+
+
+def _clear(destination: Path) -> None:
+    """Puts the old folder back, if none has taken its place, and removes what else is left."""
+    new, old = _beside(destination, "new"), _beside(destination, "old")
+    if old.exists() and not destination.exists():
+        old.rename(destination)
+    shutil.rmtree(new, ignore_errors=True)
+    if old.exists():
+        old.rename(new)  # under its own name it is whole or not there
+        shutil.rmtree(new, ignore_errors=True)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Waits for other processes that are in such a block for the same folder, and has them wait. The system ends the
+    block of a process that is killed."""
+    if fcntl is None:
+        yield
+        return
+    entry = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(entry, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(entry)
+
+
+def _flush(folder: Path) -> None:
+    """Has everything in `folder` on the disk, for the case that the machine stops."""
+    for path in (folder, *folder.rglob("*")):
+        _flush_entry(path)
+
+
+def _flush_entry(path: Path) -> None:
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):  # Windows cannot open folders
+        return
+    entry = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(entry)
+    finally:
+        os.close(entry)
