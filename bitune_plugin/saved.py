@@ -263,7 +263,7 @@ def read_config(folder: Path, kind: type[Config]) -> Config:
     try:
         json.loads(path.read_text(encoding="utf-8"))["peft_type"]
         return kind.from_pretrained(str(folder))
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no config of an adapter ({error}). Copy the adapter again.") from error
 
 

@@ -279,9 +279,19 @@ def _method_of(model: Any) -> str:
 def _check_settings(args: Any, data_collator: Any) -> None:
     _check_choice(args, "truncation_mode", ("keep_start", "keep_end"))
     _check_choice(args, "assistant_turns", ASSISTANT_TURNS)
-    theta_norm = getattr(args, "theta_max_grad_norm", None)
-    if theta_norm is not None and theta_norm <= 0:
-        raise ValueError(f"`theta_max_grad_norm={theta_norm}` must be positive. Leave it out to clip all together.")
+    theta_norm, theta_rate = (getattr(args, name, None) for name in ("theta_max_grad_norm", "theta_learning_rate"))
+    if theta_norm is not None and not 0 < theta_norm < math.inf:
+        raise ValueError(
+            f"`theta_max_grad_norm={theta_norm}` must be positive and finite. Leave it out to clip all together."
+        )
+    if theta_rate is not None and not 0 <= theta_rate < math.inf:
+        raise ValueError(
+            f"`theta_learning_rate={theta_rate}` must be a finite number, 0 or more. Leave it out to train theta at "
+            "`learning_rate`."
+        )
+    max_length = getattr(args, "max_length", None)
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"`max_length={max_length}` leaves no token of a sample. Set at least 1, or None not to cut.")
     if theta_norm is not None and args.max_grad_norm <= 0:
         raise ValueError(
             f"`max_grad_norm={args.max_grad_norm}` switches all clipping off, and with it `theta_max_grad_norm="

@@ -193,6 +193,11 @@ def _prompt_mask(sample: dict[str, Any], lengths: list[int] | None) -> list[bool
         _check_prompt_mask(sample[PROMPT_MASK], lengths)
         return [bool(prompt) for prompt in sample[PROMPT_MASK]]
     completion = sample.get("completion_mask") or [label != IGNORED for label in sample["labels"]]
+    if len(completion) != len(sample["input_ids"]):
+        raise ValueError(
+            f"A sample has {len(sample['input_ids'])} `input_ids` and a `completion_mask` (or `labels`) of "
+            f"{len(completion)}. Give one value for every token."
+        )
     prompt_mask: list[bool] = []
     for number, length in enumerate(lengths):
         document = completion[len(prompt_mask) : len(prompt_mask) + length]

@@ -110,7 +110,14 @@ def test_a_plain_adapter_is_refused(tmp_path: Path) -> None:
         SavedAdapter.read(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\xff", '{"peft_type": "NEVER"}', '{"peft_type": null}', "3"])
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", "\xff", '{"peft_type": "NEVER"}', '{"peft_type": null}', "3", DEEP],
+    ids=lambda t: t[:9],
+)
 def test_a_damaged_config_is_refused_and_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "adapter_config.json").write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=r"adapter_config\.json is no config of an adapter"):

@@ -293,7 +293,23 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"`max_grad_norm=0\.0` switches all clipping off"):
             trainer(theta_max_grad_norm=1.0, max_grad_norm=0.0)
 
-    @pytest.mark.parametrize("norm", [0.0, -1.0])
+    @pytest.mark.parametrize("rate", [-1e-3, float("nan"), float("inf")])
+    def test_a_learning_rate_of_theta_that_is_no_rate(self, trainer: Any, rate: float) -> None:
+        with pytest.raises(ValueError, match=rf"`theta_learning_rate={rate}` must be a finite number"):
+            trainer(theta_learning_rate=rate)
+
+    @pytest.mark.parametrize("length", [0, -3])
+    def test_a_length_that_leaves_nothing(self, trainer: Any, length: int) -> None:
+        with pytest.raises(ValueError, match=rf"`max_length={length}` leaves no token"):
+            trainer(max_length=length)
+
+    @pytest.mark.parametrize("column", ["completion_mask", "labels"])
+    def test_a_mask_shorter_than_its_tokens(self, trainer: Any, column: str) -> None:
+        dataset = Dataset.from_dict({"input_ids": [[5, 6, 7, 8]], column: [[0, 0, 1]]})
+        with pytest.raises(ValueError, match=r"4 `input_ids` and a `completion_mask`.*of 3"):
+            trainer(train_dataset=dataset)
+
+    @pytest.mark.parametrize("norm", [0.0, -1.0, float("nan"), float("inf")])
     def test_a_clip_of_theta_that_would_stop_it_or_turn_it_around(self, trainer: Any, norm: float) -> None:
         with pytest.raises(ValueError, match=rf"`theta_max_grad_norm={norm}` must be positive"):
             trainer(theta_max_grad_norm=norm)
