@@ -181,6 +181,7 @@ def test_an_adapter_without_its_projections_leaves_the_model_as_it_was(tmp_path:
         PeftModel.from_pretrained(model, tmp_path)
 
 
+@pytest.mark.usefixtures("any_peft")
 @pytest.mark.parametrize("method", SHARED)
 def test_transformers_own_methods_would_lose_it(method: str, tmp_path: Path) -> None:
     bitune(base(), small(method)).save_pretrained(tmp_path)

@@ -266,6 +266,7 @@ def test_a_change_that_is_interrupted_anywhere_leaves_the_model_as_it_was(
     change(model)
 
 
+@pytest.mark.usefixtures("any_peft")
 def test_a_transformers_model_that_took_no_adapter_is_saved_as_before(tmp_path: Path) -> None:
     base = tiny()
     with unharmed(base), pytest.raises(ValueError, match="nothing"):
