@@ -59,7 +59,7 @@ format: $(VENV)/installed      ## repair the style of the code
 RESULTS = examples/benchmarks/results
 measure = $(BIN)/python examples/benchmarks/$(1).py --models smollm2-135m gemma-3-270m --json $(RESULTS)/$(2).json $(OPTIONS)
 
-benchmarks: $(VENV)/installed  ## measure every table of the README
+benchmarks: $(VENV)/installed  ## measure every table of examples/benchmarks
 	$(call measure,train_step,train_step) --shapes 128x64 256x128 256x64 --rounds 4
 	$(call measure,train_step,train_step-checkpointing) --shapes 256x128 --rounds 4 --checkpointing --contenders lora bitune
 	$(call measure,ragged,ragged) --shapes 1x8 --rounds 4
@@ -67,7 +67,7 @@ benchmarks: $(VENV)/installed  ## measure every table of the README
 	$(call measure,authors,authors) --shapes 128x64 --rounds 4
 	$(call measure,generate,generate) --rounds 5
 	$(call measure,lm_eval,lm_eval) --rounds 2
-	$(BIN)/python examples/benchmarks/report.py --write README.md
+	$(BIN)/python examples/benchmarks/report.py --write
 
 lock: .venv-tools/installed    ## write both locks: the newest version of everything, and the oldest that is allowed
 	@$(call compile,requirements.lock,$(TORCH),--extra demo)

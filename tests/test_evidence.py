@@ -198,7 +198,7 @@ def test_a_score_is_the_share_of_ones() -> None:
 
 def test_the_readmes_tables_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment, "RESULTS", ROOT / "examples" / "evidence" / "results")
-    readme = (ROOT / "README.md").read_text()
+    readme = report.README.read_text()
     tables: dict[str, Any] = {name: make() for name, make in report.TABLES.items()}
     assert report.with_tables(readme, tables, "evidence") == readme
 

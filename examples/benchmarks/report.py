@@ -1,9 +1,9 @@
 """Tables and plots of the benchmarks, from the JSON files that they write.
 
-    python examples/benchmarks/report.py                      # prints the tables, and draws the plots beside the files
-    python examples/benchmarks/report.py --write README.md    # puts the tables where the README wants them
+    python examples/benchmarks/report.py            # prints the tables, and draws the plots beside the files
+    python examples/benchmarks/report.py --write    # also puts the tables into README.md beside this script
 
-A README names the place of a table with `<!-- benchmark: NAME -->` before it and `<!-- end -->` after it, where NAME is
+The README names the place of a table with `<!-- benchmark: NAME -->` before it and `<!-- end -->` after it, where NAME is
 that of the file without `.json`. A file belongs to the benchmark whose name it has up to a hyphen, so that
 `train_step-checkpointing.json` is one more of `train_step`.
 """
@@ -22,6 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).with_name("README.md")
 
 Result = dict[str, object]
 """What was measured of one contender: model, shape, contender, and numbers."""
@@ -276,7 +277,9 @@ def with_tables(readme: str, tables: Mapping[str, str], kind: str = "benchmark")
     """A README with the tables in their places. Raises ValueError for a table without a place."""
     without = [name for name in tables if f"<!-- {kind}: {name} -->" not in readme]
     if without:
-        raise ValueError(f"The README has no place for {', '.join(without)}: add `<!-- {kind}: NAME -->`.")
+        raise ValueError(
+            f"The README has no place for {', '.join(without)}. Add `<!-- {kind}: NAME -->` and `<!-- end -->`."
+        )
 
     def replaced(match: re.Match[str]) -> str:
         start, name, end = match.groups()
@@ -298,14 +301,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="*", default=sorted(RESULTS.glob("*.json")), help="JSON files")
     parser.add_argument("--plots", type=Path, help="folder for the plots, if not those of the files")
-    parser.add_argument("--write", type=Path, help="put the tables into this README")
+    parser.add_argument("--write", action="store_true", help="put the tables into README.md beside this script")
     arguments = parser.parse_args()
     tables = tables_of(arguments.files)
     for file in arguments.files:
         print(f"{file.stem}\n\n{tables[file.stem]}\n")
         draw(benchmark_of(file), json.loads(file.read_text()), (arguments.plots or file.parent) / file.stem)
     if arguments.write:
-        arguments.write.write_text(with_tables(arguments.write.read_text(), tables))
+        README.write_text(with_tables(README.read_text(), tables))
 
 
 if __name__ == "__main__":

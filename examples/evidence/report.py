@@ -1,7 +1,7 @@
 """Tables and plots of the evidence, from the results that `run.py` leaves.
 
-    python examples/evidence/report.py                      # prints the tables, and draws the plots beside the results
-    python examples/evidence/report.py --write README.md    # puts the tables where the README wants them
+    python examples/evidence/report.py            # prints the tables, and draws the plots beside the results
+    python examples/evidence/report.py --write    # also puts the tables into README.md beside this script
 
 What has not run yet is left out.
 """
@@ -40,6 +40,8 @@ from evidence.experiment import (
     share,
     table_runs,
 )
+
+README = Path(__file__).with_name("README.md")
 
 Result = dict[str, Any]
 
@@ -255,7 +257,7 @@ PLOTS = {"scores": (draw_scores, (9, 3.5)), "alphas": (draw_alphas, (9, 6)), "cu
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, help="put the tables into this README")
+    parser.add_argument("--write", action="store_true", help="put the tables into README.md beside this script")
     arguments = parser.parse_args()
     tables = {name: make() for name, make in TABLES.items()}
     for name, made in tables.items():
@@ -265,7 +267,7 @@ def main() -> None:
         draw(figure)
         save(figure, RESULTS / name)
     if arguments.write:
-        arguments.write.write_text(with_tables(arguments.write.read_text(), tables, "evidence"))
+        README.write_text(with_tables(README.read_text(), tables, "evidence"))
 
 
 if __name__ == "__main__":
