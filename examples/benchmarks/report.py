@@ -3,8 +3,8 @@
     python examples/benchmarks/report.py            # prints the tables, and draws the plots beside the files
     python examples/benchmarks/report.py --write    # also puts the tables into README.md beside this script
 
-The README names the place of a table with `<!-- benchmark: NAME -->` before it and `<!-- end -->` after it, where NAME is
-that of the file without `.json`. A file belongs to the benchmark whose name it has up to a hyphen, so that
+The README names the place of a table with `<!-- benchmark: NAME -->` before it and `<!-- end -->` after it. NAME is the
+name of the JSON file without its ending. A file belongs to the benchmark whose name it has up to a hyphen, so that
 `train_step-checkpointing.json` is one more of `train_step`.
 """
 
