@@ -19,7 +19,7 @@ export MALLOC_TRIM_THRESHOLD_ = 68719476736
 # Where it is set, every process would compile all that it imports anew: packages are installed without bytecode.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help quickstart evaluate test test-oldest test-newest lint format benchmarks lock dist clean
+.PHONY: help quickstart evaluate test test-oldest test-newest lint format docs benchmarks lock dist clean
 
 help:                          ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | while read -r name text; do printf '%-12s %s\n' "$$name" "$$text"; done
@@ -55,6 +55,9 @@ format: $(VENV)/installed      ## repair the style of the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/installed        ## build the documentation into site/, and fail on a warning
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # $(call measure,SCRIPT,FILE): a table, its JSON and its plots. OPTIONS=--resume goes on where it was stopped.
 RESULTS = examples/benchmarks/results
 measure = $(BIN)/python examples/benchmarks/$(1).py --models smollm2-135m gemma-3-270m --json $(RESULTS)/$(2).json $(OPTIONS)
@@ -70,7 +73,7 @@ benchmarks: $(VENV)/installed  ## measure every table of examples/benchmarks
 	$(BIN)/python examples/benchmarks/report.py --write
 
 lock: .venv-tools/installed    ## write both locks: the newest version of everything, and the oldest that is allowed
-	@$(call compile,requirements.lock,$(TORCH),--extra demo)
+	@$(call compile,requirements.lock,$(TORCH),--extra demo --extra docs)
 	@$(call compile,requirements-oldest.lock,$(OLDEST_TORCH),--resolution lowest-direct)
 
 dist: .venv-tools/installed    ## build sdist and wheel, and check them
@@ -79,7 +82,7 @@ dist: .venv-tools/installed    ## build sdist and wheel, and check them
 	.venv-tools/bin/python -m twine check --strict dist/*
 
 clean:                         ## remove all environments, and what was built
-	rm -rf $(VENV) .venv-oldest .venv-newest .venv-tools .cache build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-tools .cache build dist site *.egg-info
 
 # $(call compile,LOCK,TORCH,OPTIONS): one line per package, for every platform and every Python that we allow. Nothing
 # of this machine (`--no-config`) and nothing of CUDA goes into the file: builds of torch for CPUs do not need CUDA, and

@@ -14,7 +14,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 NEWEST, OLDEST = "requirements.lock", "requirements-oldest.lock"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-EXTRAS = {NEWEST: {"dev", "demo"}, OLDEST: {"dev"}}
+EXTRAS = {NEWEST: {"dev", "demo", "docs"}, OLDEST: {"dev"}}
 PLATFORMS = [
     {"sys_platform": "linux", "platform_system": "Linux", "os_name": "posix", "platform_machine": "x86_64"},
     {"sys_platform": "darwin", "platform_system": "Darwin", "os_name": "posix", "platform_machine": "arm64"},

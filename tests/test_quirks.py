@@ -24,12 +24,12 @@ from models import randomise
 from three_pass import CACHE
 from zoo import MODEL_TYPES, UNBUILDABLE, model_of, tiny_of
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parent.parent / "docs" / "models.md").read_text(encoding="utf-8")
 
 
 def listed(kind: str) -> set[str]:
-    """The model types that the README calls `kind`."""
-    section = README.split(f"<!-- {kind}", 1)[1].split("-->", 1)[1].split("<!--", 1)[0]
+    """The model types that the documentation calls `kind`."""
+    section = PAGE.split(f"<!-- {kind}", 1)[1].split("-->", 1)[1].split("<!--", 1)[0]
     return set(re.findall(r"`([a-z0-9_.-]+)`", section))
 
 

@@ -145,7 +145,7 @@ def model_of(model_type: str, attention: str = "eager", **changes: object) -> Pr
     return model_class_of(model_type)._from_config(config, attn_implementation=attention, dtype=torch.float32)
 
 
-# The table in the README: `python tests/zoo.py`.
+# The lists in docs/models.md: `python tests/zoo.py`.
 
 REASONS = {
     "layers of type": "state-space, linear, convolutional or sparse attention in some layers",
@@ -174,7 +174,7 @@ def table() -> str:
         else:
             exact.append(model_type)
     lines = [f"<!-- exact: python tests/zoo.py, transformers {transformers.__version__} -->", *_lines(exact)]
-    lines += ["", "<!-- refused -->", "| refused | because of |", "|---|---|"]
+    lines += ["", "## Refused", "", "<!-- refused -->", "| refused | because of |", "|---|---|"]
     lines += [f"| {', '.join(f'`{name}`' for name in names)} | {reason} |" for reason, names in refused.items()]
     return "\n".join([*lines, "<!-- end -->"])
 
