@@ -116,16 +116,23 @@ def test_the_package_tells_the_version_of_its_install() -> None:
     assert bitune_plugin.__version__ == version("bitune-plugin")
 
 
+def images(text: str) -> list[str]:
+    """Addresses of the pictures of a Markdown text."""
+    return [a or b for a, b in re.findall(r"!\[[^\]]*\]\(([^)]+)\)|(?:src|srcset)=\"([^\"]+)\"", text)]
+
+
 def test_the_description_shows_its_images_outside_the_repository(built: Built) -> None:
     """A package index has only the text: no address may be relative, and each must name a file of this version."""
     text = metadata(built.wheel).get_payload()
-    repository = PROJECT["urls"]["Repository"]
-    images = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
-    assert images
-    for address in images:
-        start = f"{repository}/raw/v{PROJECT['version']}/"
-        assert address.startswith(start)
-        assert (ROOT / address.removeprefix(start)).is_file()
+    start = f"{PROJECT['urls']['Repository']}/raw/v{PROJECT['version']}/"
+    in_repository = images((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert any((ROOT / path).is_file() for path in in_repository)
+    for path, address in zip(in_repository, images(text), strict=True):
+        if path.startswith("https://"):  # a badge
+            assert address == path
+        else:
+            assert address == start + path
+            assert (ROOT / path).is_file()
     for address in re.findall(r"(?:\]\(|src=\"|href=\")([^)\"\s]+)", text):
         assert not (ROOT / address.partition("#")[0]).is_file(), f"{address} is relative"
 
