@@ -81,7 +81,7 @@ dist: .venv-tools/installed    ## build sdist and wheel, and check them
 	PIP_CONSTRAINT=$(CURDIR)/requirements.lock .venv-tools/bin/python -m build
 	.venv-tools/bin/python -m twine check --strict dist/*
 
-clean:                         ## remove all environments, and what was built
+clean:                         ## remove all environments and build outputs
 	rm -rf $(VENV) .venv-oldest .venv-newest .venv-tools .cache build dist site *.egg-info
 
 # $(call compile,LOCK,TORCH,OPTIONS): one line per package, for every platform and every Python that we allow. Nothing
