@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import peft as _peft  # first: while it is imported, `bitune_autoload` imports modules of this package
 
-from . import peft_host as _peft_host  # noqa: F401  # before the rest of the package: it refuses a PEFT too old for it
-from .config import BituneConfig
 from .plugins import plugin_manager as _plugin_manager
-from .tuner import BituneModel
+from .tuner import host as _peft_host  # noqa: F401  # before the rest of the package: it refuses a PEFT too old for it
+from .tuner.config import BituneConfig
+from .tuner.model import BituneModel
 
 if TYPE_CHECKING:
     from .integrations.lm_eval.model import BituneLM
-    from .integrations.trl import BituneSFTConfig, BituneSFTTrainer
+    from .integrations.trl.trainer import BituneSFTConfig, BituneSFTTrainer
 
 __all__ = ["BituneConfig", "BituneLM", "BituneModel", "BituneSFTConfig", "BituneSFTTrainer"]
 

@@ -1,13 +1,4 @@
-"""What a plugin may do. Bitune's own mixings, architectures and integrations use the same hooks; plugins are
-asked first.
-
-A plugin is a module with functions marked `@hookimpl`, named in the entry-point group `bitune`:
-
-    [project.entry-points.bitune]
-    my_plugin = "my_package.my_module"
-
-It is imported when Bitune is, so it should import heavy libraries inside its functions.
-"""
+"""The plugins of this process: Bitune's own, and all that are installed."""
 
 from __future__ import annotations
 
@@ -16,47 +7,29 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import pluggy
+from torch import nn
+
+from .hookspecs import GROUP
+from .modeling.architectures import Architecture, decoder
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from .architectures import Architecture
-    from .mixing import AlphaFunction
-
-GROUP = "bitune"
-"""Name of the plugin system, and of the entry-point group."""
+    from .core.mixing import AlphaFunction
 
 
-hookspec = pluggy.HookspecMarker(GROUP)
-hookimpl = pluggy.HookimplMarker(GROUP)
+def describe(model: nn.Module) -> Architecture:
+    """Finds the parts of `model`, asking plugins first.
 
-
-@hookspec
-def bitune_register(host: str) -> None:
-    """Announce Bitune to a host library that has just been imported. May be called again, so must bear repetition.
-
-    Args:
-        host: name of the module that was imported: `"peft"`.
+    Raises:
+        UnsupportedModelError: not a decoder of transformers, or one whose layers are not all attention layers.
     """
-
-
-@hookspec(firstresult=True)
-def bitune_architecture(model: nn.Module) -> Architecture | None:
-    """Describe a model whose parts Bitune does not find by itself, or return `None`.
-
-    Raise `UnsupportedModelError` to refuse a model that would run and be wrong.
-    """
-
-
-@hookspec
-def bitune_mixings() -> dict[str, AlphaFunction]:
-    """Further choices for `BituneConfig.mixing`: name -> function from theta to alpha."""
+    return plugin_manager().hook.bitune_architecture(model=model) or decoder(model)
 
 
 @cache
 def plugin_manager() -> pluggy.PluginManager:
     """The plugins of this process: Bitune's own, and all that are installed."""
-    from . import mixing, quirks
+    from .core import mixing
+    from .default_plugins import architectures as quirks
 
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(sys.modules[__name__])

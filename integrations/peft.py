@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitune_plugin.plugins import hookimpl
+from bitune_plugin.hookspecs import hookimpl
 
 
 @hookimpl
@@ -21,9 +21,9 @@ def register() -> None:
     import peft
     from peft import mapping, peft_model
 
-    from bitune_plugin import config, full
-    from bitune_plugin.status import with_streams_joined
-    from bitune_plugin.tuner import BituneModel
+    from bitune_plugin.tuner import config, full
+    from bitune_plugin.tuner.model import BituneModel
+    from bitune_plugin.tuner.status import with_streams_joined
 
     methods = {
         config.PEFT_TYPE: (config.BituneConfig, BituneModel),

@@ -10,8 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitune_plugin.layout import PromptLayout, plan
-from bitune_plugin.masks import Chunk, Documents, Reach, Window
+from bitune_plugin.core.layout import PromptLayout
+from bitune_plugin.core.masks import Chunk, Documents, Reach, Window
+from bitune_plugin.core.planning import plan
 
 settings.register_profile("documents", deadline=None, max_examples=60)
 settings.load_profile("documents")

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from trl import SFTConfig, SFTTrainer
 
 from bitune_plugin import BituneConfig, BituneSFTConfig, BituneSFTTrainer
-from bitune_plugin.tuner import Thetas
+from bitune_plugin.tuner.mixing_layer import Thetas
 from models import WORDS, tiny, word_tokenizer
 from training import SHORT_RUN
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from transformers import LlamaForCausalLM
 
-from bitune_plugin import forward, tuner
+from bitune_plugin.modeling import backbone as forward
 from bitune_plugin.modeling import host
+from bitune_plugin.tuner import model as tuner
 
 
 def rename_cache(patch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from agreement import assert_answers_agree, assert_gradients_agree
 from bitune_plugin import BituneConfig
-from bitune_plugin.config import GRANULARITIES, NO_MIXING, SECOND_PASSES
+from bitune_plugin.tuner.config import GRANULARITIES, NO_MIXING, SECOND_PASSES
 from helpers import SHAPES, batch, lora, samples, with_oracle
 from models import tiny
 from reference import SETTINGS

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from bitune_plugin import BituneConfig
-from bitune_plugin.architectures import UnsupportedModelError, describe
+from bitune_plugin.errors import UnsupportedModelError
+from bitune_plugin.plugins import describe
 from models import ARCHITECTURES, SIZE, tiny
 from three_pass import CACHE
 

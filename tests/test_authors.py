@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bitune_plugin import BituneConfig
-from bitune_plugin.authors import convert
-from bitune_plugin.saved import SavedAdapter
-from bitune_plugin.writing import write_adapter
+from bitune_plugin.checkpoints.authors import convert
+from bitune_plugin.checkpoints.saved import SavedAdapter
+from bitune_plugin.checkpoints.writing import write_adapter
 from helpers import bitune, lora
 from reference import DATA, SETTINGS, Case, assert_same_logits, case
 

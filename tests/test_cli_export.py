@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bitune_cli import main
-from bitune_plugin.full import FullConfig
+from bitune_plugin.tuner.full import FullConfig
 from helpers import assert_close, bitune, lora, tokens
 from models import tiny, word_tokenizer
 

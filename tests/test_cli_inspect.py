@@ -17,9 +17,9 @@ from rich.console import Console
 
 from bitune_cli import main
 from bitune_plugin import plugins
+from bitune_plugin.checkpoints.saved import SavedAdapter
 from bitune_plugin.cli.inspect import draw, show
-from bitune_plugin.plugins import hookimpl
-from bitune_plugin.saved import SavedAdapter
+from bitune_plugin.hookspecs import hookimpl
 from helpers import bitune, lora
 from models import tiny
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from agreement import assert_agrees
-from bitune_plugin.forward import plan_ahead
+from bitune_plugin.modeling.causal_lm import plan_ahead
 from helpers import Batch, batch, bitune, gradients, packed, samples
 from models import tiny
 

@@ -28,8 +28,8 @@ from peft import (
 from safetensors.torch import save_file
 
 from bitune_plugin import BituneConfig
-from bitune_plugin.config import THETA_INIT
 from bitune_plugin.plugins import mixings
+from bitune_plugin.tuner.config import THETA_INIT
 
 # --- What is chosen when nothing is said ------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bitune_plugin.folders import put_back, replacing
+from bitune_plugin.checkpoints.folders import put_back, replacing
 from killing import DONE, INTERRUPTED, KILLED, killed_at
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the operations are counted in a forked process")

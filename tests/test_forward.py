@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
-from bitune_plugin import forward as engine
-from bitune_plugin.layout import LayoutError
+from bitune_plugin.errors import LayoutError
+from bitune_plugin.modeling import backbone as engine
 from helpers import (
     SHAPES,
     Batch,

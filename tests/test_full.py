@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from bitune_plugin import BituneConfig
-from bitune_plugin.full import FullConfig, FullLayer
+from bitune_plugin.tuner.full import FullConfig, FullLayer
 from helpers import SHAPES, assert_close, batch, lora, observe, samples, tokens, unharmed
 from models import randomise_adapters, tiny
 from three_pass import CACHE, STREAMS, ThreePass

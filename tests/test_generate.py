@@ -33,8 +33,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from bitune_plugin.forward import _warn_one_piece
-from bitune_plugin.layout import LayoutError
+from bitune_plugin.errors import LayoutError
+from bitune_plugin.modeling.generation import _warn_one_piece
 from helpers import Batch, assert_close, batch, bitune, lora, tokens, with_oracle
 from models import ARCHITECTURES, tiny, word_tokenizer
 from three_pass import CACHE, ThreePass

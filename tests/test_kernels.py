@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from transformers import modeling_flash_attention_utils as flash_utils
 
 from agreement import assert_gradients_agree, assert_logits_agree, assert_tokens_agree
-from bitune_plugin.attention import base_of, implementation_for
-from bitune_plugin.kernels import KERNELS
-from bitune_plugin.layout import LayoutError
+from bitune_plugin.errors import LayoutError
+from bitune_plugin.modeling.attention import base_of, implementation_for
+from bitune_plugin.modeling.backends import KERNELS
 from helpers import SHAPES, batch, lora, packed, samples, tokens, with_oracle
 from models import tiny
 from three_pass import ThreePass

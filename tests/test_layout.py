@@ -13,18 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import grad, gradcheck, gradgradcheck
 
-from bitune_plugin import layout as layout_module
-from bitune_plugin.layout import (
-    IGNORED,
-    LayoutError,
-    Move,
-    Parts,
-    PromptLayout,
-    document_starts,
-    plan,
-    prompt_from_labels,
-    rearrange,
-)
+from bitune_plugin.core import layout as layout_module
+from bitune_plugin.core.gather import Move, rearrange
+from bitune_plugin.core.layout import Parts, PromptLayout
+from bitune_plugin.core.planning import plan
+from bitune_plugin.core.prompts import IGNORED, document_starts, prompt_from_labels
+from bitune_plugin.errors import LayoutError
 from documents import (
     ALIKE_QUESTIONS,
     PACKED,

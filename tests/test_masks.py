@@ -11,8 +11,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bitune_plugin.layout import PromptLayout
-from bitune_plugin.masks import Chunk, Documents, Made, Reach, Sight, Window, once
+from bitune_plugin.core.layout import PromptLayout
+from bitune_plugin.core.masks import Chunk, Documents, Made, Reach, Sight, Window, once
 from documents import ALIKE_QUESTIONS, PACKED, QUESTIONS, RAGGED, Batch, Document, batches, groups, reaches
 from helpers import SHAPES, batch, bitune, samples
 

@@ -259,7 +259,7 @@ def test_adapters_put_on_by_transformers_are_merged_and_switched_off_too() -> No
 def test_experts_of_a_merged_model_take_no_weights_from_before(monkeypatch: pytest.MonkeyPatch) -> None:
     model, oracle = with_oracle("qwen2_moe")
     model.merge_adapter()
-    monkeypatch.setattr("bitune_plugin.routing.UNMERGED", "nothing of this name")
+    monkeypatch.setattr("bitune_plugin.tuner.adapter_layers.UNMERGED", "nothing of this name")
     assert_answers_agree(model, oracle)
 
 

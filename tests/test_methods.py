@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from agreement import assert_agrees, assert_answers_agree, assert_gradients_agree, assert_logits_agree
 from bitune_plugin import BituneConfig
-from bitune_plugin.methods import OWN_FORWARD, refusal
+from bitune_plugin.tuner.methods import OWN_FORWARD, refusal
 from helpers import SHAPES, assert_close, batch, bitune, gradients, observe, one, packed, samples, unharmed, with_oracle
 from methods import METHODS, REFUSED, SMALL, VARIANTS, WHOLE, small, table, with_refused
 from models import randomise_adapters, tiny

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitune_plugin import BituneConfig
-from bitune_plugin.mixing import alpha_from_abs, alpha_from_relu, mix
-from bitune_plugin.tuner import MixingLayer
+from bitune_plugin.core.mixing import alpha_from_abs, alpha_from_relu, mix
+from bitune_plugin.tuner.mixing_layer import MixingLayer
 
 START = 0.01
 thetas = st.floats(-10, 10, width=32)

@@ -11,8 +11,8 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from agreement import EXACT, assert_agrees, assert_gradients_agree, assert_logits_agree
-from bitune_plugin.forward import plan_ahead
-from bitune_plugin.layout import LayoutError
+from bitune_plugin.errors import LayoutError
+from bitune_plugin.modeling.causal_lm import plan_ahead
 from helpers import assert_close, batch, bitune, gradients, lora, packed, samples, tokens, unharmed, with_oracle
 from models import EXPERTS, tiny
 from three_pass import CACHE

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bitune_plugin.cli.sft import read_settings, train
 from bitune_plugin.integrations.lm_eval import TASKS
-from bitune_plugin.integrations.trl import BituneSFTTrainer
+from bitune_plugin.integrations.trl.trainer import BituneSFTTrainer
 from models import tiny
 
 ROOT = Path(__file__).parents[1]

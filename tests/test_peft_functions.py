@@ -13,8 +13,8 @@ from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
 
 from bitune_plugin import BituneConfig
-from bitune_plugin.autocast import concatenate
-from bitune_plugin.full import FullConfig
+from bitune_plugin.core.autocast import concatenate
+from bitune_plugin.tuner.full import FullConfig
 from helpers import bitune, gradients, lora, one, tokens
 from models import tiny
 

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners import tuners_utils
 
 from bitune_plugin import BituneConfig
-from bitune_plugin.peft_host import OF_MODULE, OF_TUNERS, require_seams
+from bitune_plugin.tuner.host import OF_MODULE, OF_TUNERS, require_seams
 from models import randomise_adapters, tiny
 
 

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitune_plugin import BituneConfig, BituneModel, plugins
-from bitune_plugin.architectures import Architecture, UnsupportedModelError, describe
-from bitune_plugin.attention import MIXING
-from bitune_plugin.plugins import GROUP, hookimpl, mixings, plugin_manager
+from bitune_plugin.core.mixing import MIXING
+from bitune_plugin.errors import UnsupportedModelError
+from bitune_plugin.hookspecs import GROUP, hookimpl
+from bitune_plugin.modeling.architectures import Architecture
+from bitune_plugin.plugins import describe, mixings, plugin_manager
 from models import randomise_adapters, tiny
 
 HOOKS = ("bitune_register", "bitune_architecture", "bitune_mixings")

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 
 from agreement import assert_gradients_agree, assert_logits_agree, assert_tokens_agree
 from bitune_plugin import BituneConfig
-from bitune_plugin.architectures import UnsupportedModelError, describe
-from bitune_plugin.attention import MIXING, shares_keys
-from bitune_plugin.layout import LayoutError
-from bitune_plugin.plugins import GROUP, plugin_manager
+from bitune_plugin.core.mixing import MIXING
+from bitune_plugin.errors import LayoutError, UnsupportedModelError
+from bitune_plugin.hookspecs import GROUP
+from bitune_plugin.modeling.attention import shares_keys
+from bitune_plugin.plugins import describe, plugin_manager
 from helpers import SHAPES, batch, lora, packed, samples, tokens, with_oracle
 from models import randomise
 from three_pass import CACHE

@@ -16,20 +16,12 @@ from peft import IA3Config, LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from bitune_plugin.layout import PromptLayout, plan
-from bitune_plugin.routing import (
-    KEYWORD,
-    Extension,
-    FollowingLayer,
-    Reading,
-    Sealed,
-    TwoAdapterLayer,
-    bidirectional,
-    extend,
-    reading_in_progress,
-    restore,
-    with_active_adapter,
-)
+from bitune_plugin.core.layout import PromptLayout
+from bitune_plugin.core.planning import plan
+from bitune_plugin.modeling.checkpointing import FollowingLayer
+from bitune_plugin.modeling.context import KEYWORD, Reading, Sealed, reading_in_progress
+from bitune_plugin.modeling.extension import Extension, extend, restore
+from bitune_plugin.tuner.adapter_layers import TwoAdapterLayer, bidirectional, with_active_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 

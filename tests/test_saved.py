@@ -10,7 +10,7 @@ from peft import PeftConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors.torch import load_file, save_file
 
-from bitune_plugin.saved import SavedAdapter, find_adapters, local_folder
+from bitune_plugin.checkpoints.saved import SavedAdapter, find_adapters, local_folder
 from damage import DAMAGE
 from helpers import bitune, lora
 from models import tiny

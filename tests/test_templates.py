@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset, IterableDataset
 from lm_eval.utils import apply_template
 
-from bitune_plugin.integrations.templates import apply_templates
+from bitune_plugin.integrations.trl.templates import apply_templates
 
 ROWS = [
     {"question": "one?", "answers": ["a", "b"], "best": 1},

@@ -17,11 +17,12 @@ from peft import IA3Config, PeftConfig, PeftModel, PromptTuningConfig, TaskType,
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 from trl import SFTTrainer
 
-from bitune_plugin import BituneConfig, BituneSFTTrainer, layout
-from bitune_plugin.forward import plan_ahead
-from bitune_plugin.integrations.trl import answers_only
-from bitune_plugin.integrations.trl_data import PROMPT_MASK, has_prompt_and_completion, mark_prompt
-from bitune_plugin.layout import LayoutError
+from bitune_plugin import BituneConfig, BituneSFTTrainer
+from bitune_plugin.core import layout
+from bitune_plugin.errors import LayoutError
+from bitune_plugin.integrations.trl.data import PROMPT_MASK, has_prompt_and_completion, mark_prompt
+from bitune_plugin.integrations.trl.trainer import answers_only
+from bitune_plugin.modeling.causal_lm import plan_ahead
 from models import tiny, word_tokenizer
 from training import LORA, ONE_STEP, WITH_LOGITS, assert_exact, batch_of, chat, losses, pairs
 
@@ -64,7 +65,7 @@ class TestAnswersOnly:
         batch = batch_of(t)
         short = t.compute_loss(t.model, dict(batch))
         short_metrics = {name: values[-1] for name, values in t._metrics["train"].items()}
-        monkeypatch.setattr("bitune_plugin.integrations.trl.answers_only", lambda inputs: inputs)
+        monkeypatch.setattr("bitune_plugin.integrations.trl.trainer.answers_only", lambda inputs: inputs)
         whole = t.compute_loss(t.model, dict(batch))
         assert short.item() == pytest.approx(whole.item(), abs=1e-6)
         whole_metrics = {name: values[-1] for name, values in t._metrics["train"].items()}

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from trl import SFTTrainer
 
-from bitune_plugin.integrations.trl_host import selective_checkpointing_works
+from bitune_plugin.integrations.trl.host import selective_checkpointing_works
 from helpers import assert_close
 from training import (
     LORA,

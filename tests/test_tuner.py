@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bitune_plugin import BituneConfig, BituneModel
-from bitune_plugin.full import FullConfig
+from bitune_plugin.tuner.full import FullConfig
 from damage import DAMAGE, THETA, edit_weights
 from helpers import assert_close, bitune, lora, observe, one, tokens, unharmed
 from interruptions import interrupted_at, places
@@ -280,7 +280,7 @@ def test_loading_that_is_interrupted_in_the_weights_leaves_the_model_as_it_was(
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bitune_plugin.tuner._problems", interrupted)
+    monkeypatch.setattr("bitune_plugin.tuner.state_dict._problems", interrupted)
     base, model = tiny(), bitune()
     with unharmed(base), pytest.raises(KeyboardInterrupt):
         PeftModel.from_pretrained(base, folder)

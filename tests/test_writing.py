@@ -15,8 +15,8 @@ from peft import IA3Config, LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from bitune_plugin.saved import local_folder
-from bitune_plugin.writing import write_adapter
+from bitune_plugin.checkpoints.saved import local_folder
+from bitune_plugin.checkpoints.writing import write_adapter
 from killing import DONE, KILLED, killed_at
 
 WEIGHTS = "adapter_model.safetensors"
@@ -94,7 +94,7 @@ FULL = "No space left on device"
     ("part", "error"),
     [
         (
-            "bitune_plugin.writing.save_file",
+            "bitune_plugin.checkpoints.writing.save_file",
             SafetensorError(f"Error while serializing: I/O error: {FULL} (os error 28)"),
         ),
         ("peft.PeftConfig.save_pretrained", OSError(errno.ENOSPC, FULL)),

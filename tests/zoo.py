@@ -10,7 +10,8 @@ import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from bitune_plugin.architectures import UnsupportedModelError, describe
+from bitune_plugin.errors import UnsupportedModelError
+from bitune_plugin.plugins import describe
 from models import SIZE, randomise
 
 MODEL_TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

@@ -49,8 +49,8 @@ def registration(_: Path) -> None:
     """Raises RuntimeError if PEFT's tables lead to another BITUNE than ours."""
     from peft import mapping
 
-    from bitune_plugin.config import PEFT_TYPE, BituneConfig
-    from bitune_plugin.tuner import BituneModel
+    from bitune_plugin.tuner.config import PEFT_TYPE, BituneConfig
+    from bitune_plugin.tuner.model import BituneModel
 
     tables = {"PEFT_TYPE_TO_CONFIG_MAPPING": BituneConfig, "PEFT_TYPE_TO_TUNER_MAPPING": BituneModel}
     for table, expected in tables.items():

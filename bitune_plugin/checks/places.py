@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import transformers.utils
 
-from bitune_plugin.kernels import KERNELS
+from bitune_plugin.modeling.backends import KERNELS
 
 FLASH = "flash_attention_"
 

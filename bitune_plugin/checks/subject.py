@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bitune_plugin.config import BituneConfig
+from bitune_plugin.tuner.config import BituneConfig
 
 from .literal import Literal, Sample
 

@@ -6,11 +6,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bitune_plugin.authors import convert
+from bitune_plugin.checkpoints.authors import convert
+from bitune_plugin.checkpoints.saved import local_folder
+from bitune_plugin.checkpoints.writing import write_adapter
 from bitune_plugin.cli.terminal import busy, parser
-from bitune_plugin.config import NO_MIXING, SECOND_PASSES, SETTINGS
-from bitune_plugin.saved import local_folder
-from bitune_plugin.writing import write_adapter
+from bitune_plugin.tuner.config import NO_MIXING, SECOND_PASSES, SETTINGS
 
 DESCRIPTION = """\
 Reads an adapter that the code of the paper's authors saved, its folder `prefill` included, and writes it as a Bitune

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from bitune_plugin.checkpoints.saved import SavedAdapter, local_folder
+from bitune_plugin.checkpoints.writing import write_adapter
 from bitune_plugin.cli.terminal import busy, parser
-from bitune_plugin.saved import SavedAdapter, local_folder
-from bitune_plugin.writing import write_adapter
 
 DESCRIPTION = """\
 Writes one stream of a Bitune adapter as an adapter of its inner method (LoRA, IA3, ...), for programs that know PEFT

@@ -16,9 +16,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from bitune_plugin.checkpoints.saved import SavedAdapter, find_adapters
 from bitune_plugin.cli.terminal import parser, with_progress
-from bitune_plugin.config import NO_MIXING, SETTINGS
-from bitune_plugin.saved import SavedAdapter, find_adapters
+from bitune_plugin.tuner.config import NO_MIXING, SETTINGS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -36,11 +36,11 @@ from trl import (
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from bitune_cli import run
-from bitune_plugin.config import BituneConfig
-from bitune_plugin.full import FullConfig
-from bitune_plugin.integrations.templates import apply_templates
-from bitune_plugin.integrations.trl import BituneSFTConfig, BituneSFTTrainer
-from bitune_plugin.integrations.trl_data import Samples
+from bitune_plugin.integrations.trl.data import Samples
+from bitune_plugin.integrations.trl.templates import apply_templates
+from bitune_plugin.integrations.trl.trainer import BituneSFTConfig, BituneSFTTrainer
+from bitune_plugin.tuner.config import BituneConfig
+from bitune_plugin.tuner.full import FullConfig
 
 logger = get_logger(__name__)
 

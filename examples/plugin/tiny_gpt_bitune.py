@@ -13,19 +13,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bitune_plugin.plugins import hookimpl
+from bitune_plugin.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from bitune_plugin.architectures import Architecture
+    from bitune_plugin.modeling.architectures import Architecture
 
 
 @hookimpl
 def bitune_architecture(model: nn.Module) -> Architecture | None:
     """Describes a TinyGPT, and leaves every other model to others."""
-    from bitune_plugin.architectures import decoder
-    from bitune_plugin.joint_attention import JointAttention
+    from bitune_plugin.modeling.architectures import decoder
+    from bitune_plugin.modeling.joint_attention import JointAttention
     from tiny_gpt import TinyAttention, TinyGPTForCausalLM
 
     if not isinstance(model, TinyGPTForCausalLM):

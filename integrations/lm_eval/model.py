@@ -23,10 +23,10 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import cached_file
 
 import bitune_plugin
-from bitune_plugin.architectures import UnsupportedModelError
-from bitune_plugin.config import BituneConfig
-from bitune_plugin.forward import active_adapter, takes_several_completions
-from bitune_plugin.tuner import BituneModel
+from bitune_plugin.errors import UnsupportedModelError
+from bitune_plugin.modeling.architectures import active_adapter, takes_several_completions
+from bitune_plugin.tuner.config import BituneConfig
+from bitune_plugin.tuner.model import BituneModel
 
 from .scoring import Request, Row, Score, batch_of, largest_row, rows_of, scores_of
 

@@ -1,0 +1,221 @@
+"""What is wrong with a saved adapter, as far as its config and its weights tell without the model.
+
+With the model, loading compares every key (`BituneModel`); the commands that read folders have these checks instead.
+They refuse nothing that Bitune saves: what only some models or methods have is compared between layers, never assumed.
+
+    base_model.model.<module>.<part>                          causal stream
+    base_model.model.<module>.<part, with "bidirectional">    bidirectional stream
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+
+from peft import LoraConfig
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from ..core.mixing import MIXING
+from ..tuner.config import NO_MIXING, BituneConfig
+from ..tuner.full import ALL
+from ..tuner.state_dict import BIDIRECTIONAL
+from ..tuner.weights import lacking_whole, not_finite
+
+ROOT = "base_model.model."
+"""What PEFT puts before the names of a model's modules."""
+
+
+Parts = dict[str, Tensor]
+"""The weights of one module's adapter, by what follows the module in their keys, without the stream."""
+
+
+HALVES = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
+"""Parts of LoRA that are nothing without each other."""
+
+
+def problems_of(config: BituneConfig, weights: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong with the weights of an adapter; an empty list if nothing is.
+
+    Args:
+        config: what the adapter was saved with.
+        weights: by the keys they are saved under.
+    """
+    found = _Weights(config, weights)
+    return [
+        *not_finite(weights),
+        *lacking_whole(config.adapter, weights),
+        *found.wrong_theta(),
+        *found.wrong_streams(),
+        *found.wrong_parts(),
+        *found.wrong_ranks(),
+        *found.unknown(),
+        *found.missing_layers(),
+    ]
+
+
+class _Weights:
+    """The weights of an adapter by stream and module."""
+
+    def __init__(self, config: BituneConfig, weights: Mapping[str, Tensor]) -> None:
+        self.config, self.inner = config, config.adapter
+        self.prefix = PEFT_TYPE_TO_PREFIX_MAPPING[self.inner.peft_type]
+        self.theta = {key: value for key, value in weights.items() if MIXING in key.split(".")}
+        self.causal: dict[str, Parts] = {}
+        self.bidirectional: dict[str, Parts] = {}
+        for key in weights.keys() - self.theta.keys():
+            names = key.split(".")
+            stream = self.bidirectional if BIDIRECTIONAL in names else self.causal
+            place = next((i for i, name in enumerate(names) if name.startswith(self.prefix)), None)
+            if place is not None:
+                part = ".".join(name for name in names[place:] if name != BIDIRECTIONAL)
+                stream.setdefault(".".join(names[:place]).removeprefix(ROOT), {})[part] = weights[key]
+
+    @cached_property
+    def attentions(self) -> list[str]:
+        """Names of the modules with a theta."""
+        return sorted({key.removeprefix(ROOT).split(f".{MIXING}.")[0] for key in self.theta})
+
+    def wrong_theta(self) -> Iterator[str]:
+        if not self.theta and self.config.mixing != NO_MIXING:
+            yield "no theta"
+        if self.theta and self.config.mixing == NO_MIXING:
+            yield f"theta, which `mixing={NO_MIXING!r}` does not have"
+        of_model = self.config.mixing_granularity == "model"
+        if of_model and len(self.attentions) > 1:
+            yield f"{len(self.attentions)} thetas of keys, where `mixing_granularity='model'` has one"
+        for name in self.attentions:
+            yield from self._wrong_theta_of(name)
+
+    def _wrong_theta_of(self, attention: str) -> Iterator[str]:
+        keys = [f"{ROOT}{attention}.{MIXING}.theta_{kind}" for kind in ("key", "value")]
+        yield from (f"missing: {key}" for key in keys if key not in self.theta)
+        by_head = self.config.mixing_granularity == "head"
+        for key in keys:
+            theta = self.theta.get(key)
+            if theta is None:
+                continue
+            shape = list(theta.shape)
+            if len(shape) != 1 or shape[0] == 0 or (shape != [1] and not by_head):
+                expected = "[key/value heads]" if by_head else "[1]"
+                yield f"shape {shape} where {expected} belongs: {key}"
+            elif not theta.is_floating_point():
+                yield f"{theta.dtype}, which is no floating-point number: {key}"
+        if len({tuple(self.theta[key].shape) for key in keys if key in self.theta}) > 1:
+            yield f"theta of keys and of values have different shapes: {attention}"
+
+    def wrong_streams(self) -> Iterator[str]:
+        """Every part of the bidirectional stream has its twin in the causal one, and within the backbone the other way
+        round too."""
+        if not self.causal:
+            yield "no weights of the causal stream"
+        if not self.bidirectional and not self.config.share_adapter:
+            yield "no weights of the bidirectional stream"
+        if self.bidirectional and self.config.share_adapter:
+            yield "weights of a bidirectional stream, which `share_adapter=True` does not have"
+            return
+        inside = {module.split(".")[0] for module in self.bidirectional}
+        for module in self.causal.keys() | self.bidirectional.keys():
+            first, second = self.causal.get(module, {}), self.bidirectional.get(module, {})
+            yield from (f"missing: {ROOT}{module}.{part}" for part in second.keys() - first.keys())
+            if second or module.split(".")[0] in inside:
+                yield from (
+                    f"missing in the bidirectional stream: {ROOT}{module}.{p}" for p in first.keys() - second.keys()
+                )
+            for part in first.keys() & second.keys():
+                shapes = list(first[part].shape), list(second[part].shape)
+                if shapes[0] != shapes[1]:
+                    yield f"shape {shapes[0]} in one stream and {shapes[1]} in the other: {ROOT}{module}.{part}"
+
+    def wrong_parts(self) -> Iterator[str]:
+        """Both halves of every LoRA; and of the modules of one name in several layers, none has only some of the parts
+        of another."""
+        by_name: dict[str, dict[str, set[str]]] = {}
+        for module, parts in self.causal.items():
+            names = {part.split(".")[0] for part in parts}
+            for pair in HALVES:
+                if names & set(pair):
+                    yield from (f"missing: {ROOT}{module}.{half}" for half in pair if half not in names)
+            by_name.setdefault(module.rpartition(".")[2], {})[module] = names
+        for modules in by_name.values():
+            yield from _unequal(modules)
+
+    def wrong_ranks(self) -> Iterator[str]:
+        """The two halves of a LoRA have the rank that the config says; experts in one parameter have a multiple."""
+        if not isinstance(self.inner, LoraConfig) or self.inner.use_bdlora:  # which makes blocks of them
+            return
+        for module, parts in self.causal.items():
+            for down in ("lora_A.weight", "lora_embedding_A"):
+                up = down.replace("_A", "_B")
+                if down not in parts or up not in parts or parts[down].dim() < 2 or parts[up].dim() < 2:
+                    continue
+                ranks = parts[down].shape[0], parts[up].shape[1]
+                said = self._rank_of(module)
+                if ranks[0] != ranks[1] or ranks[0] % said or (ranks[0] != said and not self.inner.target_parameters):
+                    yield f"ranks {ranks[0]} and {ranks[1]} where the config says {said}: {ROOT}{module}"
+
+    def _rank_of(self, module: str) -> int:
+        patterns = self.inner.rank_pattern or {}
+        return patterns.get(get_pattern_key(patterns.keys(), module), self.inner.r)
+
+    def unknown(self) -> Iterator[str]:
+        """Adapters of modules that `target_modules` does not name."""
+        names = getattr(self.inner, "target_modules", None)
+        others = (getattr(self.inner, name, None) for name in ("target_parameters", "target_modules_to_tie"))
+        if any(others) or not names or names in ("all-linear", ALL):
+            return
+        for module in self.causal.keys() - {"base_model"}:
+            if not check_target_module_exists(self.inner, module):
+                yield f"unknown: {ROOT}{module}, which is not in `target_modules`"
+
+    def missing_layers(self) -> Iterator[str]:
+        """Where layers are numbered, none is left out; and if the adapter goes into every layer, it is in each."""
+        numbers = {number: name for name in self.attentions if (number := _number(name)) is not None}
+        if len(numbers) != len(self.attentions) or len(numbers) < 2:
+            return
+        name = numbers[max(numbers)]
+        gaps = sorted(set(range(max(numbers))) - numbers.keys())
+        yield from (f"missing: layer {gap}, {ROOT}{_with_number(name, gap)}" for gap in gaps)
+        if self._is_in_every_layer():
+            inside = {name: [m for m in self.causal if m.startswith(f"{name}.")] for name in self.attentions}
+            adapted = {m.removeprefix(f"{name}.") for name, modules in inside.items() for m in modules}
+            if len(adapted) > 1:  # of a single name not every layer need have a module
+                yield from (f"missing: all adapters in {ROOT}{name}" for name, modules in inside.items() if not modules)
+
+    def _is_in_every_layer(self) -> bool:
+        """Whether the config names modules regardless of their layer."""
+        names = getattr(self.inner, "target_modules", None)
+        excluded = getattr(self.inner, "exclude_modules", None) or []
+        if isinstance(names, str) or isinstance(excluded, str) or not names:
+            return False
+        return getattr(self.inner, "layers_to_transform", None) is None and not any(
+            map(_has_number, [*names, *excluded])
+        )
+
+
+def _unequal(modules: Mapping[str, set[str]]) -> Iterator[str]:
+    """Parts that one of some modules lacks and another has, which has all of its other parts too."""
+    count = Counter(part for parts in modules.values() for part in parts)
+    for module, parts in modules.items():
+        more = {part for others in modules.values() if others > parts for part in others - parts}
+        yield from (f"missing: {ROOT}{module}.{part}" for part in sorted(more) if 2 * count[part] > len(modules))
+        less = {part for others in modules.values() if others < parts for part in parts - others}
+        yield from (f"unknown: {ROOT}{module}.{part}" for part in sorted(less) if 2 * count[part] <= len(modules))
+
+
+def _has_number(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
+
+
+def _number(name: str) -> int | None:
+    numbers = [int(part) for part in name.split(".") if part.isdigit()]
+    return numbers[-1] if numbers else None
+
+
+def _with_number(name: str, number: int) -> str:
+    """The name of the same module in another layer."""
+    before, _, behind = name.rpartition(f".{_number(name)}.")
+    return f"{before}.{number}.{behind}"

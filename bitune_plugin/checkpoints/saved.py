@@ -1,0 +1,300 @@
+"""Adapters as they lie in folders, read without the model they belong to.
+
+What the keys mean stands where they are made: `BituneModel`, "How an adapter is saved".
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import snapshot_download
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.utils import CONFIG_NAME, PeftType
+from torch import Tensor
+
+from ..core.mixing import MIXING
+from ..errors import first
+from ..plugins import mixings
+from ..tuner.config import BituneConfig
+from ..tuner.state_dict import BIDIRECTIONAL
+from ..tuner.weights import read_weights
+from .folders import put_back
+from .integrity import ROOT, problems_of
+
+Config = TypeVar("Config", bound=PeftConfig)
+
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+"""Folders that a trainer saves on its way."""
+
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "additional_chat_templates",
+)
+"""What tokenizers save, as patterns."""
+
+
+@dataclass(frozen=True)
+class Size:
+    parameters: int
+    bytes: int
+
+    @classmethod
+    def of(cls, weights: Iterable[Tensor]) -> Size:
+        weights = list(weights)
+        return cls(sum(w.numel() for w in weights), sum(w.numel() * w.element_size() for w in weights))
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """A Bitune adapter, of which the weights are read from disk when they are looked at.
+
+    Attributes:
+        folder: where it was read from.
+        config: its settings.
+        weights: its weights by the keys they are saved under.
+    """
+
+    folder: Path
+    config: BituneConfig
+    weights: Mapping[str, Tensor]
+
+    @classmethod
+    def read(cls, folder: Path) -> SavedAdapter:
+        """Reads the adapter in `folder`.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is not a Bitune adapter, or damaged.
+        """
+        config = read_config(folder, BituneConfig)
+        adapter = cls(folder, config, read_weights(folder))
+        adapter._check()
+        return adapter
+
+    @property
+    def step(self) -> int | None:
+        """The training step at which a trainer saved this checkpoint."""
+        match = CHECKPOINT.fullmatch(self.folder.resolve().name)
+        return int(match[1]) if match else None
+
+    @property
+    def method(self) -> str:
+        """PEFT's name of the inner method."""
+        return peft_type_of(self.config.adapter)
+
+    @cached_property
+    def theta(self) -> dict[str, Tensor]:
+        return {key: value for key, value in self.weights.items() if MIXING in key.split(".")}
+
+    @cached_property
+    def bidirectional(self) -> dict[str, Tensor]:
+        """The adapter of the bidirectional stream, under the keys that the causal stream's has."""
+        second = {key: value for key, value in self.weights.items() if BIDIRECTIONAL in key.split(".")}
+        return {_without_stream(key): value for key, value in second.items()}
+
+    @cached_property
+    def causal(self) -> dict[str, Tensor]:
+        """The adapter of the causal stream."""
+        return {key: value for key, value in self._of_causal.items() if self._is_adapter(key)}
+
+    @cached_property
+    def whole(self) -> dict[str, Tensor]:
+        """Modules, rows of embeddings and biases that are trained or saved whole, and serve both streams."""
+        return {key: value for key, value in self._of_causal.items() if not self._is_adapter(key)}
+
+    @property
+    def _of_causal(self) -> dict[str, Tensor]:
+        second = {key for key in self.weights if BIDIRECTIONAL in key.split(".")}
+        return {key: value for key, value in self.weights.items() if key not in second and key not in self.theta}
+
+    def _is_adapter(self, key: str) -> bool:
+        prefix = PEFT_TYPE_TO_PREFIX_MAPPING[self.config.adapter.peft_type]
+        return key in self.bidirectional or any(part.startswith(prefix) for part in key.split("."))
+
+    @property
+    def sizes(self) -> dict[str, Size]:
+        parts = {
+            "causal": self.causal,
+            "bidirectional": self.bidirectional,
+            "theta": self.theta,
+            "trained_whole": self.whole,
+        }
+        return {name: Size.of(weights.values()) for name, weights in parts.items()}
+
+    @cached_property
+    def attentions(self) -> list[str]:
+        """Names of the attention modules that have a theta, in the order of the numbers in them."""
+        return sorted({key.removeprefix(ROOT).split(f".{MIXING}.")[0] for key in self.theta}, key=_by_numbers)
+
+    @property
+    def layers(self) -> list[int]:
+        """Number of the layer of each of `attentions`: the last one in its name, if that tells them apart."""
+        numbers = [[int(part) for part in name.split(".") if part.isdigit()][-1:] for name in self.attentions]
+        last = {number for found in numbers for number in found}
+        return [number for (number,) in numbers] if len(last) == len(numbers) else list(range(len(numbers)))
+
+    def alphas(self) -> dict[str, list[Tensor]]:
+        """How much of the bidirectional reading each of `attentions` takes.
+
+        Returns:
+            Under `"key"` and `"value"`, one alpha each: float32, `[1]` or `[key/value heads]`. Lists of one with
+            `mixing_granularity="model"`; empty ones with `mixing="none"`.
+        """
+        return {kind: [self._alpha(name, kind) for name in self.attentions] for kind in ("key", "value")}
+
+    def _alpha(self, attention: str, kind: str) -> Tensor:
+        theta = self.theta[f"{ROOT}{attention}.{MIXING}.theta_{kind}"].float()
+        return mixings()[self.config.mixing](theta, self.config.theta_init)
+
+    def plain(self, stream: str) -> tuple[PeftConfig, dict[str, Tensor]]:
+        """Config and weights of one stream, with the modules trained whole, as PEFT saves an adapter.
+
+        Args:
+            stream: `"causal"` or `"bidirectional"`.
+
+        Raises:
+            ValueError: there is no such stream, or it is not an adapter that PEFT knows by itself.
+        """
+        if self.method not in {member.value for member in PeftType}:
+            raise ValueError(
+                f"The inner method {self.method} is not one of PEFT's own, so that nothing but Bitune could load the "
+                "adapter. Load the whole with `PeftModel.from_pretrained`."
+            )
+        config = copy.deepcopy(self.config.causal_config())
+        if stream == "causal":
+            return config, {**self.causal, **self.whole}
+        if self.config.share_adapter:
+            raise ValueError(
+                "The adapter was trained with `share_adapter=True`: both streams use the causal one. Export that."
+            )
+        # The second stream ends before the LM head, and has no adapter there.
+        adapted_once = self._modules(self.causal) - self._modules(self.bidirectional)
+        if adapted_once:
+            _exclude(config, adapted_once)
+        bare = {f"{ROOT}{module}.base_layer.": f"{ROOT}{module}." for module in adapted_once}
+        whole = {_replace_start(key, bare): value for key, value in self.whole.items()}
+        return config, {**self.bidirectional, **whole}
+
+    def _modules(self, weights: Mapping[str, Tensor]) -> set[str]:
+        """Names of the modules that have an adapter in `weights`."""
+        prefix = PEFT_TYPE_TO_PREFIX_MAPPING[self.config.adapter.peft_type]
+        return {key.split(f".{prefix}")[0].removeprefix(ROOT) for key in weights if f".{prefix}" in key}
+
+    def _check(self) -> None:
+        """Raises ValueError if the weights are not those of the config."""
+        problems = problems_of(self.config, self.weights)
+        if problems:
+            raise ValueError(
+                f"The weights in {self.folder} are not those of its config: {'; '.join(first(problems))}. Copy the "
+                "adapter again."
+            )
+
+
+def peft_type_of(config: PeftConfig) -> str:
+    """PEFT's name of the method of `config`, as it is saved."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def find_adapters(name: str) -> list[Path]:
+    """Folders of adapters that `name` stands for.
+
+    Args:
+        name: a folder of an adapter, a hub id, or the output folder of a trainer, which stands for its checkpoints, in
+            order, and then for the adapter at its root, if there is one.
+
+    Raises:
+        OSError: there is nothing of the kind.
+    """
+    folder = local_folder(name)
+    steps = {path: CHECKPOINT.fullmatch(path.name) for path in folder.iterdir() if path.is_dir()}
+    checkpoints = sorted((path for path, match in steps.items() if match), key=lambda path: int(steps[path][1]))
+    if not checkpoints or (folder / CONFIG_NAME).is_file():
+        return [*checkpoints, folder]
+    return checkpoints
+
+
+def local_folder(name: str) -> Path:
+    """The folder of that name, or the one with the files of a hub id, which are downloaded if need be. A folder that a
+    killed process was about to replace is put back.
+
+    Raises:
+        OSError: there is neither.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    put_back(folder)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise NotADirectoryError(f"{name} is a file. Give the folder that the adapter was saved in.")
+    try:
+        wanted = ["config.json", "adapter_*", "*/adapter_*", *TOKENIZER_FILES]
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (ValueError, OSError) as error:
+        raise FileNotFoundError(
+            f"{name} is neither a folder here nor an adapter that the hub gives out ({str(error).strip()})"
+        ) from error
+
+
+def read_config(folder: Path, kind: type[Config]) -> Config:
+    """Reads the config of the adapter in `folder`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or of another kind.
+    """
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no adapter: there is no {CONFIG_NAME}.")
+    try:
+        json.loads(path.read_text(encoding="utf-8"))["peft_type"]
+        return kind.from_pretrained(str(folder))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no config of an adapter ({error}). Copy the adapter again.") from error
+
+
+def _exclude(config: PeftConfig, modules: set[str]) -> None:
+    """Leaves `modules` out of those that `config` adapts."""
+    if not hasattr(config, "exclude_modules"):
+        raise ValueError(
+            f"The bidirectional stream has no adapter in {', '.join(sorted(modules))}, and a {type(config).__name__} "
+            "cannot leave modules out. Export the causal stream."
+        )
+    excluded = config.exclude_modules
+    if isinstance(excluded, str):
+        config.exclude_modules = "|".join([f"(?:{excluded})", *map(re.escape, sorted(modules))])
+    else:
+        config.exclude_modules = sorted({*(excluded or ()), *modules})
+
+
+def _replace_start(key: str, starts: Mapping[str, str]) -> str:
+    for start, other in starts.items():
+        if key.startswith(start):
+            return other + key.removeprefix(start)
+    return key
+
+
+def _without_stream(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part != BIDIRECTIONAL)
+
+
+def _by_numbers(name: str) -> list[tuple[int, str]]:
+    """A key that sorts `layers.10` behind `layers.9`."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

@@ -1,0 +1,48 @@
+"""From theta to alpha to the mixed keys and values (arXiv 2405.14862).
+
+    alpha = |theta| / (|theta| + theta_init)
+    mixed = (1 - alpha) * causal + alpha * bidirectional
+
+`theta` starts at `theta_init`, so `alpha` starts at one half. It never reaches one: the larger `theta`, the closer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+AlphaFunction = Callable[[Tensor, float], Tensor]
+"""Maps theta (float32, `[1]` or `[key/value heads]`) and `theta_init` to alpha of the same shape."""
+
+
+def alpha_from_abs(theta: Tensor, theta_init: float) -> Tensor:
+    """`|theta| / (|theta| + theta_init)`: the paper's full mixing."""
+    return theta.abs() / (theta.abs() + theta_init)
+
+
+def alpha_from_relu(theta: Tensor, theta_init: float) -> Tensor:
+    """`relu(theta) / (relu(theta) + theta_init)`: the paper's simplified mixing; a negative theta is plain causal."""
+    return theta.relu() / (theta.relu() + theta_init)
+
+
+def mix(causal: Tensor, bidirectional: Tensor, alpha: Tensor | None) -> Tensor:
+    """Mixes keys with keys, or values with values, in float32.
+
+    Args:
+        causal, bidirectional: `[D, key/value heads, E, head size]`.
+        alpha: `[1]` or `[key/value heads]`; `None` keeps only the bidirectional features.
+
+    Returns:
+        The mixture, in the shape and dtype of `causal`.
+    """
+    if alpha is None:
+        return bidirectional
+    with torch.autocast(causal.device.type, enabled=False):
+        weight = alpha.to(causal.device, torch.float32).view(-1, 1, 1)
+        return torch.lerp(causal.float(), bidirectional.float(), weight).to(causal.dtype)
+
+
+MIXING = "bitune_mixing"
+"""Name of the mixing layer inside every attention module."""

@@ -1,0 +1,175 @@
+"""What is special about some architectures of transformers (5.23), by the hook that plugins use for others."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..core.layout import PromptLayout
+from ..core.masks import Reach, Window
+from ..core.mixing import MIXING
+from ..errors import UnsupportedModelError
+from ..hookspecs import hookimpl
+from ..modeling.architectures import Architecture, decoder
+from ..modeling.attention import PlacedQueries, WindowInConfig
+from ..modeling.extension import Extension, with_attributes
+from ..modeling.host import attends_through_interface, cache_in
+from ..modeling.joint_attention import JointAttention
+from ..modeling.latent_attention import LatentAttention
+
+UNSUPPORTED = {
+    "blt": "works on bytes and on patches of them, which its encoder makes",
+    "dory": "runs through some of its layers several times, and keeps keys and values of each time",
+    "git": "reads images beside its text",
+    "hrm_text": "runs through its layers several times, and keeps keys and values of each time",
+    "jetmoe": "has a mixture of experts inside its attention, where tokens cannot be told apart",
+    "mllama": "reads images beside its text",
+    "mllama_text_model": "reads images beside its text",
+    "moshi": "has sliding windows that its attention modules do not tell their attention function",
+    "musicgen_melody_decoder": "writes several codebooks of audio at once",
+    "nemotron_h": "mixes tokens by state-space models in some of its layers",
+    "phi4_multimodal": "reads images and sounds beside its text",
+    "rwkv": "mixes tokens by a recurrence",
+    "xlstm": "mixes tokens by a recurrence",
+}
+"""Model types that would fail later than when the adapter is put on, or go wrong, and why."""
+
+
+class TemperedAttention(PlacedQueries):
+    """Llama 4: the further back a query of a layer without rotary embedding stands, the more it is scaled.
+
+    After the prompt, with a cache, transformers counts padding on the left as places (5.23). It shows where that leads
+    over a multiple of `floor_scale`, 8192 tokens in the published models.
+    """
+
+    def in_their_places(self, query: Tensor, layout: PromptLayout) -> Tensor:
+        if self.use_rope or not self.attn_temperature_tuning:
+            return query
+        place = torch.arange(layout.length, device=query.device)[None]
+        factor = self._scale(layout.positions) / self._scale(place)
+        return (query * factor[:, None, :, None]).to(query.dtype)
+
+    def _scale(self, place: Tensor) -> Tensor:
+        return torch.log1p(torch.floor((place.float() + 1) / self.floor_scale)) * self.attn_scale + 1
+
+
+class GPTNeoAttention(JointAttention):
+    """GPT-Neo: has its causal mask, and that of its local layers, in a buffer."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self, MIXING).is_on and getattr(cache_in(kwargs), "is_compileable", False):
+            raise ValueError(
+                "GPT-Neo takes the end of a static cache for the end of the text (transformers 5.23). Leave "
+                "`cache_implementation` unset."
+            )
+        return super().forward(*args, **kwargs)
+
+    def reach(self) -> Reach | None:
+        return Window(self.config.window_size) if self.attention_type == "local" else None
+
+    def unmasked(self, visible: Tensor) -> JointAttention:
+        everything = visible.new_ones(1, 1, visible.shape[3], visible.shape[3])
+        return with_attributes(self, _buffers={**self._buffers, "bias": everything})
+
+
+class BloomAttention(JointAttention):
+    """Bloom: adds a bias to the scores that grows with the position of the key (ALiBi)."""
+
+    def mask_arguments(self, kwargs: dict[str, Any], visible: Tensor, layout: PromptLayout) -> dict[str, Any]:
+        alibi = _at_positions(kwargs["alibi"], layout, self.num_heads)
+        return {**super().mask_arguments(kwargs, visible, layout), "alibi": alibi.flatten(0, 1)}
+
+
+class FalconAttention(JointAttention):
+    """Falcon: some of its models have rotary embeddings, some ALiBi, which is then part of the mask too."""
+
+    def mask_arguments(self, kwargs: dict[str, Any], visible: Tensor, layout: PromptLayout) -> dict[str, Any]:
+        arguments = super().mask_arguments(kwargs, visible, layout)
+        if kwargs.get("alibi") is None:
+            return arguments
+        alibi = _at_positions(kwargs["alibi"].flatten(0, 1), layout, self.num_heads)
+        mask = arguments["attention_mask"] + alibi * self.inv_norm_factor
+        return {"attention_mask": mask, "alibi": alibi.flatten(0, 1)}
+
+
+class MptAttention(JointAttention):
+    """MPT: a bias as Bloom's, but the same for all rows, which leaves place for one completion in each; and a mask that
+    is True where nothing is to be seen."""
+
+    takes_several_completions = False
+
+    def mask_arguments(self, kwargs: dict[str, Any], visible: Tensor, layout: PromptLayout) -> dict[str, Any]:
+        slope = -kwargs["position_bias"][:, :, -2:-1]  # what a key one token back is given
+        # Places in the row in place of positions: what lies between is the same for all keys that a query sees.
+        rows, copy = (torch.arange(size, device=slope.device) for size in layout.streams)
+        return {"attention_mask": ~visible, "position_bias": slope * torch.cat([rows, copy, rows])}
+
+
+def _at_positions(alibi: Tensor, layout: PromptLayout, heads: int) -> Tensor:
+    """The biases of all keys: `[D * heads, 1, N]` by position to `[D, heads, 1, 2L + E]`."""
+    by_position = alibi.unflatten(0, (-1, heads))
+    positions = torch.cat([layout.positions, layout.positions[:, : layout.tokens]], dim=1)
+    return by_position.gather(3, positions[:, None, None, :].expand(*by_position.shape[:3], -1))
+
+
+EXTENSIONS: dict[str, type[Extension]] = {
+    "BloomAttention": BloomAttention,
+    "CodeGenAttention": JointAttention,
+    "DiffLlamaAttention": JointAttention,  # attends twice, to two halves of the values
+    "FalconAttention": FalconAttention,
+    "GPTJAttention": JointAttention,
+    "GPTNeoSelfAttention": GPTNeoAttention,
+    "Llama4TextAttention": TemperedAttention,
+    "MptAttention": MptAttention,
+    "PhimoeAttention": WindowInConfig,
+    "Qwen2MoeAttention": WindowInConfig,
+}
+"""Attention modules that need more than the others, by the name of their class."""
+
+
+ONCE_OWN_ARITHMETIC = ("CodeGenAttention", "GPTJAttention")
+"""Those that call an attention function like all others in later versions of transformers."""
+
+
+QUIRKS: dict[str, dict[str, Any]] = {
+    "gemma4_text": {"flattened": ["proj"]},  # of the router
+    "gemma4_unified_text": {"flattened": ["proj"]},
+    "llama4_text": {"unadaptable": ["router"]},
+    "opt": {"flattened": ["final_layer_norm", "fc1", "fc2"]},
+    "phimoe": {"unadaptable": ["router"]},
+}
+"""Further arguments of `architectures.decoder`, by model type."""
+
+
+@hookimpl(trylast=True)
+def bitune_architecture(model: nn.Module) -> Architecture | None:
+    if not isinstance(model, PreTrainedModel):
+        return None
+    reason = UNSUPPORTED.get(model.config.model_type)
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} {reason}, and Bitune does not know how to read its prompt twice. Use the inner "
+            "adapter alone, for instance `LoraConfig`."
+        )
+    quirks = _quirks_of_attention(model) | QUIRKS.get(model.config.model_type, {})
+    return decoder(model, **quirks) if quirks else None
+
+
+def _quirks_of_attention(model: PreTrainedModel) -> dict[str, Any]:
+    for module in model.modules():
+        name = type(module).__name__
+        if name in ONCE_OWN_ARITHMETIC and attends_through_interface(module):
+            return {}
+        if name in EXTENSIONS:
+            return {"is_attention": partial(_is_called, name), "attention_extension": EXTENSIONS[name]}
+        if hasattr(module, "expand_kv"):
+            return {"attention_extension": LatentAttention}
+    return {}
+
+
+def _is_called(name: str, module: nn.Module) -> bool:
+    return type(module).__name__ == name

@@ -1,0 +1,43 @@
+"""Puts the forward pass of Bitune on a transformers model, and takes it off again."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from .architectures import Architecture
+from .attention import base_of, implementation_for
+from .backbone import TwoWayBackbone
+from .causal_lm import CausalModel
+from .checkpointing import FollowingLayer
+from .extension import extend, restore
+
+
+def attach(model: PreTrainedModel, architecture: Architecture) -> None:
+    """Puts the forward pass of Bitune on a model. Does nothing where it already is."""
+    if isinstance(architecture.backbone, TwoWayBackbone):
+        return
+    if not architecture.does_own_arithmetic:
+        model.set_attn_implementation(implementation_for(model.config._attn_implementation))
+    extend(model, CausalModel)
+    model.bitune_architecture = architecture
+    extend(architecture.backbone, TwoWayBackbone)
+    architecture.backbone.bitune_architecture = architecture
+    for layer in architecture.layers:
+        extend(layer, FollowingLayer)
+    if architecture.attention_extension is not None:
+        for attention in architecture.attentions:
+            extend(attention, architecture.attention_extension)
+
+
+def detach(model: PreTrainedModel, architecture: Architecture) -> None:
+    """Takes it off again: classes, hooks and attention implementation are as before `attach`."""
+    if not architecture.does_own_arithmetic:
+        model.set_attn_implementation(base_of(model.config._attn_implementation))
+    if architecture.attention_extension is not None:
+        for attention in architecture.attentions:
+            restore(attention, architecture.attention_extension)
+    for layer in architecture.layers:
+        restore(layer, FollowingLayer)
+    del architecture.backbone.bitune_architecture, model.bitune_architecture
+    restore(architecture.backbone, TwoWayBackbone)
+    restore(model, CausalModel)

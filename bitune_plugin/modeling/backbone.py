@@ -1,0 +1,257 @@
+"""The backbone: its inputs are lengthened by copies of the encoded prompts, its outputs cut to length again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..core.mixing import MIXING
+from ..errors import LayoutError
+from .architectures import Architecture, active_adapter, takes_several_completions
+from .attention import PREFIX, base_of, implementation_for
+from .checkpointing import follow_into_checkpoints
+from .context import Reading, reading_in_progress
+from .extension import TakesCache, by_name
+from .host import CACHE_KEYWORDS, cache_in, drops_cache, put_cache, translate_cache
+from .prompts import (
+    OF_PACKED_ROWS,
+    Call,
+    Generation,
+    Prompts,
+    _call,
+    _check_plain,
+    _check_unread,
+    _has,
+    _holds_tokens,
+    _plan,
+    _planned,
+    _tokens,
+)
+
+PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "per_layer_inputs")
+"""Arguments of backbones that have one value per token, `[B, T, ...]`, positions and masks excepted."""
+
+
+class TwoWayBackbone(TakesCache):
+    """A backbone that reads the prompts of a batch both ways, in one pass over lengthened rows.
+
+    Attributes:
+        bitune_architecture: the parts of the model, this backbone among them.
+    """
+
+    bitune_architecture: Architecture
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes the backbone's own arguments, and those of `Prompts`, which count before what the causal language
+        model was given.
+
+        Returns:
+            What the backbone returns, for the `T` tokens given, or for the answers alone; the cache holds mixed keys
+            and values of the prompt.
+
+        Raises:
+            LayoutError: it cannot be told where a prompt ends.
+            RuntimeError: an attention layer took no part, so that it would have been plainly causal.
+        """
+        if "bitune_architecture" not in vars(self):  # a new model of this class
+            return super().forward(*args, **kwargs)
+        kwargs = translate_cache(by_name(super().forward, args, kwargs), self.cache_keyword)
+        call = _call.value or Call()
+        call.reached_backbone = True
+        prompts = Prompts.taken_from(kwargs, otherwise=call.prompts)
+        reading = _start_reading(self.bitune_architecture, prompts, call.generation, kwargs)
+        if reading is None:
+            _check_plain(prompts)
+            return super().forward(**kwargs)
+        if self.training:
+            follow_into_checkpoints(self)
+        with reading_in_progress(reading):
+            outputs = super().forward(**_lengthen(self.bitune_architecture, reading, kwargs))
+        _check_all_took_part(self.bitune_architecture, reading)
+        outputs = _restored(reading, outputs, prompts.answers_only)
+        return outputs.to_tuple() if kwargs.get("return_dict") is False else outputs
+
+
+def _start_reading(
+    architecture: Architecture, prompts: Prompts, generation: Generation | None, kwargs: dict[str, Any]
+) -> Reading | None:
+    """The reading that these arguments of the backbone ask for; `None` for a plain forward pass."""
+    adapter = active_adapter(architecture)
+    if adapter is None:
+        return None
+    past = cache_in(kwargs)
+    # A static cache is asked for its length once, and not in every step, where it would break a compiled graph.
+    if past is not None and generation is not None and generation.cache is past:
+        return None
+    if _holds_tokens(past):
+        if prompts.prompt_mask is not None:
+            _check_unread(past)
+        return None
+    if prompts.prompt_layout is None:
+        layout = _plan(architecture, prompts, generation, kwargs)
+    else:
+        layout = _planned(prompts, kwargs)
+    if layout is None or (layout.plain and not _must_read(prompts, past)):
+        if generation is not None:
+            generation.cache = past
+        return None
+    _check_outputs(architecture, kwargs)
+    _use_attention_of_bitune(architecture)
+    cache = _cache_to_fill(architecture.backbone, kwargs)
+    if layout.documents[0].completion_index is not None:
+        _check_several_completions(architecture, cache)
+    if layout.packed and cache is not None:
+        _check_nothing_follows(kwargs, generation)
+        cache = None
+    if generation is not None:
+        generation.cache = cache
+    _check_trainable(architecture)
+    settings = getattr(architecture.attentions[0], MIXING).settings[adapter]
+    settings.unused = False
+    return Reading(
+        layout,
+        adapter,
+        second_pass_causal=settings.second_pass_attention == "causal",
+        share_adapter=settings.share_adapter,
+        cache=cache,
+    )
+
+
+def _must_read(prompts: Prompts, past: Cache | None) -> bool:
+    """Whether to go the way of a reading where an ordinary forward pass would say the same."""
+    # In training the second adapter takes part all the same: processes that share the work wait for its gradients. And
+    # the mask that comes with a static cache is not what a model wants in an ordinary forward pass.
+    return prompts.answers_only or torch.is_grad_enabled() or getattr(past, "is_compileable", False)
+
+
+def _check_trainable(architecture: Architecture) -> None:
+    merged = getattr(architecture.attentions[0], MIXING).merged
+    if merged and architecture.backbone.training and torch.is_grad_enabled():
+        raise ValueError(
+            "The adapter is merged into the weights (`merge_adapter`), where it cannot be trained. Call "
+            "`unmerge_adapter()` before training, or `model.eval()`."
+        )
+
+
+def _check_several_completions(architecture: Architecture, cache: Cache | None) -> None:
+    if cache is not None:
+        raise LayoutError(
+            "`completion_index` came with `use_cache=True`: no text follows several completions at once. Pass "
+            "`use_cache=False`."
+        )
+    if not takes_several_completions(architecture):
+        raise LayoutError(
+            f"`completion_index`: {type(architecture.backbone).__name__} with "
+            f"`attn_implementation={base_of(architecture.backbone.config._attn_implementation)!r}` cannot keep several "
+            "completions in a row apart. Give every completion a row of its own."
+        )
+
+
+def _check_nothing_follows(kwargs: dict[str, Any], generation: Generation | None) -> None:
+    """Raises LayoutError if a cache was asked for rows that hold several documents; models make one unasked."""
+    if generation is not None or cache_in(kwargs) is not None or kwargs.get("use_cache"):
+        raise LayoutError(
+            "`position_ids` start again within a row, so it holds several documents (packing, padding-free batches), "
+            "and no text follows several at once. Pass `use_cache=False`, and to generate give every prompt a row of "
+            "its own."
+        )
+
+
+def _check_outputs(architecture: Architecture, kwargs: dict[str, Any]) -> None:
+    if _asked_for("output_attentions", architecture, kwargs):
+        raise ValueError(
+            "`output_attentions=True`: a prompt that is read twice has no single attention matrix. Leave it unset, "
+            "or look at the base model's inside `with model.disable_adapter():`."
+        )
+    if _asked_for("output_router_logits", architecture, kwargs) and architecture.flattening_blocks():
+        raise ValueError(
+            "`output_router_logits=True`: the routers see the copy of the prompt too, and a balancing loss would count "
+            "its tokens. Set `output_router_logits=False`."
+        )
+
+
+def _asked_for(name: str, architecture: Architecture, kwargs: dict[str, Any]) -> bool:
+    given = kwargs.get(name)
+    return bool(getattr(architecture.backbone.config, name, False) if given is None else given)
+
+
+def _use_attention_of_bitune(architecture: Architecture) -> None:
+    """Puts Bitune on the implementation that `set_attn_implementation` chose after the adapter was put on."""
+    implementation = architecture.backbone.config._attn_implementation
+    if not architecture.does_own_arithmetic and not implementation.startswith(PREFIX):
+        architecture.backbone.set_attn_implementation(implementation_for(implementation))
+
+
+def _lengthen(architecture: Architecture, reading: Reading, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the backbone for lengthened rows; the cache is taken out, the attention function fills it."""
+    layout = reading.layout
+    lengthened = {name: layout.lengthen(kwargs[name]) for name in PER_TOKEN if _has(kwargs, name)}
+    # The attention modules get masks of their own in a reading. transformers hands 4-D masks on as they are, which
+    # spares it making another.
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=_tokens(kwargs).device)
+    lengthened["attention_mask"] = None if architecture.does_own_arithmetic else mask
+    if "logits_to_keep" in kwargs:  # counted from the end of the row, where the copy is now
+        lengthened["logits_to_keep"] = 0
+    return {
+        **{name: value for name, value in kwargs.items() if name not in (*OF_PACKED_ROWS, *CACHE_KEYWORDS)},
+        **lengthened,
+        "position_ids": _positions(architecture, reading, kwargs),
+        "use_cache": False,
+        "return_dict": True,
+    }
+
+
+def _positions(architecture: Architecture, reading: Reading, kwargs: dict[str, Any]) -> Tensor:
+    """Positions for lengthened rows, `[R or 1, M]`: those of the caller. Without them every document starts at 0, as if
+    it were alone; but if a cache is filled, tokens are numbered as the model will number those that come after it."""
+    layout = reading.layout
+    if _has(kwargs, "position_ids"):
+        return layout.lengthen(kwargs["position_ids"])
+    if reading.cache is None or architecture.numbers_by_mask:
+        return layout.positions
+    return layout.lengthen(torch.arange(layout.shape[1], device=layout.source.device)[None])
+
+
+def _restored(reading: Reading, outputs: ModelOutput, answers_only: bool) -> ModelOutput:
+    """Takes hidden states back to the caller's rows, or the answers out of them, and gives the caller's cache back."""
+    hidden_states = outputs["last_hidden_state"]
+    layout = reading.layout.to(hidden_states.device)  # that of the last layer
+    outputs["last_hidden_state"] = (layout.answers_of if answers_only else layout.restore)(hidden_states)
+    if outputs.get("hidden_states") is not None:
+        outputs["hidden_states"] = tuple(
+            x if x is None else reading.layout.to(x.device).restore(x) for x in outputs["hidden_states"]
+        )
+    if reading.cache is not None:
+        put_cache(outputs, reading.cache)
+    return outputs
+
+
+def _cache_to_fill(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> Cache | None:
+    """The cache the caller gave, or a new one where the backbone would have made one."""
+    use_cache = kwargs.get("use_cache")
+    if use_cache is None:
+        use_cache = getattr(backbone.config, "use_cache", False)
+    if not use_cache or drops_cache(backbone):
+        return None
+    past = cache_in(kwargs)
+    return DynamicCache(config=backbone.config) if past is None else past
+
+
+def _check_all_took_part(architecture: Architecture, reading: Reading) -> None:
+    name = type(architecture.backbone).__name__
+    missing = [layer for layer, module in enumerate(architecture.attentions) if module not in reading.seen]
+    if missing:
+        raise RuntimeError(
+            f"The attention of layer(s) {missing} of {name} never saw where the prompt ends, and would have been "
+            "plainly causal: it did not call the function that transformers' AttentionInterface holds. Bitune does not "
+            "support this architecture; a plugin can (hook `bitune_architecture`)."
+        )
+    if max(reading.seen.values()) > 1:
+        raise RuntimeError(
+            f"{name} attends several times in a layer, and it is not clear which keys and values the cache is to hold. "
+            "Bitune does not support this architecture."
+        )

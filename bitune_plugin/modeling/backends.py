@@ -1,0 +1,152 @@
+"""How each attention implementation of transformers is asked, for one group of queries.
+
+A kernel takes the attention module, the keywords that the module gave, query `[B, heads, Q, head size]`, key and value
+`[B, key/value heads, K, head size]`, and either a `Sight` or, outside a reading, the mask that transformers made. It
+returns what attention functions of transformers return: attended values `[B, Q, heads, head size]`, and weights.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..core.masks import Chunk, Sight
+from ..errors import LayoutError
+from .extension import with_attributes
+from .host import attention_implementations, with_attention
+
+Attended = tuple[Tensor, Tensor | None]
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask, True where a query sees a key, as a number to be added to their score."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def sdpa(module: nn.Module, kwargs: dict[str, Any], *states: Any) -> Attended:
+    """torch's scaled dot product attention: takes masks, or none where `is_causal` says it all."""
+    *states, seen = states
+    function = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if not isinstance(seen, Sight):
+        return function(module, *states, seen, **kwargs)
+    if seen.mask is None:
+        return function(module, *states, None, is_causal=seen.causal, **kwargs)
+    # Bool masks would be made additive in every layer anew.
+    return function(module, *states, _additive(seen, states[0].dtype), is_causal=False, **kwargs)
+
+
+def eager(module: nn.Module, kwargs: dict[str, Any], *states: Any) -> Attended:
+    """The matrix products of the model's own modelling file: takes additive masks."""
+    *states, seen = states
+    if isinstance(seen, Sight):
+        seen = _additive(seen, states[0].dtype)
+    return _eager_function(module)(module, *states, seen, **kwargs)
+
+
+def flex_attention(module: nn.Module, kwargs: dict[str, Any], *states: Any) -> Attended:
+    """torch's flex attention: takes block masks."""
+    *states, seen = states
+    if isinstance(seen, Sight):
+        seen = seen.form(BlockMask, lambda: _block_mask(seen))
+    return ALL_ATTENTION_FUNCTIONS["flex_attention"](module, *states, seen, **kwargs)
+
+
+class Packing(NamedTuple):
+    """The tokens of a group without the free slots between them, document after document.
+
+    Attributes:
+        queries, keys: int64, where they are in `[D * slots]`.
+        lengths: the keywords under which flash attention takes the lengths of rows.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    lengths: dict[str, Any]
+
+
+def flash_attention(base: str, module: nn.Module, kwargs: dict[str, Any], *states: Any) -> Attended:
+    """Flash attention, of which `base` names the version: takes no masks, but rows of different lengths, packed.
+
+    Raises:
+        LayoutError: the layer attends in chunks.
+    """
+    query, key, value, seen = states
+    function = partial(ALL_ATTENTION_FUNCTIONS[base], _configured(module, base))
+    if not isinstance(seen, Sight):
+        return function(query, key, value, seen, **kwargs)
+    packing = seen.form(Packing, lambda: _pack(seen))
+    packed = (_take(query, packing.queries), _take(key, packing.keys), _take(value, packing.keys))
+    attended = function(*packed, None, is_causal=seen.causal, **packing.lengths, **kwargs)[0][0]
+    slots = attended.new_zeros(seen.queries.numel(), *attended.shape[1:])
+    return slots.index_copy(0, packing.queries, attended).unflatten(0, seen.queries.shape), None
+
+
+FLASH = attention_implementations("flash_attention_2", "flash_attention_3", "flash_attention_4")
+
+
+KERNELS: dict[str, Callable[..., Attended]] = {
+    "sdpa": sdpa,
+    "eager": eager,
+    "flex_attention": flex_attention,
+    **{base: partial(flash_attention, base) for base in FLASH},
+}
+"""Attention implementations of transformers that Bitune can stand on."""
+
+
+def _additive(seen: Sight, dtype: torch.dtype) -> Tensor:
+    return seen.form(dtype, lambda: additive(seen.dense(), dtype))
+
+
+def _block_mask(seen: Sight) -> BlockMask:
+    (rows, queries), keys, mask = seen.queries.shape, seen.keys.shape[1], seen.dense()
+    # Without the dimension of one head, because torch 2.6 cannot index by tensors and a number in a mask function.
+    of_rows = mask.expand(rows, 1, queries, keys)[:, 0]
+
+    def sees(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return of_rows[row, query, key]
+
+    return create_block_mask(sees, mask.shape[0], None, queries, keys, device=mask.device)
+
+
+def _pack(seen: Sight) -> Packing:
+    if isinstance(seen.reach, Chunk):
+        raise LayoutError(
+            "Flash attention knows no chunks, as this model's layers attend in. Call "
+            "`model.set_attn_implementation('sdpa')`."
+        )
+    queries, keys = (filled.flatten().nonzero().flatten() for filled in (seen.queries, seen.keys))
+    lengths: dict[str, Any] = {}
+    for side, filled in (("q", seen.queries), ("k", seen.keys)):
+        per_row = filled.sum(dim=1)
+        lengths[f"cu_seq_lens_{side}"] = nn.functional.pad(per_row.cumsum(0), (1, 0)).to(torch.int32)
+        lengths[f"max_length_{side}"] = int(per_row.max())
+    return Packing(queries, keys, lengths)
+
+
+def _take(states: Tensor, index: Tensor) -> Tensor:
+    """`[D, heads, slots, head size]` to `[1, heads, tokens, head size]`."""
+    return states.transpose(1, 2).flatten(0, 1)[index].transpose(0, 1)[None]
+
+
+def _configured(module: nn.Module, base: str) -> nn.Module:
+    """The module with a config that names `base`: flash attention asks it which of its versions to use."""
+    return with_attributes(module, config=with_attention(module.config, base))
+
+
+def _eager_function(module: nn.Module) -> Callable[..., Attended]:
+    # Every modelling file of transformers has its own eager function, next to the attention class that uses it.
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise RuntimeError(
+        f"No `eager_attention_forward` in the modelling file of {type(module).__name__}. "
+        "Set another attention implementation: `model.set_attn_implementation('sdpa')`."
+    )

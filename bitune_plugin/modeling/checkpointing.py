@@ -1,0 +1,60 @@
+"""Decoder layers under activation checkpointing follow the reading that they were part of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from .context import KEYWORD, NO_READING, Sealed, _current, reading_in_progress
+from .extension import Extension, extend
+
+WRAPPED = "_checkpoint_wrapped_module"
+"""What torch's `CheckpointWrapper` calls the module inside. Not every build of torch has the class."""
+
+
+class FollowingLayer(Extension):
+    """A decoder layer that remembers which reading it is part of: activation checkpointing runs its `forward` again,
+    perhaps in another thread and after other forward passes."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # What checkpointing keeps are the arguments of `forward`.
+        if _current.value is not None and KEYWORD not in kwargs:
+            kwargs[KEYWORD] = Sealed(_current.value)
+        return super().__call__(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        reading = kwargs.pop(KEYWORD, NO_READING).reading
+        if reading is _current.value:
+            return super().forward(*args, **kwargs)
+        with reading_in_progress(reading):
+            return super().forward(*args, **kwargs)
+
+
+class RecomputedLayer(Extension):
+    """torch's `CheckpointWrapper` around a decoder layer: it calls the layer itself again, not the layer's `forward`,
+    so the reading has to be among its own arguments."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _current.value is not None:
+            kwargs[KEYWORD] = Sealed(_current.value)
+        return super().__call__(*args, **kwargs)
+
+    def named_modules(self, memo: set | None = None, prefix: str = "", *args: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Names without the wrapper's, as torch gives them to parameters. PEFT 0.21.2 looks for these in what it saves,
+        and saves nothing of an adapter whose layers it finds under others."""
+        yield prefix, self
+        yield from getattr(self, WRAPPED).named_modules(memo, prefix, *args)
+
+
+def follow_into_checkpoints(backbone: nn.Module) -> None:
+    """Hands the reading on to decoder layers that were wrapped for activation checkpointing, as accelerate does for
+    FSDP2, after the adapter was put on. They lie in a list of the backbone's."""
+    for child in backbone.children():
+        for layer in child.children():
+            wrapped = getattr(layer, WRAPPED, None)
+            while hasattr(wrapped, WRAPPED):
+                wrapped = getattr(wrapped, WRAPPED)
+            if isinstance(wrapped, FollowingLayer):
+                extend(layer, RecomputedLayer)

@@ -1,0 +1,106 @@
+"""Patches of built modules: a subclass is put in front of a module's class, and taken off again."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from functools import cache
+from typing import Any, ClassVar
+
+from torch import nn
+
+from .host import cache_keyword
+
+
+class Extension:
+    """What Bitune adds to the `forward` of a module that is already built; see `extend`."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class of an extended module is made on the fly, so pickle and deepcopy must be told how.
+        extension, base = type(self).__bases__
+        return _blank, (base, extension), self.__dict__
+
+
+class TakesCache(Extension):
+    """What is added to a module whose `forward` takes the key/value cache.
+
+    Attributes:
+        cache_keyword: the keyword under which the module's own `forward` takes it. Found once per class, because
+            torch.compile cannot look at signatures.
+    """
+
+    cache_keyword: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        base = cls.__bases__[-1]
+        if not issubclass(base, Extension):  # the class of a module, in front of which this one stands
+            cls.cache_keyword = cache_keyword(base.forward)
+
+
+def with_attributes(module: nn.Module, **attributes: Any) -> Any:
+    """A module that shares everything with `module` but these attributes."""
+    view = object.__new__(_class_of_views(type(module)))
+    view.__dict__ = {**module.__dict__, **attributes}
+    return view
+
+
+@cache
+def _class_of_views(cls: type) -> type:
+    """`cls` itself, unless its instances clean up when they go: what a view shares is not its own to clean up."""
+    return type(cls.__name__, (cls,), {"__del__": lambda view: None}) if hasattr(cls, "__del__") else cls
+
+
+def by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by their names."""
+    return {**inspect.signature(function).bind_partial(*args).arguments, **kwargs} if args else kwargs
+
+
+# Monkeypatch, in one place: `extend` gives a built module a subclass of its class, as FSDP2 does. Module hooks are not
+# enough (torch 2.13, transformers 5.23, PEFT 0.21.2): a PEFT layer must run its `forward` twice, and what is to hold
+# during the recomputation of a decoder layer must be part of its `forward`.
+
+
+def extend(module: nn.Module, extension: type[Extension]) -> None:
+    """Puts `extension` in front of the class of `module`, under the same name. Once."""
+    if not isinstance(module, extension):
+        _set_class(module, _extended(type(module), extension))
+
+
+def restore(module: nn.Module, extension: type[Extension]) -> None:
+    """Takes `extend` back."""
+    if isinstance(module, extension):
+        _set_class(module, _without(type(module), extension))
+
+
+def _without(cls: type, extension: type[Extension]) -> type:
+    """The class that `extension` was put in front of; what was put in front of both since, as by FSDP2, stays."""
+    if extension in cls.__bases__:
+        return cls.__bases__[1]
+    bases = tuple(_without(base, extension) if issubclass(base, extension) else base for base in cls.__bases__)
+    # transformers gives every subclass of a decoder layer a `forward` of its own.
+    kept = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__", "forward")}
+    return type(cls.__name__, bases, kept)
+
+
+@cache
+def _extended(base: type, extension: type[Extension]) -> type:
+    # Name and module stay: FSDP's wrapping policies, `device_map` and saving go by them.
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (extension, base), names)
+
+
+def _set_class(module: nn.Module, cls: type) -> None:
+    methods = {base.__dict__.get("forward") for base in type(module).__mro__}
+    module.__class__ = cls
+    # accelerate's hooks keep the `forward` they found on the instance, and leave it there when they are taken off.
+    for name in ("forward", "_old_forward"):
+        kept = vars(module).get(name)
+        if isinstance(kept, types.MethodType) and kept.__func__ in methods:
+            setattr(module, name, types.MethodType(cls.forward, module))
+
+
+def _blank(base: type, extension: type[Extension]) -> nn.Module:
+    cls = _extended(base, extension)
+    return cls.__new__(cls)

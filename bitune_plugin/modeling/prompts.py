@@ -1,0 +1,236 @@
+"""Prompts among the arguments of a call, and the layout that they give."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from ..core.layout import PromptLayout
+from ..core.planning import plan
+from ..core.prompts import document_starts
+from ..errors import LayoutError
+from .architectures import Architecture
+from .context import PerThread
+from .host import OF_GENERATE
+
+OF_PACKED_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+"""Keywords of the backbone that say where the documents of a row are, as its `position_ids` do too."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a caller says of the prompts in a batch, beside the arguments of the model itself.
+
+    Attributes:
+        prompt_mask: bool `[B, T]`, True on every prompt token, the last one included. Without it, inside `generate`
+            the prompt is what `generate` was given; otherwise all of the input is prompt.
+        prompt_layout: what `plan_ahead` made of all this, in its place.
+        completion_index: int `[B, T]`, for rows in which several completions follow one prompt; see `layout.plan`.
+            Nothing can be generated from such a row: it needs `use_cache=False`.
+        answers_only: leave all but the answers out of `last_hidden_state`, so that the head has less to do:
+            `[1, n, H]`, one document after the other; see `PromptLayout.answers_of`.
+        position_ids: `[B or 1, T]`, which start again with every document of a row. The causal language model fills
+            it in; not every one hands them on.
+    """
+
+    prompt_mask: Tensor | None = None
+    prompt_layout: PromptLayout | None = None
+    completion_index: Tensor | None = None
+    answers_only: bool = False
+    position_ids: Tensor | None = None
+
+    @classmethod
+    def taken_from(cls, kwargs: dict[str, Any], otherwise: Prompts | None = None) -> Prompts:
+        """Takes its attributes out of `kwargs`; those that are not among them are as in `otherwise`."""
+        names = ("prompt_mask", "prompt_layout", "completion_index", "answers_only")
+        given = {name: kwargs.pop(name, None) for name in names} | {"position_ids": kwargs.get("position_ids")}
+        return replace(otherwise or cls(), **{name: value for name, value in given.items() if value is not None})
+
+
+@dataclass
+class Generation:
+    """One call of `generate`. Its own forward passes carry it, and no others: a logits processor may call
+    the model too.
+
+    Attributes:
+        prompt_mask: bool `[rows given, tokens given]`; what is appended later is completion.
+        cache: the one that the prompt has been read into.
+    """
+
+    prompt_mask: Tensor
+    cache: Cache | None = None
+
+    def prompt_mask_for(self, rows: int, tokens: int) -> Tensor:
+        """bool `[rows, tokens]`: the prompt in a forward pass that starts from an empty cache.
+
+        Raises:
+            LayoutError: the forward pass holds only a part of the prompt.
+        """
+        given_rows, given_tokens = self.prompt_mask.shape
+        if tokens < given_tokens or rows % given_rows:
+            raise LayoutError(
+                f"`generate` was given {given_rows} prompt(s) of {given_tokens} tokens, but the model is to read "
+                f"{rows} row(s) of {tokens}. Bitune reads a prompt in one piece: call `model.eval()` if "
+                "gradient checkpointing is on."
+            )
+        # Beams and returned sequences repeat every row.
+        mask = self.prompt_mask.repeat_interleave(rows // given_rows, dim=0)
+        return nn.functional.pad(mask, (0, tokens - given_tokens), value=False)
+
+
+@dataclass
+class Call:
+    """One call of a causal language model: what it says of the prompts, on its way to the backbone, and the `generate`
+    that it is a step of, if any."""
+
+    prompts: Prompts = field(default_factory=Prompts)
+    generation: Generation | None = None
+    reached_backbone: bool = False
+
+
+_call: PerThread[Call] = PerThread()
+
+
+def _plan(
+    architecture: Architecture, prompts: Prompts, generation: Generation | None, kwargs: dict[str, Any]
+) -> PromptLayout | None:
+    prompt_mask, completion_index = prompts.prompt_mask, prompts.completion_index
+    tokens = _tokens(kwargs)
+    attention_mask = _padding_mask(kwargs)
+    if prompt_mask is not None:
+        _check_per_token("prompt_mask", prompt_mask, tokens)
+    elif generation is not None:
+        prompt_mask = generation.prompt_mask_for(*tokens.shape[:2])
+    else:
+        if tokens.shape[1] > 1:
+            _warn_all_prompt()
+        prompt_mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    if completion_index is not None:
+        _check_per_token("completion_index", completion_index, tokens)
+        if prompts.position_ids is not None:
+            raise LayoutError(
+                "`position_ids` came with `completion_index`. Leave it out: Bitune lets the positions of every "
+                "completion go on from those of the prompt."
+            )
+    return plan(
+        prompt_mask.to(device=tokens.device, dtype=torch.bool),
+        attention_mask,
+        completion_index,
+        _starts(prompts, kwargs, attention_mask),
+        rows_apart=architecture.does_own_arithmetic,
+    )
+
+
+def _planned(prompts: Prompts, kwargs: dict[str, Any]) -> PromptLayout:
+    """The layout that was made ahead. Raises LayoutError if it is for a batch of another shape."""
+    tokens, layout = _tokens(kwargs), prompts.prompt_layout
+    if layout.shape != tuple(tokens.shape[:2]):
+        raise LayoutError(
+            f"`prompt_layout` is for {list(layout.shape)} rows and tokens, but the input has "
+            f"{list(tokens.shape[:2])}. Make it of the same batch: `plan_ahead(model, **inputs)`."
+        )
+    return layout.to(tokens.device)
+
+
+def _starts(prompts: Prompts, kwargs: dict[str, Any], attention_mask: Tensor | None) -> Tensor | None:
+    """Where documents begin, bool `[B or 1, T]`, if `position_ids` tell."""
+    position_ids = prompts.position_ids
+    if position_ids is None:
+        given = [name for name in OF_PACKED_ROWS if _has(kwargs, name)]
+        if given:
+            raise LayoutError(
+                f"The model was called with `{given[0]}`, for rows that hold several documents. Pass `position_ids` "
+                "too, which start again with each document."
+            )
+        return None
+    if position_ids.dim() != 2:
+        raise LayoutError(
+            f"`position_ids` has shape {list(position_ids.shape)}; Bitune supports one position per token, [rows, "
+            "tokens]."
+        )
+    if position_ids.shape[1] != _tokens(kwargs).shape[1]:
+        raise LayoutError(
+            f"`position_ids` has shape {list(position_ids.shape)}, but the input has {_tokens(kwargs).shape[1]} tokens "
+            "in a row. Pass one position per token."
+        )
+    return document_starts(position_ids, attention_mask)
+
+
+def _holds_tokens(past: Cache | None) -> bool:
+    return past is not None and bool(past.get_seq_length() > 0)
+
+
+def _check_unread(past: Cache | None) -> None:
+    if _holds_tokens(past):
+        raise LayoutError(
+            f"`prompt_mask` came with a `{OF_GENERATE}` that already holds tokens. Bitune reads a prompt in one "
+            "piece, before anything is in the cache: pass an empty cache, or leave `prompt_mask` out."
+        )
+
+
+def _check_per_token(name: str, given: Any, tokens: Tensor | None) -> None:
+    """Raises LayoutError unless `given` holds one bool or integer for each of `tokens`, `[B, T, ...]`."""
+    if not isinstance(given, Tensor):
+        raise LayoutError(f"`{name}` is a {type(given).__name__}. Pass a tensor, one value per token.")
+    if tokens is None:
+        raise LayoutError(f"`{name}` came without tokens. Pass `input_ids` or `inputs_embeds` beside it.")
+    if given.shape != tokens.shape[:2]:
+        raise LayoutError(
+            f"`{name}` has shape {list(given.shape)}, but the input has {tokens.shape[0]} row(s) of "
+            f"{tokens.shape[1]} tokens. Pass one value per token."
+        )
+    if given.dtype.is_floating_point:
+        raise LayoutError(f"`{name}` has dtype {given.dtype}. Pass bools or integers.")
+
+
+def _check_plain(prompts: Prompts) -> None:
+    """Raises LayoutError for what a plain forward pass would not do: keep the completions in a row apart, or know the
+    answers."""
+    if prompts.completion_index is not None and (prompts.completion_index > 1).any():
+        raise LayoutError(
+            "`completion_index` has several completions in a row, but no prompt is read here: the adapter is switched "
+            "off, or the cache already holds the prompt. Give every completion a row of its own."
+        )
+    if prompts.answers_only:
+        raise LayoutError(
+            "`answers_only=True`, but no prompt is read here: the adapter is switched off, the cache already holds the "
+            "prompt, or there is nothing but padding. Leave it out."
+        )
+
+
+def _padding_mask(kwargs: dict[str, Any]) -> Tensor | None:
+    """The 2-D attention mask of a call, bool `[B, T]`."""
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        shape = f"shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
+        raise LayoutError(
+            f"`attention_mask` has {shape}. Bitune makes its own masks between prompt and completion, and takes a mask "
+            "of [rows, tokens] that is 0 on padding."
+        )
+    return mask.to(device=_tokens(kwargs).device, dtype=torch.bool)
+
+
+@cache
+def _warn_all_prompt() -> None:
+    warnings.warn(
+        "A model with a Bitune adapter was called without `prompt_mask` or `labels`, so all of the input is taken as "
+        "prompt: only the logits of its last token see the mixture of both readings, those before it are the causal "
+        "stream's. Pass `prompt_mask` to tell prompt and completion apart. This warning is shown once.",
+        stacklevel=2,
+    )
+
+
+def _tokens(kwargs: dict[str, Any]) -> Tensor:
+    return kwargs["input_ids"] if _has(kwargs, "input_ids") else kwargs["inputs_embeds"]
+
+
+def _has(kwargs: dict[str, Any], name: str) -> bool:
+    return kwargs.get(name) is not None

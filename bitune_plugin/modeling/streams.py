@@ -1,0 +1,46 @@
+"""Blocks that flatten their tokens, as a mixture of experts does, run once on each stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ..core.autocast import concatenate
+from .context import Reading, Stream, _current, reading_in_progress
+from .extension import Extension
+
+
+class SeparateStreams(Extension):
+    """A block of a decoder layer that flattens its tokens, as a mixture of experts does: it runs once on each part."""
+
+    def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """`tokens` is `[R, M, ...]` in a reading."""
+        reading = _current.value
+        if reading is None or reading.share_adapter:
+            return super().forward(tokens, *args, **kwargs)
+        return _join(*_on_each_part(super().forward, reading, tokens, *args, **kwargs), rows=tokens.shape[0])
+
+
+def _on_each_part(
+    run: Callable[..., Any], reading: Reading, tokens: Tensor, *args: Any, **kwargs: Any
+) -> Iterator[Any]:
+    """What `run` makes of each stream."""
+    for stream, part in zip(Stream, tokens.split(reading.layout.streams, dim=1), strict=True):
+        with reading_in_progress(replace(reading, stream=stream)):
+            # Contiguous, because that is what a linear layer makes of them anyhow, and some demand.
+            output = run(part.contiguous(), *args, **kwargs)
+        yield output
+
+
+def _join(first: Any, second: Any, rows: int) -> Any:
+    """Puts the outputs for two parts of the tokens behind each other, row by row: `[B, n, ...]` or `[B * n, ...]`."""
+    if isinstance(first, tuple):
+        return tuple(_join(*pair, rows) for pair in zip(first, second, strict=True))
+    if first is None:
+        return None
+    if first.dim() > 2 and first.shape[0] == rows:
+        return concatenate([first, second], dim=1)
+    return concatenate([first.unflatten(0, (rows, -1)), second.unflatten(0, (rows, -1))], dim=1).flatten(0, 1)

@@ -1,0 +1,116 @@
+"""PEFT layers that tell the streams apart: the causal adapter on one, the bidirectional adapter on the other."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..core.autocast import concatenate
+from ..modeling.context import Stream, _current
+from ..modeling.extension import Extension, with_attributes
+from ..modeling.streams import _on_each_part
+from .plain_lora import both_loras, is_plain_lora
+
+UNMERGED = "_bitune_unmerged"
+"""Attribute of a merged PEFT layer (see `merging.py`): the parameters of its base layer from before, by name."""
+
+
+def bidirectional(adapter_name: str) -> str:
+    """Name of the inner PEFT adapter of the bidirectional stream; the causal one carries the plain name."""
+    return f"{adapter_name}__bidirectional"
+
+
+class TwoAdapterLayer(Extension):
+    """A PEFT layer: the causal adapter on the causal stream of a reading, the bidirectional one on the other."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # After the prompt a merged layer is its base layer; so many calls of small modules take their time.
+        if self.merged_adapters and _current.value is None and not (self._forward_hooks or self._forward_pre_hooks):
+            return self._modules["base_layer"](*args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Any `tokens` outside a reading, lengthened rows `[R, M, ...]`, `[R, 1, M, ...]` or `[R, heads, M, head size]`
+        in one.
+
+        Raises:
+            RuntimeError: tokens of another shape, so that they cannot be told apart.
+        """
+        reading = _current.value
+        if reading is None or reading.share_adapter or reading.stream is Stream.CAUSAL:
+            return super().forward(tokens, *args, **kwargs)
+        second_name = bidirectional(reading.adapter)
+        plain = not args and not kwargs and is_plain_lora(self, reading.adapter, second_name)
+        if reading.stream is Stream.BIDIRECTIONAL:
+            if self.merged and plain:
+                flat = tokens.reshape(1, -1, tokens.shape[-1])
+                return both_loras(self, flat, 0, reading.adapter, second_name).view(*tokens.shape[:-1], -1)
+            second = with_active_adapter(unmerged(self), second_name)
+            return super(TwoAdapterLayer, second).forward(tokens, *args, **kwargs)
+        layout = reading.layout
+        if tokens.dim() == 4 and tokens.shape[1] == 1:  # states of latent attention, in the shape of a cache
+            return self.forward(tokens.squeeze(1), *args, **kwargs).unsqueeze(1)
+        if _is_behind_heads(tokens, layout.length):
+            return self.forward(tokens.transpose(1, 2), *args, **kwargs).transpose(1, 2)
+        if tokens.dim() < 2 or tokens.shape[1] != layout.length:
+            raise RuntimeError(
+                f"A {type(self).__name__} adapter received tokens of shape {list(tokens.shape)}, where Bitune expects "
+                f"[rows, {layout.length}, ...]: it cannot tell which token belongs to which stream. Leave this module "
+                "out of the adapter's `target_modules` (`exclude_modules=...`)."
+            )
+        if tokens.dim() == 3 and plain:
+            return both_loras(self, tokens, layout.tokens, reading.adapter, second_name)
+        return concatenate(list(_on_each_part(self.forward, reading, tokens, *args, **kwargs)), dim=1)
+
+
+def _is_behind_heads(tokens: Tensor, length: int) -> bool:
+    """Whether these are queries or keys with the heads in front, as some norms get them. If there are as many heads as
+    tokens, it shows in memory, where a token's heads lie together."""
+    if tokens.dim() != 4 or tokens.shape[2] != length:
+        return False
+    return tokens.shape[1] != length or tokens.stride(1) < tokens.stride(2)
+
+
+class FlattenedTokens(TwoAdapterLayer):
+    """A PEFT layer that gets its tokens flattened, row by row."""
+
+    def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Any `tokens` outside a reading and in one of its parts, `[R * M, in]` where they are together. OPT's last
+        norm has the name of those in its layers, and gets rows."""
+        reading = _current.value
+        if reading is None or reading.stream is not None or tokens.dim() > 2:
+            return super().forward(tokens, *args, **kwargs)
+        return super().forward(tokens.unflatten(0, (-1, reading.layout.length)), *args, **kwargs).flatten(0, 1)
+
+
+_PARAMETRIZING = threading.RLock()
+
+
+class ParameterAdapter(TwoAdapterLayer):
+    """A PEFT layer that adapts parameters of a module, as those of experts, by torch's parametrizations. While one is
+    at work torch keeps what it computes for all threads of the process (PEFT 0.21.2, torch 2.13), so one at a time."""
+
+    def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with _PARAMETRIZING:
+            return super().forward(tokens, *args, **kwargs)
+
+
+def with_active_adapter(layer: BaseTunerLayer, adapter_name: str) -> BaseTunerLayer:
+    """The same PEFT layer with another active adapter, sharing everything else; the layer itself is not touched, so
+    that other threads may use it meanwhile."""
+    return with_attributes(layer, _active_adapter=[adapter_name])
+
+
+def unmerged(layer: BaseTunerLayer) -> BaseTunerLayer:
+    """The same PEFT layer with the weights from before it was merged, if it was; the layer itself is not touched."""
+    if not layer.merged:
+        return layer
+    base = layer.get_base_layer()
+    # As the weights are now: the model may have moved, or changed its dtype.
+    now = base._parameters
+    kept = {name: nn.Parameter(value.to(now[name]), False) for name, value in vars(layer)[UNMERGED].items()}
+    view = with_attributes(base, _parameters={**now, **kept})
+    return with_attributes(layer, merged_adapters=[], _modules={**layer._modules, "base_layer": view})

@@ -1,0 +1,229 @@
+"""Full fine-tuning as a PEFT method: the trained weights are copies of layers, one per adapter name.
+
+Bitune puts every inner adapter on the model twice, so that each stream gets a set of weights of its own. The base
+weights stay frozen beside them: switching the adapter off gives the base model back. With weights of size `W` in the
+targeted layers, a model with Bitune holds `3 W`, and AdamW another `6 W` (a gradient and two moments for each set),
+where ordinary full fine-tuning needs `4 W`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..core.mixing import MIXING
+from ..modeling.context import Stream, current_reading
+from .adapter_layers import bidirectional
+
+PEFT_TYPE = "BITUNE_FULL"
+
+
+ALL = "all"
+
+
+class PeftTypeName(str):
+    """Stands in for a member of PEFT's enum `PeftType`, which cannot grow, where PEFT prints one."""
+
+    @property
+    def value(self) -> str:
+        return str.__str__(self)
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"
+
+
+@dataclass
+class FullConfig(PeftConfig):
+    """Full fine-tuning. `BituneConfig(adapter="full")` is `BituneConfig(adapter=FullConfig())`.
+
+    Args:
+        target_modules: `"all-linear"`, every linear layer but the LM head; `"all"`, all weights of the model, as
+            ordinary fine-tuning would train: embeddings (of positions too) and LM head once for both streams, all else
+            once per stream; or names or a regular expression, as in `LoraConfig`.
+        exclude_modules: what of these to leave out.
+        modules_to_save: modules that are trained too, but once for both streams.
+    """
+
+    modules_to_tie = None
+    """No setting: the LM head, if it is tied to embeddings in `modules_to_save`."""
+
+    target_modules: list[str] | str = field(
+        default="all-linear", metadata={"help": "Layers to train: 'all-linear', 'all', names, or a regular expression."}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Layers to leave out."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that are trained once for both streams."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftTypeName(PEFT_TYPE)
+
+
+class FullLayer(nn.Module, BaseTunerLayer):
+    """A layer, and a trained copy of it for every adapter name. Passes for the active copy."""
+
+    adapter_layer_names = ("bitune_full",)
+    cast_input_dtype_enabled = True
+    """Read and set by `peft.helpers.disable_input_dtype_casting`; nothing is cast here."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.bitune_full = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+
+    @property
+    def active(self) -> nn.Module:
+        """The copy of the active adapter, or the base layer where it has none or is switched off. In a block that runs
+        once per stream, as experts do, the copy of the stream: such a block may use the weights of its parts itself."""
+        names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.bitune_full]
+        reading = current_reading()
+        if names and reading is not None and reading.stream is Stream.BIDIRECTIONAL:
+            names = [name for name in (bidirectional(reading.adapter), *names) if name in self.bitune_full]
+        return self.bitune_full[names[0]] if names else self.base_layer
+
+    @property
+    def weight(self) -> Tensor:
+        return self._of_active("weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._of_active("bias")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base_layer" not in self._modules:
+                raise
+            return self._of_active(name)
+
+    def _of_active(self, name: str) -> Any:
+        """An attribute of `active`. Raises RuntimeError for a weight where both streams are together."""
+        value, reading = getattr(self.active, name), current_reading()
+        if isinstance(value, Tensor) and reading is not None and reading.stream is None and not reading.share_adapter:
+            raise RuntimeError(
+                f"`{name}` of a {type(self.base_layer).__name__} is used without calling it, and Bitune cannot give "
+                "each stream its own. Leave this module out of the adapter's `target_modules` (`exclude_modules=...`)."
+            )
+        return value
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.active(*args, **kwargs)
+
+
+class FullLinear(FullLayer):
+    """A linear layer with its copies. For PEFT, "all-linear" are those whose class has "Linear" in its name."""
+
+
+class FullModel(BaseTuner):
+    """Puts `FullLayer`s on a model. PEFT's LN tuning does the same with norms."""
+
+    prefix = "bitune_full"
+    tuner_layer_cls = FullLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As in `BaseTuner`.
+
+        Raises:
+            ValueError: a layer cannot be trained: it is quantised, has no weights, is part of another such layer, or
+                holds weights beside other layers.
+        """
+        config = self.peft_config[adapter_name]
+        if config.target_modules == ALL:
+            _name_all(config, model)
+        embeddings, head = embeddings_and_head(model)
+        config.modules_to_tie = [head] if _are_tied(model) and embeddings in (config.modules_to_save or ()) else None
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _create_and_replace(
+        self,
+        peft_config: FullConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        if isinstance(target, FullLayer):
+            layer = target
+        else:
+            self._check_trainable(target, current_key)
+            layer = (FullLinear if isinstance(target, (nn.Linear, Conv1D)) else FullLayer)(target)
+            layer._active_adapter = self.active_adapters
+            self._replace_module(parent, target_name, layer, target)
+        layer.bitune_full[adapter_name] = copy.deepcopy(layer.base_layer)
+        layer.set_adapter(layer.active_adapters, inference_mode=peft_config.inference_mode)
+
+    def _check_trainable(self, layer: nn.Module, name: str) -> None:
+        parts = name.split(".")
+        outer = (".".join(parts[:length]) for length in range(1, len(parts)))
+        outer = [other for other in outer if isinstance(self.model.get_submodule(other), FullLayer)]
+        if outer or not any(True for _ in layer.parameters()):
+            raise ValueError(
+                f"`target_modules` take in {name}, which {f'is part of {outer[0]}' if outer else 'has no weights'}. "
+                "Leave it out (`exclude_modules`), or name the layers to train."
+            )
+        if not all(parameter.is_floating_point() for parameter in layer.parameters()):
+            raise ValueError(
+                f"{name} is quantised, and its weights cannot be trained. Load the model without quantisation, or use "
+                "an adapter such as `LoraConfig(...)`."
+            )
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """The copies keep the dtype of their layers: they stand in for them."""
+
+
+def _name_all(config: FullConfig, model: nn.Module) -> None:
+    """Puts names in place of "all": layers to have once per stream; embeddings, of positions too, and LM head once.
+
+    Raises:
+        ValueError: a module holds weights beside layers with weights, so that it cannot be copied alone.
+    """
+    embeddings, head = embeddings_and_head(model)
+    whole = (embeddings,) if _are_tied(model) else (embeddings, head)
+    once = {name for name in whole if not _is_excluded(config, name)}
+    elsewhere = (embeddings, head, *(config.modules_to_save or ()), FullModel.prefix, "modules_to_save", MIXING)
+    layers = set()
+    for path, module in model.named_modules():
+        name = path.removesuffix(".base_layer").removesuffix(".original_module")  # if it carries an adapter already
+        own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
+        if not own or _is_part_of(name, elsewhere) or _is_excluded(config, name):
+            continue
+        if any(True for child in module.children() for _ in child.parameters()):
+            raise ValueError(
+                f"`target_modules='all'`: {name or type(module).__name__} holds {', '.join(own)} itself, beside "
+                "layers with weights, so it cannot be there once per stream. Leave what it holds itself as it is, "
+                f"`exclude_modules={[name.rpartition('.')[2]]}`, or use `target_modules='all-linear'`."
+            )
+        (once if isinstance(module, nn.Embedding) else layers).add(name)
+    config.target_modules = sorted(layers)
+    config.modules_to_save = sorted({*(config.modules_to_save or ()), *once})
+
+
+def _are_tied(model: nn.Module) -> bool:
+    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def _is_part_of(name: str, modules: Iterable[str]) -> bool:
+    return any(f"{module}." in f"{name}." for module in modules)  # as PEFT finds modules to save
+
+
+def _is_excluded(config: FullConfig, name: str) -> bool:
+    names = config.exclude_modules
+    return bool(names) and bool(check_target_module_exists(FullConfig(target_modules=names), name))
+
+
+def embeddings_and_head(model: nn.Module) -> tuple[str, str]:
+    """Names of the embeddings and of the LM head."""
+    names = {module: name for name, module in model.named_modules()}
+    return names[model.get_input_embeddings()], names[model.get_output_embeddings()]

@@ -1,0 +1,91 @@
+"""The causal adapter inside the weights: `W' = W + dW_causal`, for decoding at the cost of the bare model.
+
+Every token but the copies of encoded prompts is read with the causal adapter, so this is most of the work. The copies
+need `W + dW_bidirectional`. With plain LoRA that is
+
+    W' + dW_bidirectional - dW_causal
+
+one low-rank update of twice the rank (`routing.both_loras`), exact but for rounding. Other methods keep the weights
+from before for the copies. Those also serve to take the merge back, bit for bit, which subtracting would not.
+
+Embeddings and the LM head keep their adapters: their weights may be tied to each other, and PEFT saves them. So do
+norms (LN tuning) and weights that are trained themselves, which cost the same either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from peft.tuners.ln_tuning.layer import LNTuningLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .adapter_layers import UNMERGED, bidirectional
+from .full import FullLayer
+from .plain_lora import is_plain_lora
+
+
+def merge(layer: BaseTunerLayer, adapter_name: str, safe_merge: bool = False) -> None:
+    """Folds the causal adapter of a PEFT layer into its base layer.
+
+    Args:
+        layer: one that `not_mergeable` has nothing against.
+        adapter_name: the Bitune adapter.
+        safe_merge: as in PEFT: raise ValueError, and change nothing, if weights would become NaN.
+    """
+    if layer.merged:
+        return
+    names = [name for name in (adapter_name, bidirectional(adapter_name)) if name in layer._get_available_adapters()]
+    # Where only unmerging needs them, they do not have to take the memory of a GPU.
+    device = "cpu" if is_plain_lora(layer, *names) else None
+    with onload_layer(layer):
+        base = layer.get_base_layer()
+        kept = {name: p.detach().to(device=device or p.device, copy=True) for name, p in _parameters(base)}
+        try:
+            setattr(layer, UNMERGED, kept)
+            layer.merge(safe_merge=safe_merge, adapter_names=[adapter_name])
+        except BaseException:
+            unmerge(layer)
+            raise
+
+
+def unmerge(layer: BaseTunerLayer) -> None:
+    """Takes `merge` back, bit for bit, also one that was interrupted. If interrupted itself, it can be called again."""
+    kept: dict[str, Tensor] | None = vars(layer).get(UNMERGED)
+    if kept is None:
+        return
+    with onload_layer(layer), torch.no_grad():
+        for name, parameter in _parameters(layer.get_base_layer()):
+            parameter.copy_(kept[name])
+    layer.merged_adapters.clear()
+    vars(layer).pop(UNMERGED, None)
+
+
+def _parameters(base_layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return base_layer.named_parameters(recurse=False)
+
+
+def worth_merging(model: PreTrainedModel, adapter_name: str) -> dict[str, BaseTunerLayer]:
+    """The PEFT layers of an adapter, by name, but for embeddings, LM head, norms and trained copies."""
+    left_out = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, LNTuningLayer | FullLayer)
+        if adapter_name in layer._get_available_adapters() and hasattr(layer, "base_layer")
+        if not any(layer is other for other in left_out)
+    }
+
+
+def not_mergeable(layers: dict[str, BaseTunerLayer]) -> Iterator[str]:
+    """Which of some PEFT layers, by name, cannot be merged, and why."""
+    for name, layer in layers.items():
+        if isinstance(layer, ParamWrapper):
+            yield f"{name} adapts parameters of a module (`target_parameters`)"
+        elif any(True for _ in layer.get_base_layer().children()):
+            yield f"{name} adapts a module of several parts"
+        elif not all(p.is_floating_point() and type(p.data) is Tensor for _, p in _parameters(layer.get_base_layer())):
+            yield f"{name} is quantised, or shared out among processes"

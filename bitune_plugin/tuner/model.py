@@ -1,0 +1,519 @@
+"""BituneModel: puts Bitune on a transformers model, and takes it off again.
+
+It is a PEFT tuner built on another: the inner tuner (LoRA, IA3, ...) injects its layers twice, for the causal stream
+under the adapter's own name, for the bidirectional stream under `bidirectional(name)`. Every attention module gets a
+`MixingLayer` with the coefficients. The forward pass is in `forward.py`.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners import TrainableTokensConfig
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import set_requires_grad as peft_set_requires_grad
+from peft.utils.integrations import init_empty_weights
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from ..core.mixing import MIXING
+from ..errors import first
+from ..modeling.attach import attach, detach
+from ..modeling.attention import implementation_for
+from ..modeling.extension import extend, restore
+from ..modeling.streams import SeparateStreams
+from ..plugins import describe
+from ..self_check import check_untried_versions
+from .adapter_layers import FlattenedTokens, ParameterAdapter, TwoAdapterLayer, bidirectional
+from .config import BituneConfig
+from .merging import merge, not_mergeable, unmerge, worth_merging
+from .mixing_layer import MixingLayer
+from .requirements import (
+    AdapterConfigs,
+    _check_bare,
+    _check_no_shared_weights,
+    _check_not_compiled,
+    _check_not_offloaded,
+    _leave_out_copies,
+    _without_note_if_refused,
+)
+from .state_dict import BIDIRECTIONAL, _problems, _tie
+from .undo import all_or_nothing, switched_or_as_before
+
+
+class BituneModel(BaseTuner):
+    """A transformers model that reads its prompts both ways. Usually made by `get_peft_model`.
+
+    Args:
+        model: a causal language model of transformers.
+        peft_config: a `BituneConfig`, or a dict of them by adapter name.
+        adapter_name: name of the first adapter.
+        low_cpu_mem_usage: create the adapter on the meta device, to be filled by loading.
+
+    Raises:
+        SelfCheckError: a host is newer than what Bitune was tested with, and Bitune does not work with it.
+        UnsupportedModelError: Bitune cannot be applied to `model`.
+        ValueError: `model` already carries another PEFT method, or the inner configs of two adapters do not go
+            together.
+    """
+
+    prefix = "theta_"
+    tuner_layer_cls = BaseTunerLayer
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: BituneConfig | dict[str, BituneConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        check_untried_versions()
+        with _without_note_if_refused(model), all_or_nothing(model):
+            # All that may be refused is refused before the model is changed.
+            _check_not_compiled(model)
+            _check_bare(model, adapter_name)
+            if isinstance(peft_config, BituneConfig):  # no PeftModel around it
+                _check_no_shared_weights(peft_config)
+            configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
+            if not low_cpu_mem_usage and not configs[adapter_name].unused:
+                _check_not_offloaded(model)
+            # Not submodules: the inner tuner wraps the same model again, and must not be saved a second time.
+            self.__dict__.update(self._state_of(model))
+            super().__init__(model, AdapterConfigs(configs), adapter_name, low_cpu_mem_usage, state_dict)
+            vars(model)["bitune_tuner"] = self  # no submodule either
+
+    @staticmethod
+    def _state_of(model: nn.Module) -> dict[str, Any]:
+        """What a tuner knows of its model: from the one before it, if transformers adds a further adapter."""
+        before: BituneModel | None = vars(model).get("bitune_tuner")
+        if before is not None:
+            return {"inner": before.inner, "architecture": before.architecture, "trained_before": before.trained_before}
+        architecture = describe(model)
+        implementation_for(model.config._attn_implementation)
+        return {"inner": None, "architecture": architecture}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the model, and never its `forward` alone, as PEFT up to 0.20 did: `__call__` reads the prompt both
+        ways."""
+        return self.model(*args, **kwargs)
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Puts one more Bitune adapter on the model: both streams and the mixing. See `BaseTuner.inject_adapter`.
+
+        If that fails or is interrupted, the model is as it was, and the adapter's name is free.
+        """
+        options = {"low_cpu_mem_usage": low_cpu_mem_usage, "state_dict": state_dict}
+        config = self.peft_config.pop(adapter_name)  # entered by PEFT, which takes it out after an Exception only
+        self._check_new_adapter(adapter_name, config)
+        if self.inner is not None:
+            self.unmerge_for("add_adapter")
+        with all_or_nothing(self, self.inner):
+            self.peft_config[adapter_name] = config
+            self._inject(model, adapter_name, config, autocast_adapter_dtype, options)
+
+    def _inject(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        config: BituneConfig,
+        autocast_adapter_dtype: bool,
+        options: dict[str, Any],
+    ) -> None:
+        self._leave_out_unadaptable(config.causal_config())
+        _leave_out_copies(config.causal_config(), model)
+        # Remembered for `unload`: the inner tuner freezes the model.
+        if self.inner is None:
+            self.__dict__["trained_before"] = [p for p in model.parameters() if p.requires_grad]
+        if self.inner is not None and not self.active_adapters:
+            # The last adapter was deleted. PEFT 0.21.2 cannot add one beside modules trained whole if none is active.
+            self.inner.active_adapter = self.active_adapter = [adapter_name]
+        self._inject_stream(adapter_name, config.causal_config(), autocast_adapter_dtype, options)
+        if not config.share_adapter:
+            # Copied now, when the first injection has put names in place of "all-linear".
+            second = (bidirectional(adapter_name), config.bidirectional_config())
+            self._inject_stream(*second, autocast_adapter_dtype, options)
+        with init_empty_weights() if options["low_cpu_mem_usage"] else nullcontext():
+            self._add_mixing(adapter_name, config)
+        self.targeted_module_names = self.inner.targeted_module_names
+        self.targeted_parameter_names = self.inner.targeted_parameter_names
+        self._route_adapters(adapter_name)
+        attach(model, self.architecture)
+        if adapter_name in self.active_adapters:
+            self.set_adapter(adapter_name, inference_mode=config.inference_mode)
+        else:
+            self.set_requires_grad(adapter_name, False)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Switches to one Bitune adapter, both its streams. See `BaseTuner.set_adapter`.
+
+        Raises:
+            ValueError: several adapters at once; Bitune has no meaning for their sum.
+        """
+        names = self.check_one(adapter_name)
+        self.unmerge_for("set_adapter")
+        with switched_or_as_before(self, self.inner):
+            # Not PEFT's way for all tuner layers: trainable tokens are one too, and fail with an adapter that has none.
+            self.inner.set_adapter(names, inference_mode=inference_mode)
+            for mixing in self._mixing_layers():
+                mixing.set_adapter(names, inference_mode=inference_mode)
+            self.active_adapter = names
+            peft_set_requires_grad(self.model, [bidirectional(name) for name in names], not inference_mode)
+
+    def check_one(self, adapter_name: str | list[str]) -> list[str]:
+        """The one adapter that is named, in a list. Raises ValueError if there are several."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if len(names) > 1:
+            raise ValueError(f"One Bitune adapter can be active at a time, got {names}. Call `set_adapter` with one.")
+        return names
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Freezes or unfreezes adapters, both their streams. See `BaseTuner.set_requires_grad`."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        super().set_requires_grad([*names, *map(bidirectional, names)], requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter, both its streams. If it is active, the first of the others in alphabetical order is
+        activated, as in PEFT. See `BaseTuner.delete_adapter`."""
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist. There are: {', '.join(self.peft_config)}.")
+        self.unmerge_for("delete_adapter")
+        with all_or_nothing(self, self.inner):
+            left = sorted(other for other in self.peft_config if other != adapter_name)
+            if adapter_name in self.active_adapters and left:
+                # Before it is gone: layers that lack the next adapter would each choose another one.
+                warnings.warn(f"Adapter {adapter_name} was active. The active adapter is now {left[0]}.", stacklevel=3)
+                self.set_adapter(left[0])
+            active = [other for other in self.active_adapters if other != adapter_name]
+            for name in (bidirectional(adapter_name), adapter_name):
+                if name in self.inner.peft_config:
+                    self.inner.delete_adapter(name)
+            for mixing in self._mixing_layers():
+                mixing.delete_adapter(adapter_name)
+            del self.peft_config[adapter_name]
+            self.inner.active_adapter = self.active_adapter = active
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: PEFT's sum of adapters is one of low-rank updates, and theta is no such thing.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "`add_weighted_adapter` has no meaning for Bitune adapters: how much of the bidirectional stream is mixed "
+            "in (theta) belongs to the two streams it was trained with, and the sum of several adapters has no theta. "
+            "Train one adapter on the data of all, or switch between them with `set_adapter`."
+        )
+
+    def alphas(self, adapter_name: str | None = None) -> dict[str, list[Tensor]]:
+        """How much of the bidirectional reading each layer takes.
+
+        Args:
+            adapter_name: the active adapter by default.
+
+        Returns:
+            Under `"key"` and `"value"`, one alpha per layer, in order: float32, `[1]` or `[key/value heads]`. The same
+            for every layer with `mixing_granularity="model"`; empty lists with `mixing="none"`.
+        """
+        name = self.active_adapters[0] if adapter_name is None else adapter_name
+        layers = [getattr(attention, MIXING).alphas(name) for attention in self.architecture.attentions]
+        return {
+            kind: [pair[index] for pair in layers if pair[index] is not None]
+            for index, kind in enumerate(("key", "value"))
+        }
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Folds the causal adapter into the weights; the bidirectional one is expressed against them. Answers are the
+        same but for rounding, and after the prompt a token costs what it costs the bare model. See `merging.py`.
+
+        Args:
+            adapter_names: the active adapter, by default and at most.
+            safe_merge: as in PEFT: look for NaN before any weight is changed.
+
+        Raises:
+            ValueError: another adapter than the active one, or a layer that cannot be merged.
+        """
+        (active,) = self.active_adapters
+        if not all(mixing.is_on for mixing in self._mixing_layers()):
+            raise ValueError("The adapter is switched off (`disable_adapter`). Merge it when it is on again.")
+        if adapter_names is not None and list(adapter_names) != [active]:
+            raise ValueError(
+                f"`adapter_names={adapter_names}`: the adapter that is merged must be the active one, {active!r}. Call "
+                "`set_adapter` first."
+            )
+        self.inner._check_merge_allowed()
+        layers = worth_merging(self.model, active)
+        problems = list(not_mergeable(layers))
+        if problems:
+            raise ValueError(
+                f"The adapter cannot be merged: {'; '.join(problems[:3])}. Leave it as it is, which is exact too."
+            )
+        merged_before = any(mixing.merged for mixing in self._mixing_layers())
+        try:
+            self._set_merged([active])  # first: should the undoing be interrupted too, `unmerge_adapter` is still due
+            for layer in layers.values():
+                merge(layer, active, safe_merge)
+        except BaseException:
+            if not merged_before:
+                self.unmerge_adapter()
+            raise
+
+    def unmerge_adapter(self) -> None:
+        """Takes `merge_adapter` back, bit for bit."""
+        for layer in self._tuner_layers():
+            unmerge(layer)
+        self._set_merged([])
+
+    def _set_merged(self, names: list[str]) -> None:
+        for mixing in self._mixing_layers():
+            mixing.merged_adapters = list(names)
+
+    def unmerge_for(self, action: str) -> None:
+        """Unmerges, with a warning, before something that does not go with a merged adapter."""
+        if any(mixing.merged for mixing in self._mixing_layers()):
+            warnings.warn(f"The adapter is merged. It is unmerged first, for `{action}`.", stacklevel=4)
+            self.unmerge_adapter()
+
+    def _mixing_layers(self) -> list[MixingLayer]:
+        return [getattr(attention, MIXING) for attention in self.architecture.attentions if hasattr(attention, MIXING)]
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            raise ValueError(
+                "A Bitune adapter cannot be merged into the model for good: the prompt is read with two different sets "
+                "of weights, and one set of weights cannot be both. Keep the adapter and load it with "
+                "`PeftModel.from_pretrained`; `merge_adapter()` makes decoding as fast as the bare model's, and "
+                "`unload()` gives the base model back."
+            )
+        self.unmerge_for("unload")
+        with all_or_nothing(self, self.inner):
+            return self._unload(*args, **kwargs)
+
+    def _unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        detach(self.model, self.architecture)
+        del self.model.bitune_tuner
+        for block in self.architecture.flattening_blocks():
+            restore(block, SeparateStreams)
+        for module in self.model.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                module._active_adapter = []  # so that the original comes back, and not the trained copy
+        for attention in self.architecture.attentions:
+            delattr(attention, MIXING)
+        # PEFT's general way: LN tuning's own (PEFT 0.21.2) leaves modules that are trained whole where they are.
+        model = BaseTuner._unload_and_optionally_merge(self.inner, False, *args, **kwargs)
+        for parameter in self.trained_before:
+            parameter.requires_grad_(True)
+        return model
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        if not enabled:
+            self.unmerge_for("disable_adapter")
+        super()._enable_adapter_layers(enabled)
+        if enabled:
+            peft_set_requires_grad(self.model, [bidirectional(name) for name in self.active_adapters], True)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        for name in (adapter_name, bidirectional(adapter_name)):
+            self.inner._cast_adapter_dtype(name, autocast_adapter_dtype)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "`adapter_names`: a batch in which rows use different Bitune adapters is not supported. Call the "
+                "model once per adapter, with `set_adapter` before."
+            )
+        yield
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        self.inner._create_and_replace(*args, **kwargs)
+
+    def _check_new_adapter(self, adapter_name: str, config: BituneConfig) -> None:
+        if adapter_name == BIDIRECTIONAL or bidirectional("") in adapter_name:
+            raise ValueError(f"`adapter_name={adapter_name!r}` is used by Bitune itself. Choose another name.")
+        types = {type(other.adapter).__name__ for other in (config, *self.peft_config.values())}
+        if len(types) > 1:
+            raise ValueError(
+                f"`adapter={type(config.adapter).__name__}(...)`: all Bitune adapters on a model must have inner "
+                f"configs of one type, got {', '.join(sorted(types))}. Load the adapter on another copy of the model."
+            )
+        tied = getattr(self.model.config, "tie_word_embeddings", False)
+        if tied and isinstance(config.adapter, TrainableTokensConfig) and not config.share_adapter:
+            raise ValueError(
+                "`adapter=TrainableTokensConfig(...)`: where embeddings are tied, PEFT can put only one such adapter "
+                "on a model. Use `LoraConfig(trainable_token_indices=...)`, whose tokens serve both streams."
+            )
+
+    def _leave_out_unadaptable(self, config: PeftConfig) -> None:
+        """Takes the layers that PEFT cannot adapt out of "all-linear".
+
+        Raises:
+            ValueError: `target_modules` name such a layer.
+        """
+        names = self.architecture.unadaptable
+        excluded = getattr(config, "exclude_modules", None)
+        if names and config.target_modules == "all-linear" and not isinstance(excluded, str):
+            config.exclude_modules = sorted({*(excluded or ()), *names})
+        for path, _ in self.model.named_modules():
+            if path.rpartition(".")[2] in names and check_target_module_exists(config, path):
+                raise ValueError(
+                    f"`target_modules` of the inner adapter take in {path!r}, which returns several tensors and cannot "
+                    f"be adapted by PEFT. Leave it out: `exclude_modules={sorted(names)}`."
+                )
+
+    def _inject_stream(
+        self,
+        name: str,
+        config: PeftConfig,
+        autocast_adapter_dtype: bool,
+        options: dict[str, Any],
+    ) -> None:
+        if self.inner is None:
+            tuner_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+            self.__dict__["inner"] = tuner_cls(self.model, {name: config}, name, **options)
+            # What all layers share is the inner tuner's own, as VeRA's projections. Of ours, PEFT saves and loads it.
+            for shared, module in self.inner.named_children():
+                if shared != "model":
+                    self.add_module(shared, module)
+            return
+        self.inner.peft_config[name] = config
+        self.inner.inject_adapter(self.model, name, autocast_adapter_dtype, **options)
+
+    def _add_mixing(self, adapter_name: str, config: BituneConfig) -> None:
+        owner = None
+        for attention in self.architecture.attentions:
+            source = self.architecture.source(attention)
+            layer = getattr(attention, MIXING, None)
+            if layer is None:
+                shared = None if source is attention else getattr(source, MIXING)
+                layer = MixingLayer(self.architecture.key_value_heads(attention), owner, shared)
+                layer._active_adapter = self.active_adapters
+                attention.add_module(MIXING, layer)
+            owner = owner or layer
+            layer.add_adapter(adapter_name, config, next(attention.parameters()).device)
+
+    def _route_adapters(self, adapter_name: str) -> None:
+        """Lets the layers of the inner tuner tell the streams apart. The second stream ends with the backbone."""
+        name = bidirectional(adapter_name)
+        inside = {module: path for path, module in self.architecture.backbone.named_modules()}
+        for layer in self._tuner_layers():
+            if isinstance(layer, ParamWrapper):
+                extend(layer, ParameterAdapter)
+            if name not in layer._get_available_adapters():
+                continue
+            if layer not in inside:
+                layer.delete_adapter(name)
+            elif inside[layer].rpartition(".")[2] in self.architecture.flattened:
+                extend(layer, FlattenedTokens)
+            else:
+                extend(layer, TwoAdapterLayer)
+        for block in self.architecture.flattening_blocks():
+            if any(isinstance(module, TwoAdapterLayer) for module in block.modules()):
+                extend(block, SeparateStreams)
+
+    def _tuner_layers(self) -> list[BaseTunerLayer]:
+        return [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+
+    # How an adapter is saved. The causal stream is a plain PEFT adapter; keys of the bidirectional stream carry
+    # `bidirectional` where PEFT has no adapter name:
+    #
+    #     base_model.model.<module>.lora_A.weight
+    #     base_model.model.<module>.lora_A.bidirectional.weight
+    #     base_model.model.<attention module>.bitune_mixing.theta_key
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: BituneConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        inner_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.adapter.peft_type]
+        second = bidirectional(adapter_name)
+        of_causal = {key: value for key, value in state_dict.items() if bidirectional("") not in key}
+        of_second = {key: value for key, value in state_dict.items() if second in key.split(".")}
+        others = [*unwanted_adapter_names, *map(bidirectional, unwanted_adapter_names)]
+        of_mixing = {key: value for key, value in state_dict.items() if MIXING in key.split(".")}
+        saved = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in of_mixing.items()}
+        for name, other, entries in ((adapter_name, second, of_causal), (second, adapter_name, of_second)):
+            entries = inner_cls._get_adapter_state_dict(model, config.adapter, name, entries, [*others, other])
+            for key, value in entries.items():
+                parts = [BIDIRECTIONAL if part == second else part for part in key.split(".")]
+                if name == second and BIDIRECTIONAL not in parts:  # some methods take the name out themselves
+                    parts.append(BIDIRECTIONAL)
+                saved[inner_cls._remove_adapter_name_from_key(".".join(parts), name)] = value
+        return saved
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: BituneConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """As in PEFT, and refuses an adapter that does not fit the model entirely.
+
+        Raises:
+            ValueError: keys are missing or unknown, shapes differ, or a weight is not finite. A model to which the
+                adapter was just added is left as it was before, after any other exception too.
+        """
+        try:
+            remapped = cls._remapped(model, config, adapter_name, state_dict)
+            _tuner_of(model).unmerge_for("load_adapter")
+            _tie(model, config, adapter_name, remapped)
+        except BaseException:
+            if config.unused:
+                _take_off(model, adapter_name)
+            raise
+        config.unused = False
+        return remapped
+
+    @staticmethod
+    def _remapped(
+        model: nn.Module, config: BituneConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        inner_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.adapter.peft_type]
+        is_second = re.compile(rf"\.{BIDIRECTIONAL}(?=\.|$)")
+        of_causal = {key: value for key, value in state_dict.items() if not is_second.search(key)}
+        of_second = {is_second.sub("", key): value for key, value in state_dict.items() if is_second.search(key)}
+        remapped: dict[str, Tensor] = {}
+        try:
+            for name, entries in ((adapter_name, of_causal), (bidirectional(adapter_name), of_second)):
+                remapped |= inner_cls._remap_adapter_state_dict_for_load(model, config.adapter, name, entries)
+            problems = _problems(model, config, adapter_name, remapped)
+        except ValueError as error:  # some methods look for themselves, as VeRA for its projections
+            problems = [str(error)]
+        if problems:
+            raise ValueError(
+                f"The saved Bitune adapter {adapter_name!r} does not fit this model, or is damaged:\n  "
+                + "\n  ".join(first(problems))
+                + "\nCheck that the base model is the one it was trained on, or copy the adapter again."
+            )
+        return remapped
+
+
+def _tuner_of(model: nn.Module) -> BituneModel:
+    """The tuner of a PeftModel or its base."""
+    return model.base_model if isinstance(model.base_model, BituneModel) else model.bitune_tuner
+
+
+def _take_off(model: nn.Module, adapter_name: str) -> None:
+    """Undoes `inject_adapter` for an adapter whose weights could not be loaded into a PeftModel or its base."""
+    tuner = _tuner_of(model)
+    if len(tuner.peft_config) == 1:
+        tuner.unload()
+    else:
+        tuner.delete_adapter(adapter_name)

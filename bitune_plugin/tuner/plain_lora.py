@@ -1,0 +1,63 @@
+"""A shorter way to the same numbers for plain LoRA, by far the most used method."""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..core.autocast import concatenate
+
+
+def both_loras(layer: lora.Linear, tokens: Tensor, split: int, first: str, second: str) -> Tensor:
+    """`W x + scaling * B A x` with LoRA `first` before token `split` and `second` from there on.
+
+    Where `first` is merged into `W`, it is taken off again for the others. Both low-rank updates are one of twice the
+    rank, in which every token has the other adapter's half set to zero, and it is added by the matrix product itself,
+    which spares PEFT's own passes over the output.
+
+    Args:
+        layer: plain LoRA, see `is_plain_lora`.
+        tokens: `[R, M, in]`.
+
+    Returns:
+        `[R, M, out]`.
+    """
+    result = layer.base_layer(tokens)
+    first_down, first_up = layer.lora_A[first].weight, layer.lora_B[first].weight
+    if layer.merged:  # what is inside the weights is not trained
+        first_down, first_up = first_down.detach(), first_up.detach()
+    down = concatenate([first_down, layer.lora_A[second].weight])
+    up = concatenate([first_up, layer.lora_B[second].weight], dim=1)
+    scaling = down.new_zeros(tokens.shape[1], down.shape[0])
+    rank = layer.lora_A[first].out_features
+    scaling[split:, rank:] = layer.scaling[second]
+    if layer.merged:  # `first` is in the weights already, for every token
+        scaling[split:, :rank] = -layer.scaling[first]
+    else:
+        scaling[:split, :rank] = layer.scaling[first]
+    inner = nn.functional.linear(tokens.to(down.dtype), down) * scaling
+    # As in PEFT, adapters in float32 add up in float32, whatever the base is in.
+    summed = torch.addmm(result.flatten(0, 1).to(down.dtype), inner.flatten(0, 1), up.t())
+    return summed.view_as(result).to(result.dtype)
+
+
+def is_plain_lora(layer: BaseTunerLayer, *names: str) -> bool:
+    """Whether PEFT would add `scaling * B A x` to the base layer's output for these adapters, and do nothing else."""
+    if type(layer).__bases__[-1] is not lora.Linear:
+        return False
+    if layer.disable_adapters or not layer.cast_input_dtype_enabled or layer.merged_adapters not in ([], [names[0]]):
+        return False
+    if any(name not in layer.lora_A or name in layer.lora_variant for name in names):
+        return False
+    if layer.training and any(type(layer.lora_dropout[name]) is not nn.Identity for name in names):
+        return False
+    weights = [part[name] for part in (layer.lora_A, layer.lora_B) for name in names]
+    return len({weight.weight.dtype for weight in weights}) == 1 and all(map(_is_plain_linear, weights))
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling `module` is multiplying by its weight: no bias, no hooks that load or gather the weight."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is nn.Linear and module.bias is None and "forward" not in vars(module) and not any(hooks)

@@ -1,0 +1,105 @@
+"""What a model must not carry when a Bitune adapter is added."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from peft.config import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners import RandLoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .config import BituneConfig
+from .host import name_all_linear
+
+
+class AdapterConfigs(dict[str, BituneConfig]):
+    """The configs of a model's Bitune adapters. Other tuners add themselves here, and are told not to."""
+
+    def __setitem__(self, name: str, config: PeftConfig) -> None:
+        if not isinstance(config, BituneConfig):
+            raise ValueError(
+                f"This model carries Bitune adapters ({', '.join(self)}), so a {type(config).__name__} cannot be put "
+                "on it. Call `unload()` first, or wrap the config: `BituneConfig(adapter=...)`."
+            )
+        super().__setitem__(name, config)
+
+    def update(self, configs: dict[str, PeftConfig]) -> None:
+        for name, config in configs.items():
+            self[name] = config
+
+
+@contextmanager
+def _without_note_if_refused(model: nn.Module) -> Iterator[None]:
+    """Removes the note that transformers' `add_adapter` makes on a model before it asks PEFT, if the block fails: with
+    the note alone, without an adapter, `save_pretrained` of the model fails (transformers 5.23)."""
+    try:
+        yield
+    except BaseException:
+        if not hasattr(model, "peft_config"):
+            vars(model).pop("_hf_peft_config_loaded", None)
+        raise
+
+
+def _check_bare(model: nn.Module, adapter_name: str) -> None:
+    """Raises ValueError if another PEFT method, or an adapter of this name, is already on `model`."""
+    configs = getattr(model, "peft_config", None)
+    if isinstance(configs, AdapterConfigs) and adapter_name not in configs:
+        return
+    if isinstance(configs, AdapterConfigs):
+        raise ValueError(
+            f"This model already carries Bitune adapters ({', '.join(configs)}), one of them {adapter_name!r}. Choose "
+            "another `adapter_name`, or call `unload()` on its PeftModel first. (If there is none, because loading was "
+            "interrupted: `model.bitune_tuner.unload()`.)"
+        )
+    if configs is not None or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "This model already carries another PEFT adapter, and Bitune cannot be put on top of it. Call "
+            "`unload()` or `merge_and_unload()` first, and pass its config as `BituneConfig(adapter=...)`."
+        )
+
+
+def _leave_out_copies(config: PeftConfig, model: nn.Module) -> None:
+    """Puts names in place of "all-linear" on a model with modules trained whole: PEFT 0.21.2 takes each adapter's copy
+    of a linear layer for another linear layer, adapts it, and freezes it with that."""
+    wrappers = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    if wrappers and config.target_modules == "all-linear":
+        name_all_linear(config, model)
+        inside = tuple(f"{name}." for name in wrappers)
+        config.target_modules = {name for name in config.target_modules if not name.startswith(inside)}
+
+
+def _check_not_compiled(model: nn.Module) -> None:
+    """Raises ValueError for what `torch.compile` returns."""
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            "The model is compiled (`torch.compile`), and Bitune changes how it runs. Put the adapter on first and "
+            "compile then: `torch.compile(get_peft_model(model, config))`; or pass the model from before."
+        )
+
+
+def _check_no_shared_weights(config: BituneConfig) -> None:
+    """Raises ValueError for methods that keep weights beside the model's layers: transformers leaves them behind."""
+    tuner_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.adapter.peft_type]
+    if tuner_cls.uses_shared_state or issubclass(tuner_cls, RandLoraModel):  # PEFT 0.21.2 forgets RandLoRA
+        raise ValueError(
+            f"`adapter={type(config.adapter).__name__}(...)` keeps weights that all layers share beside the model, "
+            "where transformers' `add_adapter` and `load_adapter` leave them. Use `get_peft_model` and "
+            "`PeftModel.from_pretrained`."
+        )
+
+
+def _check_not_offloaded(model: nn.Module) -> None:
+    """Raises ValueError if accelerate keeps weights of `model` off its device: a new adapter would be made without
+    memory beside them."""
+    for name, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        if any(getattr(each, "offload", False) for each in (hook, *getattr(hook, "hooks", ()))):
+            raise ValueError(
+                f"Weights of the model are offloaded (`device_map`, {name or 'all of it'!r}), and PEFT would make the "
+                "weights of a new adapter without memory. Put the adapter on first and offload then, with accelerate's "
+                "`dispatch_model`."
+            )
