@@ -1,4 +1,8 @@
-"""Bitune (bidirectional instruction-tuning, arXiv 2405.14862) for PEFT, TRL, Transformers, Accelerate and lm-eval."""
+"""Bitune (bidirectional instruction-tuning, arXiv 2405.14862) for PEFT, TRL, Transformers, Accelerate and lm-eval.
+
+Imports nothing heavy: each public name imports its module when it is first asked for. Importing `bitune_plugin.tuner`,
+as `BituneConfig` does, registers Bitune with PEFT.
+"""
 
 from __future__ import annotations
 
@@ -6,38 +10,66 @@ from importlib import import_module
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
-import peft as _peft  # first: while it is imported, `bitune_autoload` imports modules of this package
-
-from .plugins import plugin_manager as _plugin_manager
-from .tuner import host as _peft_host  # noqa: F401  # before the rest of the package: it refuses a PEFT too old for it
-from .tuner.config import BituneConfig
-from .tuner.model import BituneModel
-
 if TYPE_CHECKING:
+    from .errors import LayoutError, UnsupportedModelError
+    from .hookspecs import hookimpl
     from .integrations.lm_eval.model import BituneLM
     from .integrations.trl.trainer import BituneSFTConfig, BituneSFTTrainer
+    from .modeling.architectures import Architecture, decoder
+    from .modeling.causal_lm import plan_ahead
+    from .tuner.config import BituneConfig
+    from .tuner.full import FullConfig
+    from .tuner.model import BituneModel
 
-__all__ = ["BituneConfig", "BituneLM", "BituneModel", "BituneSFTConfig", "BituneSFTTrainer"]
+__all__ = [
+    "Architecture",
+    "BituneConfig",
+    "BituneLM",
+    "BituneModel",
+    "BituneSFTConfig",
+    "BituneSFTTrainer",
+    "FullConfig",
+    "LayoutError",
+    "UnsupportedModelError",
+    "decoder",
+    "hookimpl",
+    "plan_ahead",
+]
 
-_plugin_manager().hook.bitune_register(host=_peft.__name__)
-
-
-_OPTIONAL = {
-    "BituneSFTConfig": ("integrations.trl", "trl"),
-    "BituneSFTTrainer": ("integrations.trl", "trl"),
-    "BituneLM": ("integrations.lm_eval.model", "lm-eval"),
+_MODULE_OF = {
+    "Architecture": "modeling.architectures",
+    "BituneConfig": "tuner.config",
+    "BituneLM": "integrations.lm_eval.model",
+    "BituneModel": "tuner.model",
+    "BituneSFTConfig": "integrations.trl.trainer",
+    "BituneSFTTrainer": "integrations.trl.trainer",
+    "FullConfig": "tuner.full",
+    "LayoutError": "errors",
+    "UnsupportedModelError": "errors",
+    "decoder": "modeling.architectures",
+    "hookimpl": "hookspecs",
+    "plan_ahead": "modeling.causal_lm",
 }
-"""Public names whose host takes seconds to import, and need not be there: their module, and the extra to install."""
+"""Public names, and the module of each."""
+
+_EXTRA_OF = {"BituneLM": "lm-eval", "BituneSFTConfig": "trl", "BituneSFTTrainer": "trl"}
+"""Public names whose host need not be there: the extra to install."""
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return _version("bitune-plugin")
-    if name not in _OPTIONAL:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, extra = _OPTIONAL[name]
     try:
-        return getattr(import_module(f".{module}", __name__), name)
+        return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
     except ModuleNotFoundError as error:
+        if name not in _EXTRA_OF:
+            raise
+        extra = _EXTRA_OF[name]
         advice = f"Install it: pip install 'bitune-plugin[{extra}]'"
         raise ImportError(f"`{name}` needs {extra} ({error}). {advice}") from error
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_MODULE_OF]

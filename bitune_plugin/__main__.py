@@ -2,7 +2,7 @@
 
 import sys
 
-from bitune_cli import main
+from bitune_plugin.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

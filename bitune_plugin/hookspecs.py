@@ -1,4 +1,13 @@
-"""What a plugin may do: the hooks' specifications."""
+"""What a plugin may do: the specifications of the hooks. Imports nothing of the package.
+
+A plugin is a module with functions marked `@hookimpl`, named in the entry-point group `bitune`:
+
+    [project.entry-points.bitune]
+    my_plugin = "my_package.my_module"
+
+It is imported when Bitune is, so it should import heavy libraries inside its functions. Bitune's own mixings,
+architectures and integrations use the same hooks; plugins are asked first.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +25,7 @@ if TYPE_CHECKING:
 GROUP = "bitune"
 """Name of the plugin system, and of the entry-point group."""
 
-
 hookspec = pluggy.HookspecMarker(GROUP)
-
-
 hookimpl = pluggy.HookimplMarker(GROUP)
 
 

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
-import sys
 from functools import cache
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import pluggy
-from torch import nn
 
-from .hookspecs import GROUP
-from .modeling.architectures import Architecture, decoder
+from . import hookspecs
+from .hookspecs import GROUP, hookimpl
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from .core.mixing import AlphaFunction
+    from .modeling.architectures import Architecture
+
+__all__ = ["GROUP", "describe", "hookimpl", "mixings", "plugin_manager"]
+
+BUILT_IN = ("default_plugins.mixings", "default_plugins.architectures")
+"""Modules of this package that are plugins. `integrations.peft` is one too, by its entry point."""
+
+
+@cache
+def plugin_manager() -> pluggy.PluginManager:
+    """The manager of all plugins. Made, and the plugins imported, on the first call."""
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(hookspecs)
+    for name in BUILT_IN:
+        manager.register(import_module(f".{name}", __package__))
+    manager.load_setuptools_entrypoints(GROUP)
+    return manager
+
+
+def mixings() -> dict[str, AlphaFunction]:
+    """All functions from theta to alpha, by the name that `BituneConfig.mixing` gives them."""
+    return {name: alpha for plugin in plugin_manager().hook.bitune_mixings() for name, alpha in plugin.items()}
 
 
 def describe(model: nn.Module) -> Architecture:
@@ -22,23 +45,6 @@ def describe(model: nn.Module) -> Architecture:
     Raises:
         UnsupportedModelError: not a decoder of transformers, or one whose layers are not all attention layers.
     """
+    from .modeling.architectures import decoder
+
     return plugin_manager().hook.bitune_architecture(model=model) or decoder(model)
-
-
-@cache
-def plugin_manager() -> pluggy.PluginManager:
-    """The plugins of this process: Bitune's own, and all that are installed."""
-    from .core import mixing
-    from .default_plugins import architectures as quirks
-
-    manager = pluggy.PluginManager(GROUP)
-    manager.add_hookspecs(sys.modules[__name__])
-    manager.register(mixing)
-    manager.register(quirks)
-    manager.load_setuptools_entrypoints(GROUP)
-    return manager
-
-
-def mixings() -> dict[str, AlphaFunction]:
-    """All functions from theta to alpha, by the name that `BituneConfig.mixing` gives them."""
-    return {name: alpha for plugin in plugin_manager().hook.bitune_mixings() for name, alpha in plugin.items()}

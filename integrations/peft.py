@@ -1,4 +1,4 @@
-"""Makes PEFT know the method BITUNE: `get_peft_model`, `PeftModel.from_pretrained` and all that stands on them."""
+"""Makes PEFT know the method BITUNE: `get_peft_model`, `PeftModel.from_pretrained` and all that builds on them."""
 
 from __future__ import annotations
 

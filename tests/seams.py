@@ -7,21 +7,20 @@ from typing import Any
 import pytest
 from transformers import LlamaForCausalLM
 
-from bitune_plugin.modeling import backbone as forward
-from bitune_plugin.modeling import host
-from bitune_plugin.tuner import model as tuner
+from bitune_plugin.modeling import backbone, host
+from bitune_plugin.tuner import mixing_layer
 
 
 def rename_cache(patch: pytest.MonkeyPatch) -> None:
     """transformers gives the cache a name that Bitune does not know, as 5.24 did: the caller's cache is missed."""
-    for module in (host, forward):
+    for module in (host, backbone):
         patch.setattr(module, "CACHE_KEYWORDS", ("a_later_name",))
 
 
 def swap_alpha(patch: pytest.MonkeyPatch) -> None:
     """The two streams come in the other order."""
-    mix = tuner.mix
-    patch.setattr(tuner, "mix", lambda causal, bidirectional, alpha: mix(bidirectional, causal, alpha))
+    mix = mixing_layer.mix
+    patch.setattr(mixing_layer, "mix", lambda causal, bidirectional, alpha: mix(bidirectional, causal, alpha))
 
 
 def lose_cache(patch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import bitune_plugin
-from bitune_cli import COMMANDS, TRACEBACK, main
+from bitune_plugin.cli import COMMANDS, TRACEBACK, main
 
 OURS = [name for name in COMMANDS if name != "sft"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from bitune_cli import main
 from bitune_plugin import BituneConfig
+from bitune_plugin.cli import main
 from reference import DATA, assert_same_logits, case
 
 FOLDER = DATA / "llama-checkpoint"

@@ -11,7 +11,7 @@ from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, ShiraConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bitune_cli import main
+from bitune_plugin.cli import main
 from bitune_plugin.tuner.full import FullConfig
 from helpers import assert_close, bitune, lora, tokens
 from models import tiny, word_tokenizer

@@ -15,9 +15,9 @@ from matplotlib.image import imread
 from peft import get_peft_model
 from rich.console import Console
 
-from bitune_cli import main
 from bitune_plugin import plugins
 from bitune_plugin.checkpoints.saved import SavedAdapter
+from bitune_plugin.cli import main
 from bitune_plugin.cli.inspect import draw, show
 from bitune_plugin.hookspecs import hookimpl
 from helpers import bitune, lora

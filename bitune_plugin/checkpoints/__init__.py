@@ -1,0 +1,1 @@
+"""Adapters in folders, without a model: read, checked, converted, written."""

@@ -18,11 +18,11 @@ from rich.table import Table
 from rich.text import Text
 
 import bitune_plugin
-from bitune_cli import TRACEBACK
 from bitune_plugin.checks.examination import examine
 from bitune_plugin.checks.hosts import installed
 from bitune_plugin.checks.places import devices
 from bitune_plugin.checks.result import Result
+from bitune_plugin.cli import TRACEBACK
 from bitune_plugin.cli.terminal import parser
 from bitune_plugin.self_check import SWITCH, release
 from bitune_plugin.versions import TESTED

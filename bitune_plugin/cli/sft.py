@@ -35,7 +35,7 @@ from trl import (
 )
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-from bitune_cli import run
+from bitune_plugin.cli import run
 from bitune_plugin.integrations.trl.data import Samples
 from bitune_plugin.integrations.trl.templates import apply_templates
 from bitune_plugin.integrations.trl.trainer import BituneSFTConfig, BituneSFTTrainer

@@ -12,13 +12,17 @@ from .checkpointing import FollowingLayer
 from .extension import extend, restore
 
 
-def attach(model: PreTrainedModel, architecture: Architecture) -> None:
-    """Puts the forward pass of Bitune on a model. Does nothing where it already is."""
+def attach(model: PreTrainedModel, architecture: Architecture, causal_model: type[CausalModel] = CausalModel) -> None:
+    """Puts the forward pass of Bitune on a model. Does nothing where it already is.
+
+    Args:
+        causal_model: the extension of the causal language model; the tuner's also has transformers' adapter methods.
+    """
     if isinstance(architecture.backbone, TwoWayBackbone):
         return
     if not architecture.does_own_arithmetic:
         model.set_attn_implementation(implementation_for(model.config._attn_implementation))
-    extend(model, CausalModel)
+    extend(model, causal_model)
     model.bitune_architecture = architecture
     extend(architecture.backbone, TwoWayBackbone)
     architecture.backbone.bitune_architecture = architecture
@@ -29,7 +33,7 @@ def attach(model: PreTrainedModel, architecture: Architecture) -> None:
             extend(attention, architecture.attention_extension)
 
 
-def detach(model: PreTrainedModel, architecture: Architecture) -> None:
+def detach(model: PreTrainedModel, architecture: Architecture, causal_model: type[CausalModel] = CausalModel) -> None:
     """Takes it off again: classes, hooks and attention implementation are as before `attach`."""
     if not architecture.does_own_arithmetic:
         model.set_attn_implementation(base_of(model.config._attn_implementation))
@@ -40,4 +44,4 @@ def detach(model: PreTrainedModel, architecture: Architecture) -> None:
         restore(layer, FollowingLayer)
     del architecture.backbone.bitune_architecture, model.bitune_architecture
     restore(architecture.backbone, TwoWayBackbone)
-    restore(model, CausalModel)
+    restore(model, causal_model)

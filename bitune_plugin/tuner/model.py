@@ -45,6 +45,7 @@ from .requirements import (
     _without_note_if_refused,
 )
 from .state_dict import BIDIRECTIONAL, _problems, _tie
+from .transformers_methods import AdaptedCausalModel
 from .undo import all_or_nothing, switched_or_as_before
 
 
@@ -152,7 +153,7 @@ class BituneModel(BaseTuner):
         self.targeted_module_names = self.inner.targeted_module_names
         self.targeted_parameter_names = self.inner.targeted_parameter_names
         self._route_adapters(adapter_name)
-        attach(model, self.architecture)
+        attach(model, self.architecture, AdaptedCausalModel)
         if adapter_name in self.active_adapters:
             self.set_adapter(adapter_name, inference_mode=config.inference_mode)
         else:
@@ -304,7 +305,7 @@ class BituneModel(BaseTuner):
             return self._unload(*args, **kwargs)
 
     def _unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        detach(self.model, self.architecture)
+        detach(self.model, self.architecture, AdaptedCausalModel)
         del self.model.bitune_tuner
         for block in self.architecture.flattening_blocks():
             restore(block, SeparateStreams)

@@ -14,6 +14,7 @@ from torch import Tensor, load, nn
 from transformers import PreTrainedModel
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from ..modeling.causal_lm import CausalModel
 from ..modeling.extension import Extension
 
 
@@ -79,6 +80,10 @@ class AdapterMethods(Extension):
         finally:  # an adapter that does not fit is taken off again
             model._hf_peft_config_loaded = hasattr(model, "peft_config")
         return LoadStateDictInfo(set(), set(), set(), [], {}, set()), {}
+
+
+class AdaptedCausalModel(AdapterMethods, CausalModel):
+    """A causal language model that carries Bitune, with the adapter methods of transformers."""
 
 
 def _read(file: str) -> dict[str, Tensor]:

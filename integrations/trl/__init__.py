@@ -1,0 +1,5 @@
+"""TRL: `BituneSFTTrainer` and its data."""
+
+from .trainer import BituneSFTConfig, BituneSFTTrainer
+
+__all__ = ["BituneSFTConfig", "BituneSFTTrainer"]

@@ -3,7 +3,7 @@
 The stock trainer with `peft_config=BituneConfig()` trains the same numbers from a prompt/completion dataset. This one
 knows the prompt also where labels do not tell it (`completion_only_loss=False`, label smoothing, `compute_metrics`,
 conversations, every way to pack), checks the dataset before training starts, treats theta apart, and logs alpha.
-What becomes of a dataset is in `trl_data.py`.
+What becomes of a dataset is in `data.py`.
 """
 
 from __future__ import annotations

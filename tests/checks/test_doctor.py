@@ -19,11 +19,11 @@ import pytest
 import torch
 
 import bitune_plugin
-from bitune_cli import main
 from bitune_plugin import versions
 from bitune_plugin.checks import examination, hosts, places, table
 from bitune_plugin.checks.places import Place
 from bitune_plugin.checks.result import NotRun, Result, measure
+from bitune_plugin.cli import main
 from bitune_plugin.self_check import SWITCH
 from bitune_plugin.versions import TESTED
 from seams import SEAMS, swap_alpha
