@@ -88,7 +88,7 @@ def launch(folder: Path, alone: Results) -> Callable[[str, Results], Results]:
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
         # Any free port, as other tests may launch at the same time.
         command += ["--num_processes", "2", "--main_process_port", "0", "--mixed_precision", "no"]
-        command += [str(Path(__file__).with_name("processes.py")), str(output / "plan.json"), str(output)]
+        command += [str(Path(__file__).with_name("support") / "processes.py"), str(output / "plan.json"), str(output)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         results = output / "results.json"

@@ -25,7 +25,7 @@ from models import randomise
 from three_pass import CACHE
 from zoo import MODEL_TYPES, UNBUILDABLE, model_of, tiny_of
 
-PAGE = (Path(__file__).parent.parent / "docs" / "models.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
 
 
 def listed(kind: str) -> set[str]:
@@ -192,7 +192,7 @@ def test_layers_that_share_keys_share_theta(model_type: str) -> None:
 
 
 def test_the_example_plugin_makes_a_model_outside_transformers_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples" / "plugin"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples" / "plugin"))
     tiny_gpt, plugin = importlib.import_module("tiny_gpt"), importlib.import_module("tiny_gpt_bitune")
     base = randomise(tiny_gpt.TinyGPTForCausalLM._from_config(tiny_gpt.TinyGPTConfig(), attn_implementation="eager"))
     with pytest.raises(UnsupportedModelError, match="plugin"):
@@ -210,5 +210,5 @@ def test_the_example_plugin_makes_a_model_outside_transformers_exact(monkeypatch
 
 
 def test_the_example_plugin_is_found_by_its_entry_point() -> None:
-    project = tomllib.loads((Path(__file__).parent.parent / "examples" / "plugin" / "pyproject.toml").read_text())
+    project = tomllib.loads((Path(__file__).parents[2] / "examples" / "plugin" / "pyproject.toml").read_text())
     assert project["project"]["entry-points"][GROUP] == {"tiny_gpt": "tiny_gpt_bitune"}

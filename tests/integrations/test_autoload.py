@@ -25,7 +25,7 @@ def python(code: str, *paths: Path, **environment: str) -> tuple[str, str]:
     settings = {key: value for key, value in os.environ.items() if key not in ("BITUNE_AUTOLOAD", "PYTHONPATH")}
     search = [*map(str, paths), os.environ.get("PYTHONPATH", "")]
     settings |= {"PYTHONPATH": os.pathsep.join(filter(None, search)), **environment}
-    elsewhere = Path(__file__).parent / "data"  # the folder Python runs in comes before all paths
+    elsewhere = Path(__file__).parents[1] / "data"  # the folder Python runs in comes before all paths
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=settings, cwd=elsewhere
     )
@@ -90,7 +90,7 @@ def test_torch_calls_it() -> None:
 def test_the_installed_module_is_that_of_the_source_tree() -> None:
     """An editable install holds a copy (`setup.py` tells why): after a change, `pip install --no-deps --editable .`."""
     installed, _ = python("import bitune_autoload; print(bitune_autoload.__file__)")
-    source = Path(__file__).parents[1] / "bitune_autoload.py"
+    source = Path(__file__).parents[2] / "bitune_autoload.py"
     assert Path(installed).read_text(encoding="utf-8") == source.read_text(encoding="utf-8")
 
 

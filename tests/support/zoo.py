@@ -146,7 +146,7 @@ def model_of(model_type: str, attention: str = "eager", **changes: object) -> Pr
     return model_class_of(model_type)._from_config(config, attn_implementation=attention, dtype=torch.float32)
 
 
-# The lists in docs/models.md: `python tests/zoo.py`.
+# The lists in docs/models.md: `python tests/support/zoo.py`.
 
 REASONS = {
     "layers of type": "state-space, linear, convolutional or sparse attention in some layers",
@@ -174,7 +174,7 @@ def table() -> str:
             refused[next(reason for said, reason in REASONS.items() if re.search(said, str(error)))].append(model_type)
         else:
             exact.append(model_type)
-    lines = [f"<!-- exact: python tests/zoo.py, transformers {transformers.__version__} -->", *_lines(exact)]
+    lines = [f"<!-- exact: python tests/support/zoo.py, transformers {transformers.__version__} -->", *_lines(exact)]
     lines += ["", "## Refused", "", "<!-- refused -->", "| refused | because of |", "|---|---|"]
     lines += [f"| {', '.join(f'`{name}`' for name in names)} | {reason} |" for reason, names in refused.items()]
     return "\n".join([*lines, "<!-- end -->"])

@@ -133,7 +133,7 @@ def small(method: str, **settings: Any) -> PeftConfig:
     return PEFT_TYPE_TO_CONFIG_MAPPING[method](**{"target_modules": PROJECTIONS, **SMALL.get(method, {}), **settings})
 
 
-# The lists in docs/peft-methods.md: `python tests/methods.py`.
+# The lists in docs/peft-methods.md: `python tests/support/methods.py`.
 
 
 def table() -> str:

@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from bitune_plugin import BituneConfig
 from helpers import batch
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 TOLERANCE = 2e-5
 """Of logits and losses."""
 

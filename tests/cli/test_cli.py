@@ -139,7 +139,7 @@ def test_an_interruption_is_told_by_the_exit_code(sft: SimpleNamespace, capsys) 
 
 
 def test_it_is_installed_as_bitune() -> None:
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert EntryPoint("bitune", project["scripts"]["bitune"], "console_scripts").load() is main
 
 

@@ -1,6 +1,6 @@
 """A script for `accelerate launch`: trains tiny models, one after another, in however many processes it was started in.
 
-    accelerate launch --config_file examples/accelerate/ddp_cpu.yaml tests/processes.py PLAN FOLDER
+    accelerate launch --config_file examples/accelerate/ddp_cpu.yaml tests/support/processes.py PLAN FOLDER
 
 PLAN is a JSON file, settings of runs by name. The main process writes what came of them to `FOLDER/results.json`, up to
 the first that failed, and the adapter of each run lies in a folder of its name.

@@ -57,7 +57,7 @@ def test_a_method_is_exact_or_refused(method: str) -> None:
 
 
 def test_the_documentation_lists_them() -> None:
-    page = (Path(__file__).parent.parent / "docs" / "peft-methods.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "peft-methods.md").read_text(encoding="utf-8")
     assert re.search("<!-- methods -->.*?<!-- end -->", page, re.DOTALL).group() == table()
 
 
