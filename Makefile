@@ -9,6 +9,9 @@ PYTHON ?= python3
 TORCH        ?= torch==2.13.0
 OLDEST_TORCH ?= torch==2.6.0
 NEWEST_TORCH ?= torch
+# The Triton of torch 2.6 interprets kernels, as TRL needs it on a CPU, with numpy before 2.4 alone. With that, uv takes a
+# newer datasets than the lowest, unless it is told which.
+OLDEST        = $(OLDEST_TORCH) numpy<2.4 datasets==4.7.0
 # Or any hub id or path.
 MODEL  ?= gemma-3-270m
 BIN     = $(VENV)/bin
@@ -76,7 +79,7 @@ benchmarks: $(VENV)/installed  ## measure every table of examples/benchmarks
 
 lock: .venv-tools/installed    ## write both locks: the newest version of everything, and the oldest that is allowed
 	@$(call compile,requirements.lock,$(TORCH),--extra demo --extra docs)
-	@$(call compile,requirements-oldest.lock,$(OLDEST_TORCH),--resolution lowest-direct)
+	@$(call compile,requirements-oldest.lock,$(OLDEST),--resolution lowest-direct)
 
 dist: .venv-tools/installed    ## build sdist and wheel, and check them
 	rm -rf dist
@@ -86,11 +89,11 @@ dist: .venv-tools/installed    ## build sdist and wheel, and check them
 clean:                         ## remove all environments and build outputs
 	rm -rf $(VENV) .venv-oldest .venv-newest .venv-tools .cache build dist site *.egg-info
 
-# $(call compile,LOCK,TORCH,OPTIONS): one line per package, for every platform and every Python that we allow. Nothing
+# $(call compile,LOCK,CONSTRAINTS,OPTIONS): one line per package, for every platform and every Python that we allow. Nothing
 # of this machine (`--no-config`) and nothing of CUDA goes into the file: builds of torch for CPUs do not need CUDA, and
 # the others require the packages that they were built for.
 define compile
-echo "$(firstword $(2))" | .venv-tools/bin/uv pip compile pyproject.toml --extra dev $(3) --constraints - \
+printf '%s\n' $(foreach each,$(filter torch% numpy% datasets%,$(2)),"$(each)") | .venv-tools/bin/uv pip compile pyproject.toml --extra dev $(3) --constraints - \
   --universal --python-version "$$(sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)" \
   --no-config --no-header --no-annotate --quiet --output-file $(1).new
 { echo "# Written by 'make lock'. Without make: install torch (a build for CPUs, if you want one), then"; \

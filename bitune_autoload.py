@@ -16,11 +16,13 @@ from types import ModuleType
 
 
 def announce(module: ModuleType) -> None:
-    """Registers Bitune with PEFT, which has just been imported, as importing `bitune_plugin.tuner` does."""
+    """Calls the hook `bitune_register` for a host library whose `module` has just been imported."""
     if "bitune_plugin.tuner" in sys.modules:  # it is under way, has imported PEFT, and registers itself when it is done
         return
     try:
-        import bitune_plugin.tuner  # noqa: F401
+        from bitune_plugin.plugins import plugin_manager
+
+        plugin_manager().hook.bitune_register(host=module.__name__.partition(".")[0])
     except Exception as error:  # `import peft` must go on, whatever is wrong with this installation
         _complain(error, "Bitune adapters will not load")
 

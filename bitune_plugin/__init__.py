@@ -10,6 +10,8 @@ from importlib import import_module
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
+from .moved import stand_in as _stand_in
+
 if TYPE_CHECKING:
     from .errors import LayoutError, UnsupportedModelError
     from .hookspecs import hookimpl
@@ -54,6 +56,8 @@ _MODULE_OF = {
 
 _EXTRA_OF = {"BituneLM": "lm-eval", "BituneSFTConfig": "trl", "BituneSFTTrainer": "trl"}
 """Public names whose host need not be there: the extra to install."""
+
+_stand_in(__name__)
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ TESTED: dict[str, Tested] = {
     "torch": Tested(lowest="2.6", highest="2.15.0"),
     "transformers": Tested(lowest="5.17", highest="5.24.0"),
     "peft": Tested(lowest="0.21", highest="0.21.2"),
-    "trl": Tested(lowest="1.14", highest="1.16.0"),
+    "trl": Tested(lowest="1.15", highest="1.16.0"),
     "accelerate": Tested(lowest="1.10", highest="1.15.0"),
     "lm_eval": Tested(lowest="0.4.10", highest="0.4.13"),
 }

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bitune_plugin import BituneConfig, BituneModel, plugins
+from bitune_plugin import BituneConfig, BituneModel, hookspecs
 from bitune_plugin.core.mixing import MIXING
 from bitune_plugin.errors import UnsupportedModelError
 from bitune_plugin.hookspecs import GROUP, hookimpl
@@ -48,7 +48,7 @@ def plugin(**hooks: object) -> ModuleType:
 
 @pytest.mark.parametrize("name", HOOKS)
 def test_every_hook_is_documented(name: str) -> None:
-    assert len(getattr(plugins, name).__doc__.strip()) > 40
+    assert len(getattr(hookspecs, name).__doc__.strip()) > 40
 
 
 def test_these_are_all_the_hooks_there_are() -> None:

@@ -57,7 +57,7 @@ class TwoWayBackbone(TakesCache):
             LayoutError: it cannot be told where a prompt ends.
             RuntimeError: an attention layer took no part, so that it would have been plainly causal.
         """
-        if "bitune_architecture" not in vars(self):  # a new model of this class
+        if "bitune_architecture" not in self.__dict__:  # a new model of this class
             return super().forward(*args, **kwargs)
         kwargs = translate_cache(by_name(super().forward, args, kwargs), self.cache_keyword)
         call = _call.value or Call()

@@ -41,7 +41,7 @@ class CausalModel(GeneratesFromPrompt, TakesCache):
             LayoutError: it cannot be told where a prompt ends.
             RuntimeError: the model went around its backbone, and so around Bitune.
         """
-        if "bitune_architecture" not in vars(self):  # a new model of this class
+        if "bitune_architecture" not in self.__dict__:  # a new model of this class
             return super().__call__(*args, **kwargs)
         # Not in `forward`, which TRL's fused LM head puts its own in place of.
         kwargs = translate_cache(by_name(super().forward, args, kwargs), self.cache_keyword)

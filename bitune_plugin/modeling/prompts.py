@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -49,8 +49,10 @@ class Prompts:
     def taken_from(cls, kwargs: dict[str, Any], otherwise: Prompts | None = None) -> Prompts:
         """Takes its attributes out of `kwargs`; those that are not among them are as in `otherwise`."""
         names = ("prompt_mask", "prompt_layout", "completion_index", "answers_only")
-        given = {name: kwargs.pop(name, None) for name in names} | {"position_ids": kwargs.get("position_ids")}
-        return replace(otherwise or cls(), **{name: value for name, value in given.items() if value is not None})
+        given = {name: kwargs.pop(name, None) for name in names}
+        given["position_ids"] = kwargs.get("position_ids")
+        before = otherwise or cls()
+        return cls(**{name: getattr(before, name) if value is None else value for name, value in given.items()})
 
 
 @dataclass

@@ -5,7 +5,7 @@ need `W + dW_bidirectional`. With plain LoRA that is
 
     W' + dW_bidirectional - dW_causal
 
-one low-rank update of twice the rank (`routing.both_loras`), exact but for rounding. Other methods keep the weights
+one low-rank update of twice the rank (`plain_lora.both_loras`), exact but for rounding. Other methods keep the weights
 from before for the copies. Those also serve to take the merge back, bit for bit, which subtracting would not.
 
 Embeddings and the LM head keep their adapters: their weights may be tied to each other, and PEFT saves them. So do
@@ -14,18 +14,75 @@ norms (LN tuning) and weights that are trained themselves, which cost the same e
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import torch
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .adapter_layers import UNMERGED, bidirectional
 from .full import FullLayer
 from .plain_lora import is_plain_lora
+
+
+class MergesCausalAdapter(BaseTuner):
+    """The part of `BituneModel` that folds the causal adapter into the weights, and takes it out again."""
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Folds the causal adapter into the weights; the bidirectional one is expressed against them. Answers are the
+        same but for rounding, and after the prompt a token costs what it costs the bare model. See `merging.py`.
+
+        Args:
+            adapter_names: the active adapter, by default and at most.
+            safe_merge: as in PEFT: look for NaN before any weight is changed.
+
+        Raises:
+            ValueError: another adapter than the active one, or a layer that cannot be merged.
+        """
+        (active,) = self.active_adapters
+        if not all(mixing.is_on for mixing in self._mixing_layers()):
+            raise ValueError("The adapter is switched off (`disable_adapter`). Merge it when it is on again.")
+        if adapter_names is not None and list(adapter_names) != [active]:
+            raise ValueError(
+                f"`adapter_names={adapter_names}`: the adapter that is merged must be the active one, {active!r}. Call "
+                "`set_adapter` first."
+            )
+        self.inner._check_merge_allowed()
+        layers = worth_merging(self.model, active)
+        problems = list(not_mergeable(layers))
+        if problems:
+            raise ValueError(
+                f"The adapter cannot be merged: {'; '.join(problems[:3])}. Leave it as it is, which is exact too."
+            )
+        merged_before = any(mixing.merged for mixing in self._mixing_layers())
+        try:
+            self._set_merged([active])  # first: should the undoing be interrupted too, `unmerge_adapter` is still due
+            for layer in layers.values():
+                merge(layer, active, safe_merge)
+        except BaseException:
+            if not merged_before:
+                self.unmerge_adapter()
+            raise
+
+    def unmerge_adapter(self) -> None:
+        """Takes `merge_adapter` back, bit for bit."""
+        for layer in self._tuner_layers():
+            unmerge(layer)
+        self._set_merged([])
+
+    def _set_merged(self, names: list[str]) -> None:
+        for mixing in self._mixing_layers():
+            mixing.merged_adapters = list(names)
+
+    def unmerge_for(self, action: str) -> None:
+        """Unmerges, with a warning, before something that does not go with a merged adapter."""
+        if any(mixing.merged for mixing in self._mixing_layers()):
+            warnings.warn(f"The adapter is merged. It is unmerged first, for `{action}`.", stacklevel=4)
+            self.unmerge_adapter()
 
 
 def merge(layer: BaseTunerLayer, adapter_name: str, safe_merge: bool = False) -> None:

@@ -2,12 +2,11 @@
 
 It is a PEFT tuner built on another: the inner tuner (LoRA, IA3, ...) injects its layers twice, for the causal stream
 under the adapter's own name, for the bidirectional stream under `bidirectional(name)`. Every attention module gets a
-`MixingLayer` with the coefficients. The forward pass is in `forward.py`.
+`MixingLayer` with the coefficients. The forward pass is in `modeling/`.
 """
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,16 +14,14 @@ from typing import Any
 
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners import TrainableTokensConfig
 from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.tuners.tuners_utils import set_requires_grad as peft_set_requires_grad
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..core.mixing import MIXING
-from ..errors import first
 from ..modeling.attach import attach, detach
 from ..modeling.attention import implementation_for
 from ..modeling.extension import extend, restore
@@ -33,23 +30,25 @@ from ..plugins import describe
 from ..self_check import check_untried_versions
 from .adapter_layers import FlattenedTokens, ParameterAdapter, TwoAdapterLayer, bidirectional
 from .config import BituneConfig
-from .merging import merge, not_mergeable, unmerge, worth_merging
+from .merging import MergesCausalAdapter
 from .mixing_layer import MixingLayer
 from .requirements import (
     AdapterConfigs,
     _check_bare,
+    _check_new_adapter,
     _check_no_shared_weights,
     _check_not_compiled,
     _check_not_offloaded,
     _leave_out_copies,
+    _leave_out_unadaptable,
     _without_note_if_refused,
 )
-from .state_dict import BIDIRECTIONAL, _problems, _tie
+from .state_dict import SavesBothStreams
 from .transformers_methods import AdaptedCausalModel
 from .undo import all_or_nothing, switched_or_as_before
 
 
-class BituneModel(BaseTuner):
+class BituneModel(MergesCausalAdapter, SavesBothStreams):
     """A transformers model that reads its prompts both ways. Usually made by `get_peft_model`.
 
     Args:
@@ -120,7 +119,7 @@ class BituneModel(BaseTuner):
         """
         options = {"low_cpu_mem_usage": low_cpu_mem_usage, "state_dict": state_dict}
         config = self.peft_config.pop(adapter_name)  # entered by PEFT, which takes it out after an Exception only
-        self._check_new_adapter(adapter_name, config)
+        _check_new_adapter(self.model, self.peft_config, adapter_name, config)
         if self.inner is not None:
             self.unmerge_for("add_adapter")
         with all_or_nothing(self, self.inner):
@@ -135,7 +134,7 @@ class BituneModel(BaseTuner):
         autocast_adapter_dtype: bool,
         options: dict[str, Any],
     ) -> None:
-        self._leave_out_unadaptable(config.causal_config())
+        _leave_out_unadaptable(config.causal_config(), self.architecture.unadaptable, self.model)
         _leave_out_copies(config.causal_config(), model)
         # Remembered for `unload`: the inner tuner freezes the model.
         if self.inner is None:
@@ -237,58 +236,6 @@ class BituneModel(BaseTuner):
             for index, kind in enumerate(("key", "value"))
         }
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Folds the causal adapter into the weights; the bidirectional one is expressed against them. Answers are the
-        same but for rounding, and after the prompt a token costs what it costs the bare model. See `merging.py`.
-
-        Args:
-            adapter_names: the active adapter, by default and at most.
-            safe_merge: as in PEFT: look for NaN before any weight is changed.
-
-        Raises:
-            ValueError: another adapter than the active one, or a layer that cannot be merged.
-        """
-        (active,) = self.active_adapters
-        if not all(mixing.is_on for mixing in self._mixing_layers()):
-            raise ValueError("The adapter is switched off (`disable_adapter`). Merge it when it is on again.")
-        if adapter_names is not None and list(adapter_names) != [active]:
-            raise ValueError(
-                f"`adapter_names={adapter_names}`: the adapter that is merged must be the active one, {active!r}. Call "
-                "`set_adapter` first."
-            )
-        self.inner._check_merge_allowed()
-        layers = worth_merging(self.model, active)
-        problems = list(not_mergeable(layers))
-        if problems:
-            raise ValueError(
-                f"The adapter cannot be merged: {'; '.join(problems[:3])}. Leave it as it is, which is exact too."
-            )
-        merged_before = any(mixing.merged for mixing in self._mixing_layers())
-        try:
-            self._set_merged([active])  # first: should the undoing be interrupted too, `unmerge_adapter` is still due
-            for layer in layers.values():
-                merge(layer, active, safe_merge)
-        except BaseException:
-            if not merged_before:
-                self.unmerge_adapter()
-            raise
-
-    def unmerge_adapter(self) -> None:
-        """Takes `merge_adapter` back, bit for bit."""
-        for layer in self._tuner_layers():
-            unmerge(layer)
-        self._set_merged([])
-
-    def _set_merged(self, names: list[str]) -> None:
-        for mixing in self._mixing_layers():
-            mixing.merged_adapters = list(names)
-
-    def unmerge_for(self, action: str) -> None:
-        """Unmerges, with a warning, before something that does not go with a merged adapter."""
-        if any(mixing.merged for mixing in self._mixing_layers()):
-            warnings.warn(f"The adapter is merged. It is unmerged first, for `{action}`.", stacklevel=4)
-            self.unmerge_adapter()
-
     def _mixing_layers(self) -> list[MixingLayer]:
         return [getattr(attention, MIXING) for attention in self.architecture.attentions if hasattr(attention, MIXING)]
 
@@ -343,39 +290,6 @@ class BituneModel(BaseTuner):
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         self.inner._create_and_replace(*args, **kwargs)
 
-    def _check_new_adapter(self, adapter_name: str, config: BituneConfig) -> None:
-        if adapter_name == BIDIRECTIONAL or bidirectional("") in adapter_name:
-            raise ValueError(f"`adapter_name={adapter_name!r}` is used by Bitune itself. Choose another name.")
-        types = {type(other.adapter).__name__ for other in (config, *self.peft_config.values())}
-        if len(types) > 1:
-            raise ValueError(
-                f"`adapter={type(config.adapter).__name__}(...)`: all Bitune adapters on a model must have inner "
-                f"configs of one type, got {', '.join(sorted(types))}. Load the adapter on another copy of the model."
-            )
-        tied = getattr(self.model.config, "tie_word_embeddings", False)
-        if tied and isinstance(config.adapter, TrainableTokensConfig) and not config.share_adapter:
-            raise ValueError(
-                "`adapter=TrainableTokensConfig(...)`: where embeddings are tied, PEFT can put only one such adapter "
-                "on a model. Use `LoraConfig(trainable_token_indices=...)`, whose tokens serve both streams."
-            )
-
-    def _leave_out_unadaptable(self, config: PeftConfig) -> None:
-        """Takes the layers that PEFT cannot adapt out of "all-linear".
-
-        Raises:
-            ValueError: `target_modules` name such a layer.
-        """
-        names = self.architecture.unadaptable
-        excluded = getattr(config, "exclude_modules", None)
-        if names and config.target_modules == "all-linear" and not isinstance(excluded, str):
-            config.exclude_modules = sorted({*(excluded or ()), *names})
-        for path, _ in self.model.named_modules():
-            if path.rpartition(".")[2] in names and check_target_module_exists(config, path):
-                raise ValueError(
-                    f"`target_modules` of the inner adapter take in {path!r}, which returns several tensors and cannot "
-                    f"be adapted by PEFT. Leave it out: `exclude_modules={sorted(names)}`."
-                )
-
     def _inject_stream(
         self,
         name: str,
@@ -428,93 +342,3 @@ class BituneModel(BaseTuner):
 
     def _tuner_layers(self) -> list[BaseTunerLayer]:
         return [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
-
-    # How an adapter is saved. The causal stream is a plain PEFT adapter; keys of the bidirectional stream carry
-    # `bidirectional` where PEFT has no adapter name:
-    #
-    #     base_model.model.<module>.lora_A.weight
-    #     base_model.model.<module>.lora_A.bidirectional.weight
-    #     base_model.model.<attention module>.bitune_mixing.theta_key
-
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: BituneConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, Tensor]:
-        inner_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.adapter.peft_type]
-        second = bidirectional(adapter_name)
-        of_causal = {key: value for key, value in state_dict.items() if bidirectional("") not in key}
-        of_second = {key: value for key, value in state_dict.items() if second in key.split(".")}
-        others = [*unwanted_adapter_names, *map(bidirectional, unwanted_adapter_names)]
-        of_mixing = {key: value for key, value in state_dict.items() if MIXING in key.split(".")}
-        saved = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in of_mixing.items()}
-        for name, other, entries in ((adapter_name, second, of_causal), (second, adapter_name, of_second)):
-            entries = inner_cls._get_adapter_state_dict(model, config.adapter, name, entries, [*others, other])
-            for key, value in entries.items():
-                parts = [BIDIRECTIONAL if part == second else part for part in key.split(".")]
-                if name == second and BIDIRECTIONAL not in parts:  # some methods take the name out themselves
-                    parts.append(BIDIRECTIONAL)
-                saved[inner_cls._remove_adapter_name_from_key(".".join(parts), name)] = value
-        return saved
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: BituneConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """As in PEFT, and refuses an adapter that does not fit the model entirely.
-
-        Raises:
-            ValueError: keys are missing or unknown, shapes differ, or a weight is not finite. A model to which the
-                adapter was just added is left as it was before, after any other exception too.
-        """
-        try:
-            remapped = cls._remapped(model, config, adapter_name, state_dict)
-            _tuner_of(model).unmerge_for("load_adapter")
-            _tie(model, config, adapter_name, remapped)
-        except BaseException:
-            if config.unused:
-                _take_off(model, adapter_name)
-            raise
-        config.unused = False
-        return remapped
-
-    @staticmethod
-    def _remapped(
-        model: nn.Module, config: BituneConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        inner_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.adapter.peft_type]
-        is_second = re.compile(rf"\.{BIDIRECTIONAL}(?=\.|$)")
-        of_causal = {key: value for key, value in state_dict.items() if not is_second.search(key)}
-        of_second = {is_second.sub("", key): value for key, value in state_dict.items() if is_second.search(key)}
-        remapped: dict[str, Tensor] = {}
-        try:
-            for name, entries in ((adapter_name, of_causal), (bidirectional(adapter_name), of_second)):
-                remapped |= inner_cls._remap_adapter_state_dict_for_load(model, config.adapter, name, entries)
-            problems = _problems(model, config, adapter_name, remapped)
-        except ValueError as error:  # some methods look for themselves, as VeRA for its projections
-            problems = [str(error)]
-        if problems:
-            raise ValueError(
-                f"The saved Bitune adapter {adapter_name!r} does not fit this model, or is damaged:\n  "
-                + "\n  ".join(first(problems))
-                + "\nCheck that the base model is the one it was trained on, or copy the adapter again."
-            )
-        return remapped
-
-
-def _tuner_of(model: nn.Module) -> BituneModel:
-    """The tuner of a PeftModel or its base."""
-    return model.base_model if isinstance(model.base_model, BituneModel) else model.bitune_tuner
-
-
-def _take_off(model: nn.Module, adapter_name: str) -> None:
-    """Undoes `inject_adapter` for an adapter whose weights could not be loaded into a PeftModel or its base."""
-    tuner = _tuner_of(model)
-    if len(tuner.peft_config) == 1:
-        tuner.unload()
-    else:
-        tuner.delete_adapter(adapter_name)

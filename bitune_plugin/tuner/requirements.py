@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners import RandLoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners import RandLoraModel, TrainableTokensConfig
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .adapter_layers import bidirectional
 from .config import BituneConfig
 from .host import name_all_linear
+from .state_dict import BIDIRECTIONAL
 
 
 class AdapterConfigs(dict[str, BituneConfig]):
@@ -102,4 +104,44 @@ def _check_not_offloaded(model: nn.Module) -> None:
                 f"Weights of the model are offloaded (`device_map`, {name or 'all of it'!r}), and PEFT would make the "
                 "weights of a new adapter without memory. Put the adapter on first and offload then, with accelerate's "
                 "`dispatch_model`."
+            )
+
+
+def _check_new_adapter(
+    model: nn.Module, others: Mapping[str, BituneConfig], adapter_name: str, config: BituneConfig
+) -> None:
+    """Raises ValueError if an adapter cannot stand beside `others` on `model`."""
+    if adapter_name == BIDIRECTIONAL or bidirectional("") in adapter_name:
+        raise ValueError(f"`adapter_name={adapter_name!r}` is used by Bitune itself. Choose another name.")
+    types = {type(other.adapter).__name__ for other in (config, *others.values())}
+    if len(types) > 1:
+        raise ValueError(
+            f"`adapter={type(config.adapter).__name__}(...)`: all Bitune adapters on a model must have inner "
+            f"configs of one type, got {', '.join(sorted(types))}. Load the adapter on another copy of the model."
+        )
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    if tied and isinstance(config.adapter, TrainableTokensConfig) and not config.share_adapter:
+        raise ValueError(
+            "`adapter=TrainableTokensConfig(...)`: where embeddings are tied, PEFT can put only one such adapter "
+            "on a model. Use `LoraConfig(trainable_token_indices=...)`, whose tokens serve both streams."
+        )
+
+
+def _leave_out_unadaptable(config: PeftConfig, names: Iterable[str], model: nn.Module) -> None:
+    """Takes the layers that PEFT cannot adapt out of "all-linear".
+
+    Args:
+        names: last parts of the names of such layers.
+
+    Raises:
+        ValueError: `target_modules` name such a layer.
+    """
+    excluded = getattr(config, "exclude_modules", None)
+    if names and config.target_modules == "all-linear" and not isinstance(excluded, str):
+        config.exclude_modules = sorted({*(excluded or ()), *names})
+    for path, _ in model.named_modules():
+        if path.rpartition(".")[2] in names and check_target_module_exists(config, path):
+            raise ValueError(
+                f"`target_modules` of the inner adapter take in {path!r}, which returns several tensors and cannot "
+                f"be adapted by PEFT. Leave it out: `exclude_modules={sorted(names)}`."
             )

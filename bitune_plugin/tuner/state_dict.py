@@ -1,9 +1,24 @@
-"""How an adapter is saved and loaded."""
+"""How an adapter is saved and loaded.
+
+The causal stream is a plain PEFT adapter; keys of the bidirectional stream carry `bidirectional` where PEFT has no
+adapter name:
+
+    base_model.model.<module>.lora_A.weight
+    base_model.model.<module>.lora_A.bidirectional.weight
+    base_model.model.<attention module>.bitune_mixing.theta_key
+"""
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from ..core.mixing import MIXING
+from ..errors import first
 from .adapter_layers import bidirectional
 from .config import BituneConfig
 from .full import embeddings_and_head
@@ -12,6 +27,79 @@ from .weights import not_finite
 
 BIDIRECTIONAL = "bidirectional"
 """What stands in the keys of a saved adapter where the inner adapter's name stands in the model."""
+
+
+class SavesBothStreams(BaseTuner):
+    """The part of `BituneModel` that PEFT calls to save and load an adapter."""
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: BituneConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        inner_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.adapter.peft_type]
+        second = bidirectional(adapter_name)
+        of_causal = {key: value for key, value in state_dict.items() if bidirectional("") not in key}
+        of_second = {key: value for key, value in state_dict.items() if second in key.split(".")}
+        others = [*unwanted_adapter_names, *map(bidirectional, unwanted_adapter_names)]
+        of_mixing = {key: value for key, value in state_dict.items() if MIXING in key.split(".")}
+        saved = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in of_mixing.items()}
+        for name, other, entries in ((adapter_name, second, of_causal), (second, adapter_name, of_second)):
+            entries = inner_cls._get_adapter_state_dict(model, config.adapter, name, entries, [*others, other])
+            for key, value in entries.items():
+                parts = [BIDIRECTIONAL if part == second else part for part in key.split(".")]
+                if name == second and BIDIRECTIONAL not in parts:  # some methods take the name out themselves
+                    parts.append(BIDIRECTIONAL)
+                saved[inner_cls._remove_adapter_name_from_key(".".join(parts), name)] = value
+        return saved
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: BituneConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """As in PEFT, and refuses an adapter that does not fit the model entirely.
+
+        Raises:
+            ValueError: keys are missing or unknown, shapes differ, or a weight is not finite. A model to which the
+                adapter was just added is left as it was before, after any other exception too.
+        """
+        try:
+            remapped = cls._remapped(model, config, adapter_name, state_dict)
+            _tuner_of(model).unmerge_for("load_adapter")
+            _tie(model, config, adapter_name, remapped)
+        except BaseException:
+            if config.unused:
+                _take_off(model, adapter_name)
+            raise
+        config.unused = False
+        return remapped
+
+    @staticmethod
+    def _remapped(
+        model: nn.Module, config: BituneConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        inner_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.adapter.peft_type]
+        is_second = re.compile(rf"\.{BIDIRECTIONAL}(?=\.|$)")
+        of_causal = {key: value for key, value in state_dict.items() if not is_second.search(key)}
+        of_second = {is_second.sub("", key): value for key, value in state_dict.items() if is_second.search(key)}
+        remapped: dict[str, Tensor] = {}
+        try:
+            for name, entries in ((adapter_name, of_causal), (bidirectional(adapter_name), of_second)):
+                remapped |= inner_cls._remap_adapter_state_dict_for_load(model, config.adapter, name, entries)
+            problems = _problems(model, config, adapter_name, remapped)
+        except ValueError as error:  # some methods look for themselves, as VeRA for its projections
+            problems = [str(error)]
+        if problems:
+            raise ValueError(
+                f"The saved Bitune adapter {adapter_name!r} does not fit this model, or is damaged:\n  "
+                + "\n  ".join(first(problems))
+                + "\nCheck that the base model is the one it was trained on, or copy the adapter again."
+            )
+        return remapped
 
 
 def _problems(model: nn.Module, config: BituneConfig, adapter_name: str, remapped: dict[str, Tensor]) -> list[str]:
@@ -53,3 +141,17 @@ def _tie(model: nn.Module, config: BituneConfig, adapter_name: str, remapped: di
 
 def _without_part(key: str, part: str) -> str:
     return ".".join(other for other in key.split(".") if other != part)
+
+
+def _tuner_of(model: nn.Module) -> Any:
+    """The tuner of a PeftModel or its base."""
+    return model.base_model if isinstance(model.base_model, SavesBothStreams) else model.bitune_tuner
+
+
+def _take_off(model: nn.Module, adapter_name: str) -> None:
+    """Undoes `inject_adapter` for an adapter whose weights could not be loaded into a PeftModel or its base."""
+    tuner = _tuner_of(model)
+    if len(tuner.peft_config) == 1:
+        tuner.unload()
+    else:
+        tuner.delete_adapter(adapter_name)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 # In place of this file's own folder, whose `lm_eval.py` would pass for lm-eval.
-sys.path[:1] = [str(ROOT / "examples"), str(ROOT / "tests")]
+sys.path[:1] = [str(ROOT / "examples"), str(ROOT / "tests" / "support")]
 
 import torch
 

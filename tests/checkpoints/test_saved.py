@@ -212,7 +212,7 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
         local_folder(str(tmp_path / "file"))
 
 
-# --- One stream as a plain adapter: what `tests/cli/test_cli_export.py` does not show -------------------------------------
+# --- One stream as a plain adapter: the rest is in `tests/cli/test_cli_export.py` -------------------------------------
 
 
 def test_a_method_that_peft_does_not_know_has_no_plain_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,7 +114,7 @@ def test_what_can_be_measured_is_measured(here: dict[str, Any]) -> None:
 
 def test_versions_beside_the_tested_range(here: dict[str, Any]) -> None:
     assert here["bitune"] == bitune_plugin.__version__
-    assert here["versions"]["torch"]["installed"] == torch.__version__
+    assert here["versions"]["torch"]["installed"] == version("torch")
     assert here["versions"]["torch"]["tested"] == list(TESTED["torch"])
     assert set(here["versions"]) == set(TESTED)
     assert here["devices"][0] == "cpu"

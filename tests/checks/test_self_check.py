@@ -151,6 +151,7 @@ def device(name: str) -> Iterator[None]:
         yield
     finally:
         torch.set_default_device(None)
+        vars(torch._GLOBAL_DEVICE_CONTEXT).clear()  # torch 2.6 fails on the None that it leaves there
 
 
 SETTINGS = {
@@ -233,13 +234,13 @@ def test_a_broken_seam_is_an_error_that_names_the_check(
 
 
 def test_the_error_names_versions_the_difference_and_the_way_out(untried: pytest.MonkeyPatch) -> None:
-    is_tested_to("2.6", untried, "torch")
+    is_tested_to("2.5", untried, "torch")
     swap_alpha(untried)
     with pytest.raises(SelfCheckError) as raised:
         add_bitune()
-    assert f"failed with torch {torch.__version__} (tested up to 2.6)" in str(raised.value)
+    assert f"failed with torch {torch.__version__} (tested up to 2.5)" in str(raised.value)
     assert "training: logits: differs by 0.36, where 0.0001 of the largest value is allowed" in str(raised.value)
-    assert "pip install 'torch==2.6'" in str(raised.value)
+    assert "pip install 'torch==2.5'" in str(raised.value)
     assert "`bitune doctor`" in str(raised.value)
     assert "BITUNE_SELF_CHECK=0" in str(raised.value)
 

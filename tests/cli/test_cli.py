@@ -27,7 +27,9 @@ def test_help_names_every_command_and_gives_examples(capsys: pytest.CaptureFixtu
 
 
 def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys, bitune_cli\ntry: bitune_cli.main(['--help'])\nfinally: print('torch' in sys.modules)"
+    code = (
+        "import sys, bitune_plugin.cli\ntry: bitune_plugin.cli.main(['--help'])\nfinally: print('torch' in sys.modules)"
+    )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.startswith("usage: bitune ")
     assert printed.endswith("\nFalse\n")

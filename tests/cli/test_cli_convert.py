@@ -1,4 +1,4 @@
-"""`bitune convert`, on the folder that the authors' code saved. Its variants are in `tests/checkpoints/test_authors.py`."""
+"""`bitune convert`, on a folder of the reference implementation. Its variants are in `checkpoints/test_authors.py`."""
 
 from __future__ import annotations
 

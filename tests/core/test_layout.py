@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import grad, gradcheck, gradgradcheck
 
-from bitune_plugin.core import layout as layout_module
+from bitune_plugin.core import prompts
 from bitune_plugin.core.gather import Move, rearrange
 from bitune_plugin.core.layout import Parts, PromptLayout
 from bitune_plugin.core.planning import plan
@@ -564,7 +564,7 @@ def labelled_places(document: Document, labels: Tensor) -> list[int]:
 
 
 def warns(batch: Batch, labels: Tensor) -> bool:
-    layout_module._warn_ignored_within.cache_clear()
+    prompts._warn_ignored_within.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         prompt_of(batch, labels)
@@ -633,7 +633,7 @@ def test_documents_of_one_row_of_starts_are_those_of_all_rows() -> None:
 
 def test_labels_ignored_within_a_completion_are_warned_of_once() -> None:
     labels = torch.tensor([[-100, -100, 5, -100, 6], [-100, 5, 6, -100, -100]])
-    layout_module._warn_ignored_within.cache_clear()
+    prompts._warn_ignored_within.cache_clear()
     with pytest.warns(UserWarning, match=r"several documents.*`position_ids` start again.*`packing=False`"):
         prompt_from_labels(labels)
     with warnings.catch_warnings():

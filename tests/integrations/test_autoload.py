@@ -50,7 +50,7 @@ def test_a_part_of_bitune_may_be_imported_before_all_else() -> None:
 
 
 def test_switched_off_peft_does_not_know_bitune_until_it_is_imported() -> None:
-    code = f"import torch; {KNOWN}; from bitune_plugin.core.layout import plan; {KNOWN}"
+    code = f"import torch; {KNOWN}; from bitune_plugin import BituneConfig; {KNOWN}"
     assert python(code, BITUNE_AUTOLOAD="0") == ("False\nTrue", "")
 
 
@@ -75,7 +75,7 @@ def test_a_peft_that_is_too_old_can_be_imported_without_bitune(first: str) -> No
     assert "Bitune adapters will not load" in complaint
 
 
-@pytest.mark.parametrize("statement", ["import bitune_plugin.core.layout", "from bitune_plugin import BituneModel"])
+@pytest.mark.parametrize("statement", ["import bitune_plugin.tuner.config", "from bitune_plugin import BituneModel"])
 def test_with_a_peft_that_is_too_old_nothing_of_bitune_can_be_used(statement: str) -> None:
     code = f"{OLD_PEFT}\ntry:\n    {statement}\nexcept ImportError as error:\n    print(error)"
     printed, _ = python(code, BITUNE_AUTOLOAD="0")

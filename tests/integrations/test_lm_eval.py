@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -903,6 +904,15 @@ def test_ablations_score_like_three_passes(settings: dict[str, Any]) -> None:
     assert json.dumps(lm.get_model_info()["bitune"]["alpha"])
 
 
+def skip_where_the_stock_model_fails(saved: Saved, arguments: dict[str, Any]) -> None:
+    """lm-eval 0.4.10 and accelerate 1.10 put all of a model on the disk where there is no GPU, and then refuse it."""
+    if "parallelize" in arguments:
+        try:
+            HFLM(pretrained=str(saved.base), device="cpu", **arguments)
+        except ValueError as error:
+            pytest.skip(f"The stock model fails: {error}")
+
+
 @pytest.mark.parametrize(
     ("arguments", "tolerance"),
     [
@@ -921,6 +931,7 @@ def test_ablations_score_like_three_passes(settings: dict[str, Any]) -> None:
     ids=str,
 )
 def test_arguments_of_the_stock_model_are_taken(saved: Saved, arguments: dict[str, Any], tolerance: float) -> None:
+    skip_where_the_stock_model_fails(saved, arguments)
     lm = saved.model(**arguments, batch_size=3)
     requests = pairs(contexts=3)
     got = [value for value, _ in loglikelihood(lm, requests)]
@@ -947,7 +958,9 @@ def test_arguments_may_come_as_a_string(evaluate: Callable, saved: Saved) -> Non
 
 
 def test_arguments_of_the_chat_template_reach_it(saved: Saved) -> None:
-    lm = saved.model(chat_template_args={"add_generation_prompt_word": "w9"}, enable_thinking=False)
+    lm = saved.model(
+        chat_template_args={"add_generation_prompt_word": "w9", "enable_thinking": False}, enable_thinking=False
+    )
     lm.tokenizer.chat_template = "{{ add_generation_prompt_word }} {{ enable_thinking }} {{ messages[0]['content'] }}"
     assert lm.apply_chat_template([{"role": "user", "content": "w1"}]) == "w9 False w1"
 
@@ -1159,6 +1172,7 @@ def test_a_base_that_is_partly_on_disk_is_refused_and_left_alone(saved: Saved, t
     weights = base / "model.safetensors"
     before = weights.read_bytes()
     settings = {"parallelize": True, "max_cpu_memory": "100KB", "offload_folder": str(tmp_path / "offload")}
+    skip_where_the_stock_model_fails(saved, settings)
     with pytest.raises(ValueError, match=rf"`pretrained={base}` fits into memory.*`max_cpu_memory`"):
         saved.model(pretrained=str(base), **settings)
     assert weights.read_bytes() == before
@@ -1258,6 +1272,13 @@ def own_task(name: str, documents: list[dict[str, Any]], folder: Path) -> Config
     return ConfigurableTask(config=settings)
 
 
+def manager_of(task: ConfigurableTask) -> TaskManager:
+    """One that knows a task that was made by hand: lm-eval 0.4.10 looks for its file to print where it lies."""
+    manager = TaskManager(include_defaults=False)
+    manager.task_index.setdefault(task.config.task, {"yaml_path": str(TASKS / f"{task.config.task}.yaml")})
+    return manager
+
+
 AWKWARD = 'it\'s a "quote", {{ a brace }} \\ and ünïcode '
 """Text that a template could stumble over."""
 
@@ -1351,9 +1372,7 @@ def test_prompt_choices_and_answer_of_the_papers_tasks(name: str, tmp_path: Path
 def test_the_papers_tasks_are_scored(name: str, tmp_path: Path, saved: Saved) -> None:
     task = own_task(name, [document for document, *_ in EXPECTED[name]], tmp_path)
     lm = saved.model(batch_size=3)
-    results = lm_eval.simple_evaluate(
-        lm, tasks=[task], num_fewshot=1, bootstrap_iters=0, task_manager=TaskManager(include_defaults=False)
-    )
+    results = lm_eval.simple_evaluate(lm, tasks=[task], num_fewshot=1, bootstrap_iters=0, task_manager=manager_of(task))
 
     golds = [gold for *_, gold in EXPECTED[name]]
     samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast, ProcessorMixin
 from trl import SFTTrainer
 
 from bitune_plugin import BituneConfig, BituneSFTTrainer
-from bitune_plugin.core import layout
+from bitune_plugin.core import prompts
 from bitune_plugin.errors import LayoutError
 from bitune_plugin.integrations.trl.data import PROMPT_MASK, has_prompt_and_completion, mark_prompt
 from bitune_plugin.integrations.trl.trainer import answers_only
@@ -283,7 +283,7 @@ class TestAdapters:
 class TestRefusals:
     def test_packing_that_leaves_no_trace_is_warned_of_in_the_stock_trainer(self, trainer: Any) -> None:
         t = trainer(SFTTrainer, packing=True, packing_strategy="wrapped", max_length=32, max_steps=1)
-        layout._warn_ignored_within.cache_clear()
+        prompts._warn_ignored_within.cache_clear()
         try:
             with pytest.warns(UserWarning, match="`packing=False`"):
                 t.train()

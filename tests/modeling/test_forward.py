@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 from bitune_plugin.errors import LayoutError
-from bitune_plugin.modeling import backbone as engine
+from bitune_plugin.modeling import prompts
 from helpers import (
     SHAPES,
     Batch,
@@ -202,7 +202,7 @@ def test_positional_arguments_mean_what_they_mean_without_bitune() -> None:
 def test_without_either_all_is_prompt_and_a_warning_says_so_once() -> None:
     model, oracle = with_oracle()
     ids = tokens(9)
-    engine._warn_all_prompt.cache_clear()
+    prompts._warn_all_prompt.cache_clear()
 
     with pytest.warns(UserWarning, match="all of the input is taken as prompt"):
         logits = model(input_ids=ids[None]).logits

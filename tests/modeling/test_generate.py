@@ -918,6 +918,17 @@ def graphs() -> list[object]:
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def host_compiles(graphs: list[object]) -> None:
+    """Skips where the bare model cannot be decoded compiled either, as with torch 2.6 and transformers 5.17."""
+    try:
+        greedy_rows(tiny(num_hidden_layers=1), unequal(), 3, **compiled_with("eager"))
+    except (NameError, torch._dynamo.exc.TorchDynamoException) as error:
+        pytest.skip(f"torch {torch.__version__} cannot compile a step of the bare model: {error}")
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("host_compiles")
 def test_compiled_steps_give_the_same_tokens_and_are_compiled_once(graphs: list[object]) -> None:
     model, oracle = with_oracle(tiny(num_hidden_layers=1))
     rows = unequal()
@@ -933,6 +944,7 @@ def test_compiled_steps_give_the_same_tokens_and_are_compiled_once(graphs: list[
     assert len(graphs) == before
 
 
+@pytest.mark.usefixtures("host_compiles")
 def test_a_compiled_step_is_one_graph_as_with_lora(graphs: list[object]) -> None:
     model, oracle = with_oracle(tiny(num_hidden_layers=1))
     rows = unequal()

@@ -37,7 +37,7 @@ def truncate(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
 
 
-FOUR_BITS = torch.float4_e2m1fn_x2
+FOUR_BITS = getattr(torch, "float4_e2m1fn_x2", None)
 Q, THETA = f"{ATTENTION}.q_proj", f"{ATTENTION}.bitune_mixing.theta_key"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "theta missing": (lambda f: edit_weights(f, lambda s: s.pop(THETA)), "missing.*theta_key"),
@@ -121,3 +121,5 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another task": (lambda f: edit_config(f, lambda c: c.update(task_type="SEQ_CLS")), "SEQ_CLS"),
 }
+if FOUR_BITS is None:  # torch 2.6
+    del DAMAGE["theta of four bits"]

@@ -105,7 +105,7 @@ def build(folder: Path, cls: type = BituneSFTTrainer, **settings: Any) -> Any:
 
 
 WITH_LOGITS = {} if SFTConfig.__dataclass_fields__["loss_type"].default == "nll" else {"loss_type": "nll"}
-"""Settings of a run that needs the logits of all tokens. TRL 1.14 computes none unless it is told to."""
+"""Settings of a run that needs the logits of all tokens. TRL 1.15 computes none unless it is told to."""
 
 
 def losses(trainer: SFTTrainer) -> list[float]:

@@ -1,0 +1,52 @@
+"""Modules of 0.1 that are elsewhere now: `from bitune_plugin.full import FullConfig` still works, with a warning."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+MOVED = {
+    "adapter_methods": ("tuner.transformers_methods",),
+    "architectures": ("modeling.architectures", "errors", "plugins"),
+    "attention": ("modeling.attention", "core.mixing"),
+    "authors": ("checkpoints.authors",),
+    "config": ("tuner.config",),
+    "forward": ("modeling.causal_lm", "modeling.prompts", "modeling.attach", "modeling.architectures"),
+    "full": ("tuner.full",),
+    "joint_attention": ("modeling.joint_attention",),
+    "latent_attention": ("modeling.latent_attention",),
+    "layout": ("core.layout", "core.planning", "core.prompts", "errors"),
+    "masks": ("core.masks",),
+    "methods": ("tuner.methods",),
+    "mixing": ("core.mixing",),
+    "routing": ("modeling.extension", "modeling.context", "tuner.adapter_layers"),
+    "saved": ("checkpoints.saved",),
+    "weights": ("tuner.weights",),
+    "writing": ("checkpoints.writing",),
+}
+"""Old module -> the modules that have its names now."""
+
+
+class MovedModule(ModuleType):
+    """A stand-in for a module that was moved: looks its names up where they are now."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        package, _, old = self.__name__.rpartition(".")
+        for new in MOVED[old]:
+            module = import_module(f"{package}.{new}")
+            if hasattr(module, name):
+                warnings.warn(f"`{self.__name__}.{name}` is `{module.__name__}.{name}` now.", FutureWarning, 2)
+                return getattr(module, name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+
+def stand_in(package: str) -> None:
+    """Makes the old modules of `package` importable."""
+    for old in MOVED:
+        name = f"{package}.{old}"
+        sys.modules.setdefault(name, MovedModule(name))

@@ -1,0 +1,96 @@
+"""Imports flow one way: a package may import those before it in the list, and never those after it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import resolve_name
+from pathlib import Path
+
+import pytest
+
+import bitune_plugin
+from bitune_plugin.moved import MOVED
+
+ROOT = Path(bitune_plugin.__file__).parent
+LEAVES = ("errors", "versions", "self_check", "moved")
+"""Modules that import no layer when they are imported."""
+LAYERS = ("core", "modeling", "hookspecs", "plugins", "default_plugins", "tuner", "checkpoints", "checks", "cli")
+"""From the bottom to the top. The command line imports integrations, and they import whatever they need."""
+MODULES = sorted(path for path in ROOT.rglob("*.py") if "integrations" not in path.parts)
+
+
+def imported_by(path: Path) -> Iterator[str]:
+    """The packages right below `bitune_plugin` that a module imports when it is imported, type checking aside."""
+    package = ".".join((ROOT.name, *path.relative_to(ROOT).parts[:-1]))
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = resolve_name("." * node.level + (node.module or ""), package)
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (name.split(".")[1] for name in names if name.startswith(f"{ROOT.name}."))
+
+
+def layer_of(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_imports_its_own_layer_and_those_below(path: Path) -> None:
+    layer = layer_of(path)
+    if layer in ("__init__", "__main__"):
+        return
+    below = () if layer in LEAVES else LAYERS[: LAYERS.index(layer) + 1]
+    allowed = {*LEAVES, *below, *(["integrations"] if layer == "cli" else [])}
+    assert set(imported_by(path)) <= allowed
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "core").glob("*.py")), ids=lambda path: path.name)
+def test_the_method_on_tensors_knows_torch_and_nothing_of_models(path: Path) -> None:
+    hosts = ("transformers", "peft", "accelerate", "trl")
+    assert not any(f"import {host}" in line or f"from {host}" in line for host in hosts for line in _lines(path))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "modeling").glob("*.py")), ids=lambda path: path.name)
+def test_the_method_on_a_model_knows_no_peft(path: Path) -> None:
+    assert not any(line.lstrip().startswith(("import peft", "from peft")) for line in _lines(path))
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def test_the_package_itself_imports_nothing_heavy() -> None:
+    heavy = ("torch", "peft", "transformers", "trl")
+    code = f"import bitune_plugin, sys; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_every_public_name_can_be_imported() -> None:
+    assert sorted(bitune_plugin.__all__) == sorted(bitune_plugin._MODULE_OF)
+    assert all(getattr(bitune_plugin, name) is not None for name in bitune_plugin.__all__)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_is_long(path: Path) -> None:
+    """One subject per file; about 350 lines are a sign of a second one."""
+    assert len(_lines(path)) <= 360
+
+
+def test_modules_of_the_first_version_can_still_be_imported() -> None:
+    with pytest.warns(FutureWarning, match=r"`bitune_plugin.full.FullConfig` is `bitune_plugin.tuner.full.FullConfig`"):
+        from bitune_plugin.full import FullConfig
+    assert FullConfig is bitune_plugin.FullConfig
+    with pytest.raises(ImportError, match="unknown"):
+        from bitune_plugin.forward import unknown  # noqa: F401
+
+
+@pytest.mark.parametrize("new", sorted({new for modules in MOVED.values() for new in modules}))
+def test_what_was_moved_is_where_the_old_modules_look_for_it(new: str) -> None:
+    import_module(f"bitune_plugin.{new}")
