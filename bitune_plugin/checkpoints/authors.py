@@ -13,7 +13,6 @@ Keys of the mixing, beside those that PEFT gives an adapter; for values with `_v
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from ..core.mixing import MIXING
 from ..errors import first
+from ..json_files import read_object
 from ..plugins import mixings
 from ..tuner.config import NO_MIXING, BituneConfig
 from ..tuner.state_dict import BIDIRECTIONAL
@@ -192,7 +192,7 @@ def _told_by_model_config(folder: Path) -> dict[str, Any]:
     """What the authors' settings in the model's `config.json` say, if there is one."""
     path = folder / "config.json"
     try:
-        said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        said = read_object(path) if path.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}). Copy the folder again.") from error
     if "pass_type" not in said:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..core.mixing import MIXING
 from ..tuner.config import NO_MIXING, BituneConfig
-from ..tuner.full import ALL
+from ..tuner.full import ALL, FullConfig, is_idle_in_second_stream
 from ..tuner.state_dict import BIDIRECTIONAL
 from ..tuner.weights import lacking_whole, not_finite
 
@@ -121,7 +121,7 @@ class _Weights:
         for module in self.causal.keys() | self.bidirectional.keys():
             first, second = self.causal.get(module, {}), self.bidirectional.get(module, {})
             yield from (f"missing: {ROOT}{module}.{part}" for part in second.keys() - first.keys())
-            if second or module.split(".")[0] in inside:
+            if second or (module.split(".")[0] in inside and not self._is_idle(module)):
                 yield from (
                     f"missing in the bidirectional stream: {ROOT}{module}.{p}" for p in first.keys() - second.keys()
                 )
@@ -129,6 +129,11 @@ class _Weights:
                 shapes = list(first[part].shape), list(second[part].shape)
                 if shapes[0] != shapes[1]:
                     yield f"shape {shapes[0]} in one stream and {shapes[1]} in the other: {ROOT}{module}.{part}"
+
+    def _is_idle(self, module: str) -> bool:
+        """Whether the second stream has no copy of a module, because it has no use for one."""
+        last = max((number for name in self.causal if (number := _number(name)) is not None), default=0)
+        return isinstance(self.inner, FullConfig) and is_idle_in_second_stream(module, last)
 
     def wrong_parts(self) -> Iterator[str]:
         """Both halves of every LoRA; and of the modules of one name in several layers, none has only some of the parts

@@ -6,7 +6,6 @@ What the keys mean stands where they are made: `BituneModel`, "How an adapter is
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from ..core.mixing import MIXING
 from ..errors import first
+from ..json_files import read_object
 from ..plugins import mixings
 from ..tuner.config import BituneConfig
 from ..tuner.state_dict import BIDIRECTIONAL
@@ -263,11 +263,15 @@ def read_config(folder: Path, kind: type[Config]) -> Config:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no adapter: there is no {CONFIG_NAME}.")
+    damaged = f"{path} is no config of an adapter ({{}}). Copy the adapter again."
     try:
-        json.loads(path.read_text(encoding="utf-8"))["peft_type"]
+        read_object(path)["peft_type"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(damaged.format(error)) from error
+    try:
         return kind.from_pretrained(str(folder))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no config of an adapter ({error}). Copy the adapter again.") from error
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(damaged.format(error)) from error
 
 
 def _exclude(config: PeftConfig, modules: set[str]) -> None:

@@ -69,7 +69,8 @@ def _copy_tokenizer(source: Path, destination: Path) -> None:
         else:
             left_out.append(str(name))
     if left_out:
-        logger.warning(f"Not copied, because they are no files or links to outside of {source}: {', '.join(left_out)}")
+        named = ", ".join(map(repr, left_out))  # so that what is in a name does not steer a terminal
+        logger.warning(f"Not copied, because they are no files or links to outside of {str(source)!r}: {named}")
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:

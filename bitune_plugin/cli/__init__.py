@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -63,16 +65,34 @@ def run(command: str, work: Callable[[], Any]) -> int:
         line on stderr, or 130 when interrupted.
     """
     try:
-        code = work()
+        with _harmless_warnings():
+            code = work()
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get(TRACEBACK) == "1":
             raise
-        print(f"bitune {command}: error: {_in_one_line(error)}", file=sys.stderr)
+        print(printable(f"bitune {command}: error: {_in_one_line(error)}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"bitune {command}: interrupted", file=sys.stderr)
         return 130
     return code if isinstance(code, int) else 0
+
+
+def printable(text: str) -> str:
+    """`text` as it may go to a terminal: what is in files and their names could steer it. Every character that does not
+    print is escaped, as `\\x1b`; lines and spaces stay."""
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+
+
+@contextmanager
+def _harmless_warnings() -> Iterator[None]:
+    """Escapes what warnings quote of files: PEFT's have the names of models in them."""
+    formatted = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **kwargs: printable(formatted(*args, **kwargs))
+    try:
+        yield
+    finally:
+        warnings.formatwarning = formatted
 
 
 def _module(command: str) -> Any:

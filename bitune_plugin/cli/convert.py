@@ -9,7 +9,7 @@ from pathlib import Path
 from bitune_plugin.checkpoints.authors import convert
 from bitune_plugin.checkpoints.saved import local_folder
 from bitune_plugin.checkpoints.writing import write_adapter
-from bitune_plugin.cli.terminal import busy, parser
+from bitune_plugin.cli.terminal import busy, parser, say
 from bitune_plugin.tuner.config import NO_MIXING, SECOND_PASSES, SETTINGS
 
 DESCRIPTION = """\
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     with busy(f"Converting {source}"):
         config, weights = convert(folder, {name: value for name, value in options.items() if value is not None})
         write_adapter(destination, config, weights, folder, force)
-    print(f"{destination}: " + " ".join(f"{name}={getattr(config, name)}" for name in SETTINGS))
+    say(f"{destination}: " + " ".join(f"{name}={getattr(config, name)}" for name in SETTINGS))
 
 
 def _parser() -> argparse.ArgumentParser:

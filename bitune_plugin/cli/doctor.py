@@ -22,8 +22,8 @@ from bitune_plugin.checks.examination import examine
 from bitune_plugin.checks.hosts import installed
 from bitune_plugin.checks.places import devices
 from bitune_plugin.checks.result import Result
-from bitune_plugin.cli import TRACEBACK
-from bitune_plugin.cli.terminal import parser
+from bitune_plugin.cli import TRACEBACK, printable
+from bitune_plugin.cli.terminal import one_line, parser
 from bitune_plugin.self_check import SWITCH, release
 from bitune_plugin.versions import TESTED
 
@@ -61,9 +61,10 @@ def main(argv: Sequence[str]) -> int:
     wrong = [result for result in results if not result.ok]
     if options.traceback or os.environ.get(TRACEBACK) == "1":
         for result in wrong:
-            print(f"\n{result.title}:\n{_traceback(result) or result.outcome}", file=sys.stderr)
+            text = f"\n{result.title}:\n{_traceback(result) or result.outcome}"
+            print(printable(text), file=sys.stderr)
     if wrong:
-        print(f"bitune doctor: {_summary(wrong, len(results))}", file=sys.stderr)
+        print(printable(f"bitune doctor: {_summary(wrong, len(results))}"), file=sys.stderr)
     return 1 if wrong else 0
 
 
@@ -117,7 +118,7 @@ def show(results: Sequence[Result], console: Console) -> None:
     settings = ", ".join(f"{name}={os.environ.get(name, 'unset')}" for name in SETTINGS)
     facts = (f"bitune-plugin {bitune_plugin.__version__}", f"Python {platform.python_version()}", platform.platform())
     for line in (", ".join(facts), settings):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(one_line(line), soft_wrap=True)
     console.print(_table_of_versions())
     console.print(_table_of_results(results))
     if all(result.ok for result in results):
@@ -143,14 +144,14 @@ def _table_of_results(results: Sequence[Result]) -> Table:
         for result in group:
             tolerance = "" if result.difference is None else f"{result.tolerance:g}"
             kind = "ok" if result.ok else "wrong"
-            table.add_row(result.check, result.where, _coloured(result.outcome, kind), tolerance)
+            table.add_row(one_line(result.check), one_line(result.where), _coloured(result.outcome, kind), tolerance)
         table.add_section()
     return table
 
 
 def _coloured(text: str, kind: str) -> Text:
     styles = {"ok": "green", "not installed": "dim", "newer than tested": "yellow"}
-    return Text(text, style=styles.get(kind, "bold red"))
+    return one_line(text, styles.get(kind, "bold red"))
 
 
 def _summary(wrong: Sequence[Result], count: int) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bitune_plugin.checkpoints.saved import SavedAdapter, local_folder
 from bitune_plugin.checkpoints.writing import write_adapter
-from bitune_plugin.cli.terminal import busy, parser
+from bitune_plugin.cli.terminal import busy, parser, say
 
 DESCRIPTION = """\
 Writes one stream of a Bitune adapter as an adapter of its inner method (LoRA, IA3, ...), for programs that know PEFT
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     config, weights = adapter.plain(options.stream)
     with busy(f"Writing {options.destination}"):
         write_adapter(options.destination, config, weights, adapter.folder, options.force)
-    print(f"The {options.stream} stream of {options.adapter} is in {options.destination}, a {adapter.method} adapter.")
+    say(f"The {options.stream} stream of {options.adapter} is in {options.destination}, a {adapter.method} adapter.")
 
 
 def _parser() -> argparse.ArgumentParser:

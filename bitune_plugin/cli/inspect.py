@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from bitune_plugin.checkpoints.saved import SavedAdapter, find_adapters
-from bitune_plugin.cli.terminal import parser, with_progress
+from bitune_plugin.cli.terminal import one_line, parser, with_progress
 from bitune_plugin.tuner.config import NO_MIXING, SETTINGS
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def show(adapters: Sequence[SavedAdapter], console: Console) -> None:
     for text in dict.fromkeys(map(_settings, adapters)):
         of_these = [name for name, adapter in zip(names, adapters, strict=True) if _settings(adapter) == text]
         who = f"all {len(names)}" if len(of_these) == len(names) > 1 else ", ".join(of_these)
-        console.print(f"{who}: {text}", highlight=False, markup=False, soft_wrap=True)
+        console.print(one_line(f"{who}: {text}"), soft_wrap=True)
     console.print(_table_of_sizes(names, adapters))
     if not any(adapter.attentions for adapter in adapters):
         console.print("There is no alpha with `mixing='none'`: answers see the bidirectional reading alone.")
@@ -139,7 +138,7 @@ def _table_of_sizes(names: Sequence[str], adapters: Sequence[SavedAdapter]) -> T
     for name, adapter in zip(names, adapters, strict=True):
         sizes = adapter.sizes.values()
         counts = (f"{size.parameters:,}" for size in sizes)
-        table.add_row(Text(name), *counts, decimal(sum(size.bytes for size in sizes)))
+        table.add_row(one_line(name), *counts, decimal(sum(size.bytes for size in sizes)))
     return table
 
 
@@ -158,14 +157,14 @@ def _in_words(alpha: Tensor) -> str:
 def _print_alphas(title: str, columns: dict[str, dict[str, str]], console: Console) -> None:
     """Prints alphas by layer, in as many tables below each other as the width of the terminal asks for."""
     layers = list(dict.fromkeys(layer for column in columns.values() for layer in column))
-    widest = max(len(text) for name, column in columns.items() for text in (name, *column.values()))
+    widest = max(one_line(text).cell_len for name, column in columns.items() for text in (name, *column.values()))
     at_once = max(1, (console.width - WIDTH_OF_COLUMN) // max(WIDTH_OF_COLUMN, widest + 3))
     names = list(columns)
     for start in range(0, len(names), at_once):
         table = Table(title=title, title_justify="left")
         table.add_column("layer", justify="right")
         for name in names[start : start + at_once]:
-            table.add_column(Text(name), justify="right", overflow="fold")
+            table.add_column(one_line(name), justify="right", overflow="fold")
         for layer in layers:
             table.add_row(layer, *(columns[name].get(layer, "") for name in names[start : start + at_once]))
         console.print(table)
@@ -213,7 +212,7 @@ def draw(adapters: Sequence[SavedAdapter], figure: Figure) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         for name, adapter, colour in zip(_names(adapters), adapters, colours, strict=True):
             in_legend = not by_step or adapter.step is None
-            plain = name.replace("$", r"\$")  # no formula
+            plain = one_line(name).plain.replace("$", r"\$")  # no formula
             _draw_alpha(axes, adapter, kind, colour, label=plain if in_legend else None)
     panels[0].set_ylabel("alpha")
     if by_step:

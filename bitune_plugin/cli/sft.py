@@ -35,10 +35,11 @@ from trl import (
 )
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-from bitune_plugin.cli import run
+from bitune_plugin.cli import printable, run
 from bitune_plugin.integrations.trl.data import Samples
 from bitune_plugin.integrations.trl.templates import apply_templates
 from bitune_plugin.integrations.trl.trainer import BituneSFTConfig, BituneSFTTrainer
+from bitune_plugin.kinds import check_kinds
 from bitune_plugin.tuner.config import BituneConfig
 from bitune_plugin.tuner.full import FullConfig
 
@@ -124,13 +125,10 @@ class BituneArguments:
     def __post_init__(self) -> None:
         if (self.prompt_template is None) != (self.completion_template is None):
             raise ValueError("Of `prompt_template` and `completion_template` only one is set. Set both, or neither.")
-        for name in ("prompt_template", "completion_template"):
-            if not isinstance(getattr(self, name), str | None):
-                raise ValueError(f"`{name}={getattr(self, name)!r}` is not text. Put it in quotes.")
         if isinstance(self.adapter, str) and self.adapter.startswith("{"):
             try:
                 self.adapter = json.loads(self.adapter)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(f"`adapter={self.adapter}` is not valid JSON: {error}.") from error
 
     def bitune_config(self, model_arguments: ModelConfig) -> BituneConfig:
@@ -226,11 +224,23 @@ def _checked_config(argv: list[str]) -> list[str]:
             raise ValueError("`--config` wants a YAML file behind it.")
         try:
             content = yaml.safe_load(Path(file[0]).read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{file[0]} is not valid YAML: {error}") from error
         if not isinstance(content, dict):
             raise ValueError(f"{file[0]} must contain a YAML mapping, lines like `max_steps: 100`.")
+        _check_settings(file[0], content)
     return argv
+
+
+def _check_settings(file: str, content: dict[Any, Any]) -> None:
+    """Raises ValueError for settings of a wrong kind. Text is left to argparse, which makes numbers of it: for YAML,
+    `1e-4` is text. What is wrong with `adapter`, the config says."""
+    given = {name: value for name, value in content.items() if not isinstance(value, str | None) and name != "adapter"}
+    try:
+        for theirs in DATACLASSES:
+            check_kinds(theirs, given)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _split_config(argument: str) -> list[str]:
@@ -300,10 +310,11 @@ def train(argv: list[str]) -> BituneSFTTrainer:
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
-    trainer.accelerator.print(_farewell(model.model_name_or_path, training.output_dir))
+    trainer.accelerator.print(printable(_farewell(model.model_name_or_path, training.output_dir)))
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
-        trainer.accelerator.print(f"It is on the hub, too: https://huggingface.co/{trainer.hub_model_id}")
+        at = printable(trainer.hub_model_id)
+        trainer.accelerator.print(f"It is on the hub, too: https://huggingface.co/{at}")
     trainer.accelerator.end_training()  # `trainer.end()` does no more, and transformers 5.17 does not have it
     return trainer
 

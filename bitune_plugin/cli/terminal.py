@@ -9,6 +9,9 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import track
 from rich.status import Status
+from rich.text import Text
+
+from bitune_plugin.cli import printable
 
 Item = TypeVar("Item")
 
@@ -23,6 +26,16 @@ def parser(command: str, description: str, examples: str) -> argparse.ArgumentPa
     )
 
 
+def one_line(text: str, style: str = "") -> Text:
+    """A line for a console or a cell of a table: no markup, nothing that steers the terminal, no second line."""
+    return Text(printable(text).replace("\n", "\\n"), style=style)
+
+
+def say(text: str) -> None:
+    """Prints to stdout, without anything that steers the terminal."""
+    print(printable(text))
+
+
 def with_progress(items: Sequence[Item], doing: str) -> Iterable[Item]:
     """`items`, with a progress bar on a terminal's stderr for as long as they are gone through."""
     console = Console(stderr=True)
@@ -31,4 +44,4 @@ def with_progress(items: Sequence[Item], doing: str) -> Iterable[Item]:
 
 def busy(doing: str) -> Status:
     """A sign on a terminal's stderr that something is under way, for a `with` block."""
-    return Console(stderr=True).status(doing)
+    return Console(stderr=True).status(one_line(doing))

@@ -13,9 +13,11 @@ from typing import Any
 
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners import LoraConfig
+from peft.tuners import LoraConfig, TrainableTokensConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, TaskType
 
+from ..json_files import is_too_deep
+from ..kinds import check_kinds
 from ..plugins import mixings
 from .full import FullConfig, PeftTypeName
 from .methods import check_method
@@ -108,6 +110,7 @@ class BituneConfig(PeftConfig):
         if not isinstance(self.share_adapter, bool):
             raise ValueError(f"`share_adapter={self.share_adapter!r}` must be True or False.")
         self._check_ablations()
+        check_kinds(PeftConfig, {name: getattr(self, name) for name in SHARED_FIELDS})
         self.adapter = _inner_config(self.adapter)
 
     def _check_ablations(self) -> None:
@@ -128,6 +131,8 @@ class BituneConfig(PeftConfig):
     # `modules_to_save`, `bias` and others on the config of an adapter, and TRL writes some.
 
     def __getattr__(self, name: str) -> Any:
+        if name == "trainable_token_indices" and isinstance(self.__dict__.get("adapter"), TrainableTokensConfig):
+            return self.adapter.token_indices  # or PEFT would save the whole embeddings beside them
         if name.startswith("__") or not isinstance(adapter := self.__dict__.get("adapter"), PeftConfig):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(adapter, name)
@@ -180,7 +185,12 @@ class BituneConfig(PeftConfig):
             ValueError: no config there, one that does not describe a Bitune adapter, or weights beside it that cannot
                 be read or are not there.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        except RecursionError as error:
+            raise ValueError(
+                f"The config in {pretrained_model_name_or_path} is nested too deeply ({error})."
+            ) from error
         if not isinstance(config, BituneConfig):
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a {config.peft_type} adapter, not a Bitune adapter. Load it "
@@ -227,16 +237,20 @@ def _inner_config(adapter: PeftConfig | dict[str, Any] | str | None) -> PeftConf
             "`task_type` out."
         )
     check_method(adapter)
+    check_kinds(type(adapter), {f.name: getattr(adapter, f.name) for f in dataclasses.fields(adapter)})
     return adapter
 
 
 def _config_from_dict(settings: dict[str, Any]) -> PeftConfig:
     peft_type = settings.get("peft_type")
-    if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    if not isinstance(peft_type, str) or peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
         known = ", ".join(sorted(str(getattr(name, "value", name)) for name in PEFT_TYPE_TO_CONFIG_MAPPING))
         raise ValueError(
             f"`adapter` has `peft_type={peft_type!r}`, which the installed PEFT does not know. It knows: {known}."
         )
+    if is_too_deep(settings):
+        raise ValueError("`adapter` is nested too deeply for the settings of a method.")
+    check_kinds(PEFT_TYPE_TO_CONFIG_MAPPING[peft_type], settings)
     return PeftConfig.from_peft_type(**settings)
 
 

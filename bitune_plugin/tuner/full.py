@@ -9,9 +9,9 @@ where ordinary full fine-tuning needs `4 W`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
@@ -22,10 +22,30 @@ from ..core.mixing import MIXING
 from ..modeling.context import Stream, current_reading
 from .adapter_layers import bidirectional
 
+if TYPE_CHECKING:
+    from ..modeling.architectures import Architecture
+
+
 PEFT_TYPE = "BITUNE_FULL"
 
 
 ALL = "all"
+
+
+AFTER_KEYS = frozenset(
+    {
+        *("q_proj", "q_norm", "q_layernorm", "q_a_proj", "q_a_layernorm", "q_b_proj", "o_proj", "out_proj"),
+        *("dense", "c_proj", "ln_2", "norm_2", "final_layer_norm"),
+        *("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+        *("query", "query_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm"),
+        *("mlp", "shared_mlp", "feed_forward", "ffn", "block_sparse_moe", "fc1", "fc2"),
+    }
+)
+"""Names of the parts of a decoder layer that its keys and values do not depend on."""
+
+
+FINAL_NORMS = frozenset({"norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f"})
+"""Names of what stands behind the decoder layers."""
 
 
 class PeftTypeName(str):
@@ -109,7 +129,8 @@ class FullLayer(nn.Module, BaseTunerLayer):
     def _of_active(self, name: str) -> Any:
         """An attribute of `active`. Raises RuntimeError for a weight where both streams are together."""
         value, reading = getattr(self.active, name), current_reading()
-        if isinstance(value, Tensor) and reading is not None and reading.stream is None and not reading.share_adapter:
+        together = reading is not None and reading.stream is None and bidirectional(reading.adapter) in self.bitune_full
+        if isinstance(value, Tensor) and together and not reading.share_adapter:
             raise RuntimeError(
                 f"`{name}` of a {type(self.base_layer).__name__} is used without calling it, and Bitune cannot give "
                 "each stream its own. Leave this module out of the adapter's `target_modules` (`exclude_modules=...`)."
@@ -221,6 +242,24 @@ def _is_part_of(name: str, modules: Iterable[str]) -> bool:
 def _is_excluded(config: FullConfig, name: str) -> bool:
     names = config.exclude_modules
     return bool(names) and bool(check_target_module_exists(FullConfig(target_modules=names), name))
+
+
+def idle_in_second_stream(architecture: Architecture) -> Iterator[nn.Module]:
+    """Modules whose outputs for the bidirectional stream nobody uses, as far as their names tell: of the last layer,
+    answers see keys and values alone. Copies of them would take memory and never get a gradient."""
+    for name, module in architecture.layers[-1].named_modules():
+        if AFTER_KEYS & {*name.split(".")}:
+            yield module
+    yield from (module for name, module in architecture.backbone.named_children() if name in FINAL_NORMS)
+
+
+def is_idle_in_second_stream(name: str, last_layer: int) -> bool:
+    """Whether a module of this name is one of `idle_in_second_stream`, in a model whose last layer has that number."""
+    parts = name.split(".")
+    numbers = [int(part) for part in parts if part.isdigit()]
+    if not numbers:
+        return parts[-1] in FINAL_NORMS
+    return numbers[0] == last_layer and bool(AFTER_KEYS & {*parts})
 
 
 def embeddings_and_head(model: nn.Module) -> tuple[str, str]:

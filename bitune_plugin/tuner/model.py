@@ -30,8 +30,10 @@ from ..plugins import describe
 from ..self_check import check_untried_versions
 from .adapter_layers import FlattenedTokens, ParameterAdapter, TwoAdapterLayer, bidirectional
 from .config import BituneConfig
+from .full import FullModel, idle_in_second_stream
 from .merging import MergesCausalAdapter
 from .mixing_layer import MixingLayer
+from .names import check_targets, check_whole_modules, warn_of_unmatched
 from .requirements import (
     AdapterConfigs,
     _check_bare,
@@ -51,6 +53,9 @@ from .undo import all_or_nothing, switched_or_as_before
 class BituneModel(MergesCausalAdapter, SavesBothStreams):
     """A transformers model that reads its prompts both ways. Usually made by `get_peft_model`.
 
+    A saved adapter is loaded whole or refused, whatever `ignore_mismatched_sizes` says: a stream that starts anew
+    beside one that was trained would be wrong without a word.
+
     Args:
         model: a causal language model of transformers.
         peft_config: a `BituneConfig`, or a dict of them by adapter name.
@@ -60,8 +65,8 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
     Raises:
         SelfCheckError: a host is newer than what Bitune was tested with, and Bitune does not work with it.
         UnsupportedModelError: Bitune cannot be applied to `model`.
-        ValueError: `model` already carries another PEFT method, or the inner configs of two adapters do not go
-            together.
+        ValueError: `model` already carries another PEFT method, the inner configs of two adapters do not go together,
+            or a config names what the model lacks.
     """
 
     prefix = "theta_"
@@ -120,6 +125,7 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
         options = {"low_cpu_mem_usage": low_cpu_mem_usage, "state_dict": state_dict}
         config = self.peft_config.pop(adapter_name)  # entered by PEFT, which takes it out after an Exception only
         _check_new_adapter(self.model, self.peft_config, adapter_name, config)
+        check_whole_modules(config.adapter, model)
         if self.inner is not None:
             self.unmerge_for("add_adapter")
         with all_or_nothing(self, self.inner):
@@ -143,6 +149,7 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
             # The last adapter was deleted. PEFT 0.21.2 cannot add one beside modules trained whole if none is active.
             self.inner.active_adapter = self.active_adapter = [adapter_name]
         self._inject_stream(adapter_name, config.causal_config(), autocast_adapter_dtype, options)
+        self._check_names(config)
         if not config.share_adapter:
             # Copied now, when the first injection has put names in place of "all-linear".
             second = (bidirectional(adapter_name), config.bidirectional_config())
@@ -308,6 +315,14 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
         self.inner.peft_config[name] = config
         self.inner.inject_adapter(self.model, name, autocast_adapter_dtype, **options)
 
+    def _check_names(self, config: BituneConfig) -> None:
+        """Raises ValueError if the inner config, of which PEFT has just found the modules, names others too."""
+        adapter, names = config.adapter, self.inner.targeted_module_names
+        modules = [name for name in names if self.inner._check_target_module_exists(adapter, name)]
+        check_targets(adapter, self.model, modules, self.inner.targeted_parameter_names)
+        if not config.unused:
+            warn_of_unmatched(adapter, self.model, self.architecture.unadaptable)
+
     def _add_mixing(self, adapter_name: str, config: BituneConfig) -> None:
         owner = None
         for attention in self.architecture.attentions:
@@ -322,15 +337,17 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
             layer.add_adapter(adapter_name, config, next(attention.parameters()).device)
 
     def _route_adapters(self, adapter_name: str) -> None:
-        """Lets the layers of the inner tuner tell the streams apart. The second stream ends with the backbone."""
+        """Lets the layers of the inner tuner tell the streams apart. The second stream ends with the
+        backbone; of weights that are copied, those that it has no use for are not kept."""
         name = bidirectional(adapter_name)
         inside = {module: path for path, module in self.architecture.backbone.named_modules()}
+        idle = {*idle_in_second_stream(self.architecture)} if isinstance(self.inner, FullModel) else ()
         for layer in self._tuner_layers():
             if isinstance(layer, ParamWrapper):
                 extend(layer, ParameterAdapter)
             if name not in layer._get_available_adapters():
                 continue
-            if layer not in inside:
+            if layer not in inside or layer in idle:
                 layer.delete_adapter(name)
             elif inside[layer].rpartition(".")[2] in self.architecture.flattened:
                 extend(layer, FlattenedTokens)

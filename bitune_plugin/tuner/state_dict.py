@@ -61,7 +61,8 @@ class SavesBothStreams(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: BituneConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As in PEFT, and refuses an adapter that does not fit the model entirely.
+        """As in PEFT, and refuses an adapter that does not fit the model entirely, with `ignore_mismatched_sizes` too:
+        of a stream that lacks some of its weights, PEFT would make an adapter that runs.
 
         Raises:
             ValueError: keys are missing or unknown, shapes differ, or a weight is not finite. A model to which the
@@ -90,6 +91,7 @@ class SavesBothStreams(BaseTuner):
         try:
             for name, entries in ((adapter_name, of_causal), (bidirectional(adapter_name), of_second)):
                 remapped |= inner_cls._remap_adapter_state_dict_for_load(model, config.adapter, name, entries)
+            remapped = _without_idle_copies(model, adapter_name, remapped)
             problems = _problems(model, config, adapter_name, remapped)
         except ValueError as error:  # some methods look for themselves, as VeRA for its projections
             problems = [str(error)]
@@ -100,6 +102,16 @@ class SavesBothStreams(BaseTuner):
                 + "\nCheck that the base model is the one it was trained on, or copy the adapter again."
             )
         return remapped
+
+
+def _without_idle_copies(model: nn.Module, adapter_name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`weights` without copies that the bidirectional stream has no use for; 0.1 saved them with full fine-tuning."""
+    in_model, second = model.state_dict().keys(), bidirectional(adapter_name)
+
+    def is_idle(key: str) -> bool:
+        return key not in in_model and "bitune_full" in key and key.replace(second, adapter_name) in in_model
+
+    return {key: value for key, value in weights.items() if second not in key or not is_idle(key)}
 
 
 def _problems(model: nn.Module, config: BituneConfig, adapter_name: str, remapped: dict[str, Tensor]) -> list[str]:

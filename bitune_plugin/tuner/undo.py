@@ -6,7 +6,7 @@ in code of PEFT. An exception half-way, Ctrl-C included, must leave the model as
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,20 +34,13 @@ def all_or_nothing(*roots: nn.Module | None) -> Iterator[None]:
     owners = [_State(module) for module in modules]
     configs = {id(config): config for module in modules if (config := _config_of(module)) is not None}
     owners += [_State(config) for config in configs.values()]
-    trained = [
-        (parameter, parameter.requires_grad) for module in modules for parameter in module.parameters(recurse=False)
-    ]
-
-    def undo() -> None:
-        for owner in owners:
-            owner.restore()
-        for parameter, requires_grad in trained:
-            parameter.requires_grad = requires_grad
-
+    train_as_before = _trained_as_now(modules)
     try:
         yield
     except BaseException:
-        undo()
+        for owner in owners:
+            owner.restore()
+        train_as_before()
         raise
 
 
@@ -57,22 +50,28 @@ def switched_or_as_before(*roots: nn.Module) -> Iterator[None]:
     modules = dict.fromkeys(module for root in roots for module in root.modules())
     switches = [(vars(module), name) for module in modules for name in SWITCHES]
     switches = [(attributes, name, attributes.get(name, _ABSENT)) for attributes, name in switches]
-    trained = [(parameter, parameter.requires_grad) for root in roots for parameter in root.parameters()]
-
-    def undo() -> None:
+    train_as_before = _trained_as_now(modules)
+    try:
+        yield
+    except BaseException:
         for attributes, name, value in switches:
             if value is _ABSENT:
                 attributes.pop(name, None)
             else:
                 attributes[name] = value
+        train_as_before()
+        raise
+
+
+def _trained_as_now(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """Returns a function that trains those parameters of `modules` that are trained now, and no others."""
+    trained = [(p, p.requires_grad) for module in modules for p in module.parameters(recurse=False)]
+
+    def restore() -> None:
         for parameter, requires_grad in trained:
             parameter.requires_grad = requires_grad
 
-    try:
-        yield
-    except BaseException:
-        undo()
-        raise
+    return restore
 
 
 class _State:

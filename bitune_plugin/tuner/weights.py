@@ -70,7 +70,7 @@ def lacking_whole(config: PeftConfig, keys: Iterable[str]) -> Iterator[str]:
     """
     dotted = [f".{key}." for key in keys]
     for module in getattr(config, "modules_to_save", None) or []:
-        if not any(f".{module}." in key for key in dotted):
+        if not any(f"{module}." in key for key in dotted):  # PEFT finds "lm_head" by "head", too
             yield f"missing: the module {module!r}, which `modules_to_save` of the config names"
     tokens = getattr(config, "trainable_token_indices", None) or {}
     by_module = tokens if isinstance(tokens, dict) else {"": tokens}

@@ -28,6 +28,7 @@ from bitune_plugin.modeling.architectures import active_adapter, takes_several_c
 from bitune_plugin.tuner.config import BituneConfig
 from bitune_plugin.tuner.model import BituneModel
 
+from .arguments import check_arguments, unknown_named
 from .scoring import Request, Row, Score, batch_of, largest_row, rows_of, scores_of
 
 
@@ -49,7 +50,8 @@ class BituneLM(HFLM):
         arguments: all others of lm-eval's `HFLM`.
 
     Raises:
-        ValueError: no adapter, one that is not Bitune or does not fit the base, or a setting that Bitune cannot do.
+        ValueError: no adapter, one that is not Bitune or does not fit the base, or an argument that is unknown, of a
+            wrong kind, or something that Bitune cannot do.
     """
 
     def __init__(
@@ -60,13 +62,13 @@ class BituneLM(HFLM):
         tokenizer: Any = None,
         **arguments: Any,
     ) -> None:
-        _check_arguments(arguments)
+        check_arguments({"peft": peft, "tokenizer": tokenizer, **arguments})
         self.peft, self._adapter_revision = peft, str(revision)
         if isinstance(pretrained, str):
             self._load(pretrained, revision, tokenizer, arguments)
         else:
             _check_ready(pretrained, peft)
-            with _tied_as_it_is(pretrained):
+            with _tied_as_it_is(pretrained), unknown_named(arguments):
                 super().__init__(pretrained, revision=revision, tokenizer=tokenizer, **arguments)
 
     def _load(self, pretrained: str, revision: str, tokenizer: Any, arguments: dict[str, Any]) -> None:
@@ -78,7 +80,8 @@ class BituneLM(HFLM):
         else:
             config = _adapter_config(self.peft, revision, missing=f"`peft={self.peft}` holds no adapter_config.json")
             _warn_about_other_base(config, pretrained)
-        super().__init__(pretrained, peft=self.peft, revision=revision, tokenizer=tokenizer, **arguments)
+        with unknown_named(arguments):
+            super().__init__(pretrained, peft=self.peft, revision=revision, tokenizer=tokenizer, **arguments)
         self._put_on(self.peft)
         if hasattr(self, "accelerator"):
             # The stock model divides the work only where it finds several GPUs (lm-eval 0.4.13).
@@ -267,19 +270,6 @@ _PEFT_MISSING = (
 )
 
 
-def _check_arguments(arguments: dict[str, Any]) -> None:
-    if arguments.get("delta"):
-        raise ValueError(
-            f"`delta={arguments['delta']}`: delta weights and a Bitune adapter cannot be put on together. Save the "
-            "base model with its delta weights first, and pass that as `pretrained`."
-        )
-    if arguments.get("tp_plan"):
-        raise ValueError(
-            f"`tp_plan={arguments['tp_plan']}`: Bitune does not support tensor parallelism. Use `parallelize=True`, or "
-            "several processes with `accelerate launch -m lm_eval`."
-        )
-
-
 def _check_ready(model: Any, peft: str | None) -> None:
     """Raises ValueError unless `model` is ready: a PeftModel whose Bitune adapter is switched on."""
     if peft is not None:
@@ -310,7 +300,7 @@ def _adapter_config(adapter: str, revision: str, missing: str) -> BituneConfig:
         config = PeftConfig.from_pretrained(adapter, revision=str(revision))
         if isinstance(config, BituneConfig):
             return BituneConfig.from_pretrained(adapter, revision=str(revision))  # looks at local weights, too
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, RecursionError) as error:
         if "Can't find" not in str(error):  # so PEFT 0.21.2 begins when there is no such file, or no connection
             raise ValueError(f"The adapter {adapter} cannot be read: {error}") from error
         reason = "" if Path(adapter).is_dir() else f" Revision {revision} on the hub: {error.__cause__}"

@@ -28,7 +28,6 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import SFTConfig, SFTTrainer
 from trl.data_utils import get_dataset_column_names
 
-from bitune_plugin.core.mixing import MIXING
 from bitune_plugin.core.prompts import IGNORED
 from bitune_plugin.integrations.trl.data import (
     ASSISTANT_TURNS,
@@ -55,6 +54,7 @@ from bitune_plugin.tuner.config import BituneConfig
 from bitune_plugin.tuner.full import FullConfig
 from bitune_plugin.tuner.mixing_layer import Thetas
 from bitune_plugin.tuner.model import BituneModel
+from bitune_plugin.tuner.optimizers import thetas_of, without
 
 
 @dataclass
@@ -69,6 +69,9 @@ class BituneSFTConfig(SFTConfig):
             `max_grad_norm`. By default everything is clipped together, as the authors do; theta's gradient is by
             far the largest, and then sets the factor for all parameters.
         drop_overlong: leave out samples of more than `max_length` tokens instead of cutting them.
+
+    Raises:
+        ValueError: one of these, or `max_length`, is of a wrong kind or out of range.
     """
 
     assistant_turns: str = field(
@@ -87,6 +90,10 @@ class BituneSFTConfig(SFTConfig):
     drop_overlong: bool = field(
         default=False, metadata={"help": "Leave out samples longer than `max_length`, instead of cutting them."}
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_values(self)
 
 
 class BituneSFTTrainer(SFTTrainer):
@@ -219,9 +226,9 @@ class BituneSFTTrainer(SFTTrainer):
         if self.optimizer is not None:
             return super().create_optimizer(model)
         optimizer = super().create_optimizer(model)
-        thetas = _thetas(self.model if model is None else model)
+        thetas = thetas_of(self.model if model is None else model)
         for group in optimizer.param_groups:
-            group["params"] = _without(thetas, group["params"])
+            group["params"] = without(thetas, group["params"])
         settings = {"params": thetas, "weight_decay": 0.0}
         if getattr(self.args, "theta_learning_rate", None) is not None:
             settings["lr"] = self.args.theta_learning_rate
@@ -232,9 +239,9 @@ class BituneSFTTrainer(SFTTrainer):
         theta_norm = getattr(self.args, "theta_max_grad_norm", None)
         if theta_norm is None:
             return super()._clip_grad_norm(model)
-        thetas = _thetas(model)
+        thetas = thetas_of(model)
         norms = [
-            self.accelerator.clip_grad_norm_(_without(thetas, model.parameters()), self.args.max_grad_norm),
+            self.accelerator.clip_grad_norm_(without(thetas, model.parameters()), self.args.max_grad_norm),
             nn.utils.clip_grad_norm_(thetas, theta_norm),
         ]
         return math.hypot(*(float(norm) for norm in norms))
@@ -282,20 +289,8 @@ def _method_of(model: Any) -> str:
 
 def _check_settings(args: Any, data_collator: Any) -> None:
     _check_choice(args, "truncation_mode", ("keep_start", "keep_end"))
-    _check_choice(args, "assistant_turns", ASSISTANT_TURNS)
-    theta_norm, theta_rate = (getattr(args, name, None) for name in ("theta_max_grad_norm", "theta_learning_rate"))
-    if theta_norm is not None and not 0 < theta_norm < math.inf:
-        raise ValueError(
-            f"`theta_max_grad_norm={theta_norm}` must be positive and finite. Leave it out to clip all together."
-        )
-    if theta_rate is not None and not 0 <= theta_rate < math.inf:
-        raise ValueError(
-            f"`theta_learning_rate={theta_rate}` must be a finite number, 0 or more. Leave it out to train theta at "
-            "`learning_rate`."
-        )
-    max_length = getattr(args, "max_length", None)
-    if max_length is not None and max_length < 1:
-        raise ValueError(f"`max_length={max_length}` leaves no token of a sample. Set at least 1, or None not to cut.")
+    _check_values(args)
+    theta_norm = getattr(args, "theta_max_grad_norm", None)
     if theta_norm is not None and args.max_grad_norm <= 0:
         raise ValueError(
             f"`max_grad_norm={args.max_grad_norm}` switches all clipping off, and with it `theta_max_grad_norm="
@@ -313,6 +308,34 @@ def _check_settings(args: Any, data_collator: Any) -> None:
             f"`gradient_checkpointing_kwargs={checkpointing}`: TRL {trl.__version__} hands 'selective' on to "
             f"transformers {transformers.__version__}, which does not know it. Leave 'selective' out."
         )
+
+
+def _check_values(args: Any) -> None:
+    """Raises ValueError for values of Bitune's own settings, and for a `max_length`, that mean nothing."""
+    _check_choice(args, "assistant_turns", ASSISTANT_TURNS)
+    theta_norm, theta_rate = (getattr(args, name, None) for name in ("theta_max_grad_norm", "theta_learning_rate"))
+    if theta_norm is not None and not (_is_number(theta_norm) and 0 < theta_norm < math.inf):
+        raise ValueError(
+            f"`theta_max_grad_norm={theta_norm!r}` must be positive and finite. Leave it out to clip all together."
+        )
+    if theta_rate is not None and not (_is_number(theta_rate) and 0 <= theta_rate < math.inf):
+        raise ValueError(
+            f"`theta_learning_rate={theta_rate!r}` must be a finite number, 0 or more. Leave it out to train theta at "
+            "`learning_rate`."
+        )
+    max_length = getattr(args, "max_length", None)
+    if max_length is not None and not (isinstance(max_length, int) and max_length >= 1):
+        raise ValueError(
+            f"`max_length={max_length!r}` leaves no token of a sample. Set a whole number, 1 or more, or None not to "
+            "cut."
+        )
+    drop_overlong = getattr(args, "drop_overlong", False)
+    if drop_overlong not in (True, False):
+        raise ValueError(f"`drop_overlong={drop_overlong!r}` must be True or False.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_choice(args: Any, name: str, choices: tuple[str, ...]) -> None:
@@ -442,18 +465,9 @@ def _workers(dataset: Any, args: SFTConfig) -> dict[str, Any]:
     return {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
 
 
-def _thetas(model: nn.Module) -> list[nn.Parameter]:
-    return [p for name, p in model.named_parameters() if f".{MIXING}." in name and p.requires_grad]
-
-
-def _without(thetas: list[nn.Parameter], parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    left_out = set(map(id, thetas))  # by identity: tensors compare element by element
-    return [parameter for parameter in parameters if id(parameter) not in left_out]
-
-
 def _start_theta_in_float32(model: BituneModel) -> None:
     """Of a quantised model TRL rounds all that is trained to bfloat16, in which theta could hardly move."""
-    for theta in _thetas(model):
+    for theta in thetas_of(model):
         if theta.dtype != torch.float32:
             theta.data = torch.full_like(theta, model.peft_config["default"].theta_init, dtype=torch.float32)
 

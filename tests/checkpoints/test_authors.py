@@ -219,8 +219,9 @@ def test_a_variant_that_is_not_in_the_paper(copied: Path, told: dict) -> None:
         convert(copied, {})
 
 
-def test_a_damaged_model_config(copied: Path) -> None:
-    (copied / "config.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "3", '["pass_type"]', '{"pass_type": ' + "[" * 100_000], ids=lambda t: t[:9])
+def test_a_damaged_model_config(copied: Path, text: str) -> None:
+    (copied / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json is damaged"):
         convert(copied, {})
 

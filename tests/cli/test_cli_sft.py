@@ -107,7 +107,27 @@ class TestSettings:
         ("settings", "message"),
         [
             ({"completion_template": None}, "only one is set. Set both, or neither"),
-            ({"prompt_template": 5}, "`prompt_template=5` is not text"),
+            ({"prompt_template": 5}, "`prompt_template=5` must be text"),
+            ({"theta_init": [0.1]}, r"config\.yaml: `theta_init=\[0\.1\]` must be a number"),
+            ({"theta_init": float("nan")}, "`theta_init=nan` must be a finite number"),
+            ({"theta_init": -1}, "`theta_init=-1` must be a number between"),
+            ({"mixing": {"abs": {"relu": 1}}}, "`mixing=.* must be text"),
+            ({"mixing_granularity": 1}, "`mixing_granularity=1` must be text"),
+            ({"share_adapter": [True]}, "`share_adapter=.* must be true or false"),
+            ({"second_pass_attention": True}, "`second_pass_attention=True` must be text"),
+            ({"completion_template": {"answer": 1}}, "`completion_template=.* must be text"),
+            ({"assistant_turns": "abc"}, "`assistant_turns='abc'` is unknown"),
+            ({"assistant_turns": ["last"]}, "`assistant_turns=.* must be text"),
+            ({"theta_learning_rate": {"a": 1}}, "`theta_learning_rate=.* must be a number"),
+            ({"theta_learning_rate": -1.0}, "`theta_learning_rate=-1.0` must be a finite number"),
+            ({"theta_max_grad_norm": float("inf")}, "`theta_max_grad_norm=inf` must be positive"),
+            ({"drop_overlong": 7}, "`drop_overlong=7` must be true or false"),
+            ({"max_length": -3}, "`max_length=-3` leaves no token"),
+            ({"lora_r": float("inf")}, "`lora_r=inf` must be a finite number"),
+            ({"lora_target_modules": {"q": 1}}, "`lora_target_modules=.* must be .*a list"),
+            ({"use_peft": None, "adapter": {"peft_type": "LORA", "r": "8"}}, "`r='8'` must be a number"),
+            ({"use_peft": None, "adapter": {"peft_type": ["LORA"]}}, r"`peft_type=\['LORA'\]`"),
+            ({"use_peft": None, "adapter": '{"peft_type": ' + "[" * 9000}, "is not valid JSON"),
             ({"adapter": IA3}, "`adapter` and `use_peft` both"),
             ({"use_peft": None, "adapter": {"peft_type": "LORAX"}}, "`peft_type='LORAX'`"),
             ({"use_peft": None, "adapter": {"peft_type": "LORA", "rank": 8}}, r"LoraConfig does not know: \['rank'\]"),
@@ -124,9 +144,19 @@ class TestSettings:
         with pytest.raises(ValueError, match=message):
             read_settings(config(**settings))
 
+    def test_numbers_that_yaml_takes_for_text_are_numbers(self, config: Any) -> None:
+        settings = read_settings(config(theta_init="1e-3", theta_learning_rate="5e-4", learning_rate="1e-4"))
+        numbers = (settings.bitune.theta_init, settings.training.theta_learning_rate, settings.training.learning_rate)
+        assert numbers == (1e-3, 5e-4, 1e-4)
+
     @pytest.mark.parametrize(
         ("text", "message"),
-        [("a: [1", "not valid YAML"), ("", "must contain a YAML mapping"), ("\xff", "must contain|not valid YAML")],
+        [
+            ("a: [1", "not valid YAML"),
+            ("a: " + "[" * 3000, "not valid YAML"),
+            ("", "must contain a YAML mapping"),
+            ("\xff", "must contain|not valid YAML"),
+        ],
     )
     def test_files_that_hold_none_are_refused(self, tmp_path: Path, text: str, message: str) -> None:
         file = tmp_path / "broken.yaml"

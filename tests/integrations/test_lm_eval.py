@@ -1219,6 +1219,41 @@ def test_what_bitune_cannot_do_is_refused(saved: Saved, arguments: dict[str, str
         saved.model(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"peft": 5}, "`peft=5` must be text"),
+        ({"dtype": "foo"}, "`dtype='foo'` is no dtype"),
+        ({"dtype": 16}, "`dtype=16` is no dtype"),
+        ({"softmax_dtype": "nn"}, "`softmax_dtype='nn'` is no dtype"),
+        ({"batch_size": "abc"}, "`batch_size='abc'` must be a whole number"),
+        ({"batch_size": 0}, "`batch_size=0` must be"),
+        ({"batch_size": -2}, "`batch_size=-2` must be"),
+        ({"batch_size": 1.5}, "`batch_size=1.5` must be"),
+        ({"batch_size": "auto:x"}, "`batch_size='auto:x'` must be"),
+        ({"max_batch_size": "many"}, "`max_batch_size='many'` must be a number"),
+        ({"max_length": -1}, "`max_length=-1` must be a whole number"),
+        ({"max_length": float("nan")}, "`max_length=nan` must be"),
+        ({"trust_remote_code": "maybe"}, "`trust_remote_code='maybe'` must be true or false"),
+        ({"logits_cache": [1]}, "`logits_cache=.* must be true or false"),
+        ({"chat_template_args": "x"}, "`chat_template_args='x'` must be a mapping"),
+        ({"max_lenght": 5}, "`max_lenght=5` is an argument neither.*Did you mean `max_length`"),
+        ({"zzz": None}, "`zzz=None` is an argument neither.*Leave it out"),
+    ],
+    ids=str,
+)
+def test_arguments_of_a_wrong_kind_or_name_are_named(saved: Saved, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        saved.model(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_an_adapter_whose_config_is_nested_too_deeply_is_refused(saved: Saved, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": ' + "[" * 100_000)
+    with pytest.raises(ValueError, match="cannot be read"):
+        saved.model(peft=str(tmp_path))
+
+
 def test_a_ready_model_is_refused_with_a_second_adapter(saved: Saved) -> None:
     with pytest.raises(ValueError, match=r"`peft=.*` came with a ready model"):
         BituneLM(bitune(), peft=saved.adapter, tokenizer=word_tokenizer())

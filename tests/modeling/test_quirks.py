@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
 from agreement import assert_gradients_agree, assert_logits_agree, assert_tokens_agree
 from bitune_plugin import BituneConfig
+from bitune_plugin.checkpoints.integrity import problems_of
 from bitune_plugin.core.mixing import MIXING
 from bitune_plugin.errors import LayoutError, UnsupportedModelError
 from bitune_plugin.hookspecs import GROUP
@@ -61,6 +62,7 @@ def assert_refused_when_put_on(model: torch.nn.Module) -> None:
 def assert_exact(base: PreTrainedModel, adapter: LoraConfig) -> None:
     model, oracle = with_oracle(base, adapter)
     assert len(oracle.pairs(model)) == sum(parameter.requires_grad for parameter in model.parameters())
+    assert problems_of(model.peft_config["default"], get_peft_model_state_dict(model)) == []
     assert_gradients_agree(model, oracle, batch(samples(*SHAPES), "left"))
     assert_tokens_agree(model, oracle)
     if model.get_base_model()._supports_sdpa:

@@ -10,11 +10,13 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from bitune_plugin import BituneConfig
+from bitune_plugin.checkpoints.saved import SavedAdapter
+from bitune_plugin.tuner.adapter_layers import bidirectional
 from bitune_plugin.tuner.full import FullConfig, FullLayer
 from helpers import SHAPES, assert_close, batch, lora, observe, samples, tokens, unharmed
 from models import randomise_adapters, tiny
@@ -282,3 +284,41 @@ def test_a_trainer_without_adapter_trains_the_whole_model(trainer: Any, tmp_path
 def test_training_the_whole_model_goes_with(trainer: Any, settings: dict[str, Any]) -> None:
     t = trainer(peft_config=None, **ONE_STEP, **settings)
     assert_exact(t, oracle=TwoModels(tiny(), t.model.peft_config["default"]))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "phi", "gpt_neox", "gpt2", "opt", "dbrx", "mixtral"])
+def test_every_copy_gets_a_gradient_and_the_second_stream_has_none_that_it_does_not_use(architecture: str) -> None:
+    model, _ = full(tiny_of(architecture), EVERYTHING)
+    model.train()(**{**ROWS.inputs, "labels": ROWS.labels}, use_cache=False).loss.backward()
+    names = {name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
+    assert {name for name in names if bidirectional("") in name and "experts" not in name} == set()
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, FullLayer) and "lm_head" not in name}
+    once = [name for name, layer in layers.items() if len(layer.bitune_full) == 1]
+    assert 3 <= len(once) < len(layers) / 2
+
+
+def test_the_second_stream_has_no_weights_in_the_file_that_it_does_not_use(tmp_path: Path) -> None:
+    model, _ = full(tiny(), EVERYTHING)
+    model.save_pretrained(tmp_path)
+    kept = {key.removeprefix("base_model.model.model.") for key in load_file(tmp_path / "adapter_model.safetensors")}
+    second = {key.split(".bitune_full")[0] for key in kept if "bitune_full.bidirectional" in key}
+    assert {f"layers.2.self_attn.{name}" for name in ("k_proj", "v_proj")} | {"layers.2.input_layernorm"} == {
+        name for name in second if name.startswith("layers.2.")
+    }
+    assert "norm" not in second
+    assert len([name for name in second if name.startswith("layers.1.")]) == 9
+    SavedAdapter.read(tmp_path)
+
+
+def test_a_folder_of_the_first_version_which_has_such_weights_still_loads(tmp_path: Path) -> None:
+    model, _ = full(tiny())
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    last = {key: value for key, value in weights.items() if "layers.2.mlp" in key}
+    assert last
+    assert not any("bidirectional" in key for key in last)
+    weights |= {key.replace("bitune_full.", "bitune_full.bidirectional."): value + 1 for key, value in last.items()}
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    SavedAdapter.read(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny(), tmp_path)
+    assert torch.equal(loaded.eval()(**ROWS.inputs).logits, model.eval()(**ROWS.inputs).logits)

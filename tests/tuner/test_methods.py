@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from agreement import assert_agrees, assert_answers_agree, assert_gradients_agree, assert_logits_agree
 from bitune_plugin import BituneConfig
+from bitune_plugin.checkpoints.saved import SavedAdapter
 from bitune_plugin.tuner.methods import OWN_FORWARD, refusal
 from helpers import SHAPES, assert_close, batch, bitune, gradients, observe, one, packed, samples, unharmed, with_oracle
 from methods import METHODS, REFUSED, SMALL, VARIANTS, WHOLE, small, table, with_refused
@@ -84,6 +85,7 @@ def test_equals_three_passes(method: str, settings: dict[str, Any], tmp_path: Pa
     before = logits(model.eval())
     assert not torch.allclose(before, plain, atol=0.01)
     model.save_pretrained(tmp_path)
+    SavedAdapter.read(tmp_path)  # finds nothing wrong
     torch.manual_seed(1)
     assert torch.equal(logits(PeftModel.from_pretrained(base(settings), tmp_path).eval()), before)
 
@@ -194,6 +196,17 @@ def test_transformers_own_methods_would_lose_it(method: str, tmp_path: Path) -> 
 
 def config_of(method: str) -> BituneConfig:
     return BituneConfig(adapter=small(method))
+
+
+def test_trainable_tokens_save_the_rows_that_are_trained_and_no_embeddings(tmp_path: Path) -> None:
+    def saved(model: PeftModel, name: str) -> list[list[int]]:
+        model.save_pretrained(tmp_path / name)
+        weights = load_file(tmp_path / name / "adapter_model.safetensors")
+        return [list(value.shape) for key, value in weights.items() if "theta" not in key]
+
+    plain = saved(get_peft_model(base(), small("TRAINABLE_TOKENS")), "plain")
+    assert plain == [[57, 32]]
+    assert saved(bitune(base(), small("TRAINABLE_TOKENS")), "bitune") == plain * 2
 
 
 def test_tokens_of_tied_embeddings_serve_both_streams_through_lora() -> None:

@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftConfig, get_layer_status, get_model_status, get_peft_model
+from peft import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    PeftConfig,
+    PeftModel,
+    get_layer_status,
+    get_model_status,
+    get_peft_model,
+)
 from peft.helpers import disable_input_dtype_casting
-from peft.utils.hotswap import hotswap_adapter
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
+from peft.optimizers.lorafa import LoraFAOptimizer
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from torch import Tensor, nn
 
 from bitune_plugin import BituneConfig
 from bitune_plugin.core.autocast import concatenate
+from bitune_plugin.tuner.adapter_layers import bidirectional
 from bitune_plugin.tuner.full import FullConfig
-from helpers import bitune, gradients, lora, one, tokens
-from models import tiny
+from bitune_plugin.tuner.optimizers import thetas_of
+from damage import edit_config
+from helpers import bitune, gradients, lora, one, tokens, unharmed
+from models import randomise_adapters, tiny
 
 INPUTS = one(tokens(11), 7)
 LABELS = INPUTS["input_ids"].masked_fill(INPUTS["prompt_mask"], -100)
+
+
+def outputs_of_plain(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(INPUTS["input_ids"]).logits
 
 
 def outputs(model: nn.Module) -> Tensor:
@@ -98,12 +118,129 @@ def test_adapters_are_not_added_up() -> None:
         bitune().add_weighted_adapter(["default"], [1.0], "sum")
 
 
-def test_hotswapping_is_refused(tmp_path: Path) -> None:
+def test_hotswapping_is_refused_with_what_to_do_instead(tmp_path: Path) -> None:
     model = bitune()
     model.save_pretrained(tmp_path)
 
-    with pytest.raises(ValueError, match="BITUNE"):
+    with unharmed(model), pytest.raises(ValueError, match=r"Bitune adapters.*load_adapter.*set_adapter"):
         hotswap_adapter(model, str(tmp_path), "default")
+    with unharmed(model), pytest.raises(ValueError, match="`prepare_model_for_compiled_hotswap`"):
+        prepare_model_for_compiled_hotswap(model, target_rank=8)
+
+
+def test_other_models_are_hotswapped_as_before(tmp_path: Path) -> None:
+    model, other = get_peft_model(tiny(), lora()), get_peft_model(tiny(), lora())
+    randomise_adapters(other)
+    other.save_pretrained(tmp_path)
+
+    hotswap_adapter(model, str(tmp_path), "default")
+    assert torch.equal(outputs_of_plain(model), outputs_of_plain(other))
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_an_adapter_of_other_sizes_is_refused_even_if_they_are_to_be_ignored(
+    low_cpu_mem_usage: bool, tmp_path: Path
+) -> None:
+    bitune().save_pretrained(tmp_path)
+    edit_config(tmp_path, lambda config: config["adapter"].update(r=2))
+    base, options = tiny(), {"ignore_mismatched_sizes": True, "low_cpu_mem_usage": low_cpu_mem_usage}
+    with unharmed(base), pytest.raises(ValueError, match="shape"):
+        PeftModel.from_pretrained(base, tmp_path, **options)
+    model = bitune()
+    with unharmed(model), pytest.raises(ValueError, match="shape"):
+        model.load_adapter(str(tmp_path), "other", **options)
+
+
+# --- Optimizers ---------------------------------------------------------------------------------------------------
+
+ADAPTERS = [lora(), lora(use_dora=True), lora(target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"])]
+
+
+def rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, tuple[float, float]]:
+    """Learning rate and weight decay of every parameter."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        names[parameter]: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_lora_plus_trains_theta_at_the_rate_of_a_and_without_decay(adapter: PeftConfig) -> None:
+    model = bitune(adapter=copy.deepcopy(adapter))
+    settings = {"lr": 0.01, "loraplus_lr_ratio": 16, "loraplus_weight_decay": 0.1}
+    found = rates(create_loraplus_optimizer(model, torch.optim.AdamW, **settings), model)
+    plain = get_peft_model(tiny(), copy.deepcopy(adapter))
+    expected = rates(create_loraplus_optimizer(plain, torch.optim.AdamW, **settings), plain)
+
+    assert {found.pop(name) for name in [*found] if ".theta_" in name} == {(0.01, 0.0)}
+    assert {name.replace(bidirectional("default"), "default") for name in found} == expected.keys()
+    for name, rate in found.items():
+        assert rate == expected[name.replace(bidirectional("default"), "default")]
+
+
+def test_the_riemannian_optimizer_lets_theta_alone_but_for_its_rate() -> None:
+    model = bitune()
+    optimizer = create_riemannian_optimizer(model, torch.optim.AdamW, lr=0.01, weight_decay=0.1)
+    found = rates(optimizer, model)
+
+    assert found.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {rate for name, rate in found.items() if ".theta_" in name} == {(0.01, 0.0)}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_lora_fa_trains_b_of_each_stream_as_a_lora_of_its_own(adapter: PeftConfig) -> None:
+    """Against PEFT's optimizer on a plain LoRA with the gradients of one stream."""
+    model = bitune(adapter=copy.deepcopy(adapter)).train()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=0.01)
+    model(**INPUTS, labels=LABELS).loss.backward()
+    optimizer.step()
+    optimizer.step()
+
+    after = dict(model.named_parameters())
+    for stream in ("default", bidirectional("default")):
+        assert stepped_alone(before, after, stream) >= 2
+    trained = [name for name, parameter in after.items() if parameter.grad is not None and parameter.grad.any()]
+    assert any(".theta_" in name for name in trained)
+    assert all(not torch.equal(after[name], before[name]) for name in trained)
+    still = [name for name in after if name not in trained]
+    assert any(".lora_A." in name for name in still)
+    assert all(torch.equal(after[name], before[name]) for name in still)
+
+
+def stepped_alone(before: dict[str, Tensor], after: dict[str, nn.Parameter], stream: str) -> int:
+    """Checks two steps of one stream's pairs against PEFT's optimizer, and returns how many pairs there were."""
+    halves = [name for name in after if f".lora_B.{stream}." in name and after[name].grad is not None]
+    for name in halves:
+        factors = [nn.Parameter(before[name.replace("lora_B", "lora_A")]), nn.Parameter(before[name].clone())]
+        factors[1].grad = after[name].grad
+        group = {"params": factors, "names": ["x.lora_A", "x.lora_B"], "scaling_factors": [2.0, 2.0]}
+        alone = LoraFAOptimizer([group], lr=0.01)
+        alone.step()
+        alone.step()
+        torch.testing.assert_close(after[name], factors[1], atol=1e-6, rtol=1e-6)
+    return len(halves)
+
+
+@pytest.mark.parametrize("create", [create_loraplus_optimizer, create_riemannian_optimizer])
+def test_optimizers_of_models_without_bitune_are_as_before(create: Callable[..., torch.optim.Optimizer]) -> None:
+    model = get_peft_model(tiny(), lora())
+    ratio = {"loraplus_lr_ratio": 16} if create is create_loraplus_optimizer else {}
+    optimizers = [make(model, torch.optim.AdamW, lr=0.01, **ratio) for make in (create, create.__wrapped__)]
+    assert rates(optimizers[0], model) == rates(optimizers[1], model)
+    assert type(create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=0.01)) is LoraFAOptimizer
+
+
+def test_a_trainer_keeps_the_groups_of_an_optimizer_that_it_is_given(trainer: Any) -> None:
+    model = bitune()
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=16)
+    t = trainer(model=model, peft_config=None, max_steps=1, optimizers=(optimizer, None))
+    before = [theta.detach().clone() for theta in thetas_of(model)]
+    t.train()
+    assert {group["initial_lr"] for group in optimizer.param_groups} == {0.01, 0.16, 1e-6}
+    assert any(not torch.equal(*pair) for pair in zip(thetas_of(model), before, strict=True))
 
 
 @pytest.mark.parametrize("adapter", [lora(), FullConfig()])
