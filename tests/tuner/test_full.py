@@ -322,3 +322,17 @@ def test_a_folder_of_the_first_version_which_has_such_weights_still_loads(tmp_pa
     SavedAdapter.read(tmp_path)
     loaded = PeftModel.from_pretrained(tiny(), tmp_path)
     assert torch.equal(loaded.eval()(**ROWS.inputs).logits, model.eval()(**ROWS.inputs).logits)
+
+
+def test_a_folder_from_before_that_has_them_is_loaded_too(tmp_path: Path) -> None:
+    model, _ = full(tiny(), EVERYTHING)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    twins = {key: key.replace(".bitune_full.", ".bitune_full.bidirectional.") for key in weights if "bidir" not in key}
+    missing = {twin: weights[key].clone() for key, twin in twins.items() if twin != key and twin not in weights}
+    assert len(missing) == 7
+    save_file(weights | missing, file)
+    SavedAdapter.read(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny(), tmp_path).eval()
+    assert torch.equal(loaded(**ROWS.inputs).logits, model(**ROWS.inputs).logits)
