@@ -7,6 +7,7 @@ under the adapter's own name, for the bidirectional stream under `bidirectional(
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -148,8 +149,10 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
         if self.inner is not None and not self.active_adapters:
             # The last adapter was deleted. PEFT 0.21.2 cannot add one beside modules trained whole if none is active.
             self.inner.active_adapter = self.active_adapter = [adapter_name]
+        given = copy.deepcopy(config.adapter)  # PEFT puts names into it, for models that transformers has changed
         self._inject_stream(adapter_name, config.causal_config(), autocast_adapter_dtype, options)
-        self._check_names(config)
+        if not config.unused:  # of an adapter that is loaded, the weights tell whether it fits
+            self._check_names(config, given)
         if not config.share_adapter:
             # Copied now, when the first injection has put names in place of "all-linear".
             second = (bidirectional(adapter_name), config.bidirectional_config())
@@ -315,13 +318,12 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
         self.inner.peft_config[name] = config
         self.inner.inject_adapter(self.model, name, autocast_adapter_dtype, **options)
 
-    def _check_names(self, config: BituneConfig) -> None:
-        """Raises ValueError if the inner config, of which PEFT has just found the modules, names others too."""
+    def _check_names(self, config: BituneConfig, given: PeftConfig) -> None:
+        """Raises ValueError if the inner config, as it was `given`, names what PEFT has not found."""
         adapter, names = config.adapter, self.inner.targeted_module_names
         modules = [name for name in names if self.inner._check_target_module_exists(adapter, name)]
-        check_targets(adapter, self.model, modules, self.inner.targeted_parameter_names)
-        if not config.unused:
-            warn_of_unmatched(adapter, self.model, self.architecture.unadaptable)
+        check_targets(given, self.model, modules, self.inner.targeted_parameter_names)
+        warn_of_unmatched(adapter, self.model, self.architecture.unadaptable)
 
     def _add_mixing(self, adapter_name: str, config: BituneConfig) -> None:
         owner = None

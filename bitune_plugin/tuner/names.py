@@ -52,7 +52,7 @@ def check_targets(config: PeftConfig, model: nn.Module, modules: Sequence[str], 
     """Checks the settings that go by names of adapted modules, once PEFT has found these.
 
     Args:
-        config: of the inner method, as PEFT has completed it.
+        config: of the inner method, as the user gave it: PEFT adds names to it.
         model: the model with the adapter.
         modules: names of the modules that `config` adapts.
         parameters: names of the parameters that it adapts by `target_parameters`.
@@ -168,7 +168,9 @@ def _layer_of(module: str, config: PeftConfig) -> int | None:
 
 def _layers(model: nn.Module, config: PeftConfig) -> list[int]:
     """Numbers of all layers that have a module of `target_modules`."""
-    names = [name for name in module_names(model) if any(_ends_with(end)(name) for end in config.target_modules)]
+    names = module_names(model)
+    if config.target_modules is not None:
+        names = [name for name in names if any(_ends_with(end)(name) for end in config.target_modules)]
     return sorted({layer for name in names if (layer := _layer_of(name, config)) is not None})
 
 

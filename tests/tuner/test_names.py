@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoHaConfig, PeftConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftConfig, PeftModel, TrainableTokensConfig, get_peft_model
 
 from bitune_plugin import BituneConfig
 from bitune_plugin.tuner.full import FullConfig
@@ -35,6 +35,10 @@ LACKING: dict[str, tuple[PeftConfig, str]] = {
     "token": (TrainableTokensConfig(token_indices=[97]), "`token_indices` names the token 97"),
     "layer": (
         lora(target_modules=NAMES, layers_to_transform=[1, 3]),
+        r"`layers_to_transform` names layer 3.*in layers \[0, 1, 2\]",
+    ),
+    "layer of PEFT's own targets": (
+        LoraConfig(r=4, layers_to_transform=[1, 3]),
         r"`layers_to_transform` names layer 3.*in layers \[0, 1, 2\]",
     ),
     "one layer": (lora(target_modules=["q_proj"], layers_to_transform=7), "layers_to_transform'?: 7"),
