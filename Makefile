@@ -43,7 +43,7 @@ test: $(VENV)/installed        ## the whole test suite, with the versions of req
 	$(VENV)/$(PYTEST)
 
 test-oldest: .venv-oldest/installed  ## the core of the suite, with the oldest versions that pyproject.toml allows
-	.venv-oldest/$(PYTEST) $(SUBSET)
+	.venv-oldest/$(PYTEST) -W default $(SUBSET)  # hosts of that age warn of each other
 
 test-newest:                   ## the core of the suite, with the newest version of everything
 	$(PYTHON) -m venv .venv-newest

@@ -17,6 +17,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from statistics import mean
+from tempfile import mkdtemp
 from typing import Any
 
 import lm_eval
@@ -908,7 +909,7 @@ def skip_where_the_stock_model_fails(saved: Saved, arguments: dict[str, Any]) ->
     """lm-eval 0.4.10 and accelerate 1.10 put all of a model on the disk where there is no GPU, and then refuse it."""
     if "parallelize" in arguments:
         try:
-            HFLM(pretrained=str(saved.base), device="cpu", **arguments)
+            HFLM(pretrained=str(saved.base), device="cpu", **{"offload_folder": mkdtemp(), **arguments})
         except ValueError as error:
             pytest.skip(f"The stock model fails: {error}")
 
