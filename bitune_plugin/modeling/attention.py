@@ -25,7 +25,7 @@ from ..core.layout import Parts, PromptLayout
 from ..core.masks import Chunk, Reach, Sight, Window
 from ..core.mixing import MIXING
 from .backends import KERNELS
-from .context import Reading, current_reading
+from .context import ForwardContext, current_context
 from .extension import Extension
 
 Attend = Callable[[Tensor, Tensor, Tensor, Sight], tuple[Tensor, Tensor | None]]
@@ -90,15 +90,15 @@ def bitune_attention(
     Returns:
         The attended values, `[B, N, heads, head size]`, and `None` during a reading in place of the weights.
     """
-    reading = current_reading()
+    context = current_context()
     attend = partial(KERNELS[base], module, kwargs)
-    if reading is None:
+    if context is None:
         return attend(query, key, value, attention_mask)
-    reading.take_part(module)
+    context.take_part(module)
     kwargs.pop("is_causal", None)
     if isinstance(module, PlacedQueries):
-        query = module.in_their_places(query, reading.layout)
-    return _attend_in_groups(attend, module, query, key, value, reading, reach_of(module, kwargs))
+        query = module.in_their_places(query, context.layout)
+    return _attend_in_groups(attend, module, query, key, value, context, reach_of(module, kwargs))
 
 
 def _attend_in_groups(
@@ -107,27 +107,27 @@ def _attend_in_groups(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    reading: Reading,
+    context: ForwardContext,
     reach: Reach | None,
 ) -> tuple[Tensor, None]:
-    layout = reading.layout
+    layout = context.layout
     queries, keys, values = map(layout.parts, (query, key, value))
     keys_mixed, values_mixed = getattr(module, MIXING)(
         [(parts.encoded, parts.copy) for parts in keys],
         [(parts.encoded, parts.copy) for parts in values],
-        reading.adapter,
+        context.adapter,
     )
     # As the answer sees them, and as the cache keeps them.
     keys_kept = [parts._replace(encoded=mixed) for parts, mixed in zip(keys, keys_mixed, strict=True)]
     values_kept = [parts._replace(encoded=mixed) for parts, mixed in zip(values, values_mixed, strict=True)]
-    if reading.cache is not None and not shares_keys(module):
+    if context.cache is not None and not shares_keys(module):
         kept = (in_token_order(layout, parts) for parts in (keys_kept, values_kept))
-        reading.cache.update(*kept, module.layer_idx)
+        context.cache.update(*kept, module.layer_idx)
 
     attended = []
     for documents, *parts in zip(layout.documents, queries, keys, values, keys_kept, values_kept, strict=True):
         q, k, v, k_kept, v_kept = parts
-        by_encoded, by_copy, by_answer = documents.sights(reach, reading.second_pass_causal)
+        by_encoded, by_copy, by_answer = documents.sights(reach, context.second_pass_causal)
         encoded = _attended(attend, q.encoded, k.encoded, v.encoded, by_encoded)
         k_seen, v_seen = (concatenate([kept.encoded, kept.answer], dim=2) for kept in (k_kept, v_kept))
         answer = _attended(attend, q.answer, k_seen, v_seen, by_answer)

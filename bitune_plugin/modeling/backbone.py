@@ -14,7 +14,7 @@ from ..errors import LayoutError
 from .architectures import Architecture, active_adapter, takes_several_completions
 from .attention import PREFIX, base_of, implementation_for
 from .checkpointing import follow_into_checkpoints
-from .context import Reading, reading_in_progress
+from .context import ForwardContext, forward_context
 from .extension import TakesCache, by_name
 from .host import CACHE_KEYWORDS, cache_in, drops_cache, put_cache, translate_cache
 from .prompts import (
@@ -63,22 +63,22 @@ class TwoWayBackbone(TakesCache):
         call = _call.value or Call()
         call.reached_backbone = True
         prompts = Prompts.taken_from(kwargs, otherwise=call.prompts)
-        reading = _start_reading(self.bitune_architecture, prompts, call.generation, kwargs)
-        if reading is None:
+        context = _start_context(self.bitune_architecture, prompts, call.generation, kwargs)
+        if context is None:
             _check_plain(prompts)
             return super().forward(**kwargs)
         if self.training:
             follow_into_checkpoints(self)
-        with reading_in_progress(reading):
-            outputs = super().forward(**_lengthen(self.bitune_architecture, reading, kwargs))
-        _check_all_took_part(self.bitune_architecture, reading)
-        outputs = _restored(reading, outputs, prompts.answers_only)
+        with forward_context(context):
+            outputs = super().forward(**_lengthen(self.bitune_architecture, context, kwargs))
+        _check_all_took_part(self.bitune_architecture, context)
+        outputs = _restored(context, outputs, prompts.answers_only)
         return outputs.to_tuple() if kwargs.get("return_dict") is False else outputs
 
 
-def _start_reading(
+def _start_context(
     architecture: Architecture, prompts: Prompts, generation: Generation | None, kwargs: dict[str, Any]
-) -> Reading | None:
+) -> ForwardContext | None:
     """The reading that these arguments of the backbone ask for; `None` for a plain forward pass."""
     adapter = active_adapter(architecture)
     if adapter is None:
@@ -112,7 +112,7 @@ def _start_reading(
     _check_trainable(architecture)
     settings = getattr(architecture.attentions[0], MIXING).settings[adapter]
     settings.unused = False
-    return Reading(
+    return ForwardContext(
         layout,
         adapter,
         second_pass_causal=settings.second_pass_attention == "causal",
@@ -186,9 +186,9 @@ def _use_attention_of_bitune(architecture: Architecture) -> None:
         architecture.backbone.set_attn_implementation(implementation_for(implementation))
 
 
-def _lengthen(architecture: Architecture, reading: Reading, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _lengthen(architecture: Architecture, context: ForwardContext, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the backbone for lengthened rows; the cache is taken out, the attention function fills it."""
-    layout = reading.layout
+    layout = context.layout
     lengthened = {name: layout.lengthen(kwargs[name]) for name in PER_TOKEN if _has(kwargs, name)}
     # The attention modules get masks of their own in a reading. transformers hands 4-D masks on as they are, which
     # spares it making another.
@@ -199,34 +199,34 @@ def _lengthen(architecture: Architecture, reading: Reading, kwargs: dict[str, An
     return {
         **{name: value for name, value in kwargs.items() if name not in (*OF_PACKED_ROWS, *CACHE_KEYWORDS)},
         **lengthened,
-        "position_ids": _positions(architecture, reading, kwargs),
+        "position_ids": _positions(architecture, context, kwargs),
         "use_cache": False,
         "return_dict": True,
     }
 
 
-def _positions(architecture: Architecture, reading: Reading, kwargs: dict[str, Any]) -> Tensor:
+def _positions(architecture: Architecture, context: ForwardContext, kwargs: dict[str, Any]) -> Tensor:
     """Positions for lengthened rows, `[R or 1, M]`: those of the caller. Without them every document starts at 0, as if
     it were alone; but if a cache is filled, tokens are numbered as the model will number those that come after it."""
-    layout = reading.layout
+    layout = context.layout
     if _has(kwargs, "position_ids"):
         return layout.lengthen(kwargs["position_ids"])
-    if reading.cache is None or architecture.numbers_by_mask:
+    if context.cache is None or architecture.numbers_by_mask:
         return layout.positions
     return layout.lengthen(torch.arange(layout.shape[1], device=layout.source.device)[None])
 
 
-def _restored(reading: Reading, outputs: ModelOutput, answers_only: bool) -> ModelOutput:
+def _restored(context: ForwardContext, outputs: ModelOutput, answers_only: bool) -> ModelOutput:
     """Takes hidden states back to the caller's rows, or the answers out of them, and gives the caller's cache back."""
     hidden_states = outputs["last_hidden_state"]
-    layout = reading.layout.to(hidden_states.device)  # that of the last layer
+    layout = context.layout.to(hidden_states.device)  # that of the last layer
     outputs["last_hidden_state"] = (layout.answers_of if answers_only else layout.restore)(hidden_states)
     if outputs.get("hidden_states") is not None:
         outputs["hidden_states"] = tuple(
-            x if x is None else reading.layout.to(x.device).restore(x) for x in outputs["hidden_states"]
+            x if x is None else context.layout.to(x.device).restore(x) for x in outputs["hidden_states"]
         )
-    if reading.cache is not None:
-        put_cache(outputs, reading.cache)
+    if context.cache is not None:
+        put_cache(outputs, context.cache)
     return outputs
 
 
@@ -241,16 +241,16 @@ def _cache_to_fill(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> Cache |
     return DynamicCache(config=backbone.config) if past is None else past
 
 
-def _check_all_took_part(architecture: Architecture, reading: Reading) -> None:
+def _check_all_took_part(architecture: Architecture, context: ForwardContext) -> None:
     name = type(architecture.backbone).__name__
-    missing = [layer for layer, module in enumerate(architecture.attentions) if module not in reading.seen]
+    missing = [layer for layer, module in enumerate(architecture.attentions) if module not in context.seen]
     if missing:
         raise RuntimeError(
             f"The attention of layer(s) {missing} of {name} never saw where the prompt ends, and would have been "
             "plainly causal: it did not call the function that transformers' AttentionInterface holds. Bitune does not "
             "support this architecture; a plugin can (hook `bitune_architecture`)."
         )
-    if max(reading.seen.values()) > 1:
+    if max(context.seen.values()) > 1:
         raise RuntimeError(
             f"{name} attends several times in a layer, and it is not clear which keys and values the cache is to hold. "
             "Bitune does not support this architecture."

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .context import KEYWORD, NO_READING, Sealed, _current, reading_in_progress
+from .context import CONTEXT_KEYWORD, NO_CONTEXT, Sealed, active_context, forward_context
 from .extension import Extension, extend
 
 WRAPPED = "_checkpoint_wrapped_module"
@@ -20,15 +20,15 @@ class FollowingLayer(Extension):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # What checkpointing keeps are the arguments of `forward`.
-        if _current.value is not None and KEYWORD not in kwargs:
-            kwargs[KEYWORD] = Sealed(_current.value)
+        if active_context.value is not None and CONTEXT_KEYWORD not in kwargs:
+            kwargs[CONTEXT_KEYWORD] = Sealed(active_context.value)
         return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        reading = kwargs.pop(KEYWORD, NO_READING).reading
-        if reading is _current.value:
+        context = kwargs.pop(CONTEXT_KEYWORD, NO_CONTEXT).context
+        if context is active_context.value:
             return super().forward(*args, **kwargs)
-        with reading_in_progress(reading):
+        with forward_context(context):
             return super().forward(*args, **kwargs)
 
 
@@ -37,8 +37,8 @@ class RecomputedLayer(Extension):
     so the reading has to be among its own arguments."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _current.value is not None:
-            kwargs[KEYWORD] = Sealed(_current.value)
+        if active_context.value is not None:
+            kwargs[CONTEXT_KEYWORD] = Sealed(active_context.value)
         return super().__call__(*args, **kwargs)
 
     def named_modules(self, memo: set | None = None, prefix: str = "", *args: Any) -> Iterator[tuple[str, nn.Module]]:

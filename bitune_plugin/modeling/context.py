@@ -41,7 +41,7 @@ class PerThread(threading.local, Generic[T]):
             self.value = before
 
 
-KEYWORD = "bitune_reading"
+CONTEXT_KEYWORD = "bitune_context"
 """The keyword under which a decoder layer is given the reading that it is part of."""
 
 
@@ -53,7 +53,7 @@ class Stream(Enum):
 
 
 @dataclass(frozen=True)
-class Reading:
+class ForwardContext:
     """One lengthened forward pass: how the prompts of a batch are read.
 
     Attributes:
@@ -83,28 +83,28 @@ class Sealed:
     """A reading among the arguments of a module. No dataclass: FSDP2 takes those apart, to cast tensors inside.
 
     Attributes:
-        reading: `None` outside a reading.
+        context: `None` outside a reading.
     """
 
-    def __init__(self, reading: Reading | None) -> None:
-        self.reading = reading
+    def __init__(self, context: ForwardContext | None) -> None:
+        self.context = context
 
     def to(self, device: torch.device, **_: Any) -> Sealed:
         """The reading on another device: accelerate asks for it where a model is spread over several."""
-        return self if self.reading is None else Sealed(replace(self.reading, layout=self.reading.layout.to(device)))
+        return self if self.context is None else Sealed(replace(self.context, layout=self.context.layout.to(device)))
 
 
-NO_READING = Sealed(None)
+NO_CONTEXT = Sealed(None)
 
 
-_current: PerThread[Reading] = PerThread()
+active_context: PerThread[ForwardContext] = PerThread()
 
 
-def current_reading() -> Reading | None:
+def current_context() -> ForwardContext | None:
     """The reading that this thread is in, if any."""
-    return _current.value
+    return active_context.value
 
 
-def reading_in_progress(reading: Reading | None) -> AbstractContextManager[None]:
-    """Makes `reading` the one that attention and PEFT layers of this thread follow, for the length of the block."""
-    return _current.set(reading)
+def forward_context(context: ForwardContext | None) -> AbstractContextManager[None]:
+    """Makes `context` the one that attention and PEFT layers of this thread follow, for the length of the block."""
+    return active_context.set(context)

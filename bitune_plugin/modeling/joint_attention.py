@@ -24,7 +24,7 @@ from ..core.layout import PromptLayout
 from ..core.masks import Reach
 from ..core.mixing import MIXING
 from .backends import additive
-from .context import Reading, current_reading
+from .context import ForwardContext, current_context
 from .extension import TakesCache, by_name
 from .host import with_cache
 
@@ -34,8 +34,8 @@ class MixingCache:
 
     is_compileable = False
 
-    def __init__(self, module: nn.Module, reading: Reading) -> None:
-        self.module, self.reading = module, reading
+    def __init__(self, module: nn.Module, context: ForwardContext) -> None:
+        self.module, self.context = module, context
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Mixes, and fills the cache of the reading.
@@ -47,23 +47,23 @@ class MixingCache:
         Returns:
             The keys and values that `Documents.joint_mask` is for, `2L + E` of them.
         """
-        layout = self.reading.layout
+        layout = self.context.layout
         (key_encoded, key_rest, key_copy), (value_encoded, value_rest, value_copy) = map(self._split, (key, value))
         (key_mixed,), (value_mixed,) = getattr(self.module, MIXING)(
-            [(key_encoded, key_copy)], [(value_encoded, value_copy)], self.reading.adapter
+            [(key_encoded, key_copy)], [(value_encoded, value_copy)], self.context.adapter
         )
         # Short prompts leave slots of encoded prompts to the first tokens of their answers.
         encoded = layout.documents[0].encoded[:, None, :, None]
         key_kept = concatenate([torch.where(encoded, key_mixed, key_encoded), key_rest], dim=2)
         value_kept = concatenate([torch.where(encoded, value_mixed, value_encoded), value_rest], dim=2)
-        if self.reading.cache is not None:
+        if self.context.cache is not None:
             in_token_order = (layout.restore(kept.transpose(1, 2)).transpose(1, 2) for kept in (key_kept, value_kept))
-            self.reading.cache.update(*in_token_order, layer_idx)
+            self.context.cache.update(*in_token_order, layer_idx)
         return concatenate([key, key_kept], dim=2), concatenate([value, value_kept], dim=2)
 
     def _split(self, states: Tensor) -> tuple[Tensor, ...]:
         """The first `E` tokens of each row, the others of its `L`, and the copy."""
-        tokens, size = self.reading.layout.streams
+        tokens, size = self.context.layout.streams
         return states.split([size, tokens - size, size], dim=2)
 
     def get_seq_length(self, *_: Any) -> int:
@@ -81,15 +81,15 @@ class JointAttention(TakesCache):
     takes_several_completions: ClassVar[bool] = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        reading = current_reading()
-        if reading is None:
+        context = current_context()
+        if context is None:
             return super().forward(*args, **kwargs)
-        reading.take_part(self)
+        context.take_part(self)
         kwargs = by_name(super().forward, args, kwargs)
-        (documents,) = reading.layout.documents
-        visible = documents.joint_mask(reading.layout.tokens, self.reach(), reading.second_pass_causal)
-        kwargs = with_cache(kwargs, self.cache_keyword, MixingCache(self, reading))
-        kwargs |= self.mask_arguments(kwargs, visible, reading.layout)
+        (documents,) = context.layout.documents
+        visible = documents.joint_mask(context.layout.tokens, self.reach(), context.second_pass_causal)
+        kwargs = with_cache(kwargs, self.cache_keyword, MixingCache(self, context))
+        kwargs |= self.mask_arguments(kwargs, visible, context.layout)
         return super(JointAttention, self.unmasked(visible)).forward(**kwargs)
 
     def reach(self) -> Reach | None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..core.mixing import MIXING
-from ..modeling.context import Stream, current_reading
+from ..modeling.context import Stream, current_context
 from .adapter_layers import bidirectional
 
 if TYPE_CHECKING:
@@ -105,9 +105,9 @@ class FullLayer(nn.Module, BaseTunerLayer):
         """The copy of the active adapter, or the base layer where it has none or is switched off. In a block that runs
         once per stream, as experts do, the copy of the stream: such a block may use the weights of its parts itself."""
         names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.bitune_full]
-        reading = current_reading()
-        if names and reading is not None and reading.stream is Stream.BIDIRECTIONAL:
-            names = [name for name in (bidirectional(reading.adapter), *names) if name in self.bitune_full]
+        context = current_context()
+        if names and context is not None and context.stream is Stream.BIDIRECTIONAL:
+            names = [name for name in (bidirectional(context.adapter), *names) if name in self.bitune_full]
         return self.bitune_full[names[0]] if names else self.base_layer
 
     @property
@@ -128,9 +128,9 @@ class FullLayer(nn.Module, BaseTunerLayer):
 
     def _of_active(self, name: str) -> Any:
         """An attribute of `active`. Raises RuntimeError for a weight where both streams are together."""
-        value, reading = getattr(self.active, name), current_reading()
-        together = reading is not None and reading.stream is None and bidirectional(reading.adapter) in self.bitune_full
-        if isinstance(value, Tensor) and together and not reading.share_adapter:
+        value, context = getattr(self.active, name), current_context()
+        together = context is not None and context.stream is None and bidirectional(context.adapter) in self.bitune_full
+        if isinstance(value, Tensor) and together and not context.share_adapter:
             raise RuntimeError(
                 f"`{name}` of a {type(self.base_layer).__name__} is used without calling it, and Bitune cannot give "
                 "each stream its own. Leave this module out of the adapter's `target_modules` (`exclude_modules=...`)."

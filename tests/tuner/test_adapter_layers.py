@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bitune_plugin.core.layout import PromptLayout
 from bitune_plugin.core.planning import plan
 from bitune_plugin.modeling.checkpointing import FollowingLayer
-from bitune_plugin.modeling.context import KEYWORD, Reading, Sealed, reading_in_progress
+from bitune_plugin.modeling.context import CONTEXT_KEYWORD, ForwardContext, Sealed, forward_context
 from bitune_plugin.modeling.extension import Extension, extend, restore
 from bitune_plugin.tuner.adapter_layers import TwoAdapterLayer, bidirectional, with_active_adapter
 
@@ -83,7 +83,7 @@ def test_each_part_is_what_the_layer_makes_of_it_with_its_adapter(kind: str) -> 
     assert not torch.allclose(expected[1], layer(tokens[:, parts.tokens :])), "the adapters must differ"
 
     extend(layer, TwoAdapterLayer)
-    with reading_in_progress(Reading(parts, "default")):
+    with forward_context(ForwardContext(parts, "default")):
         torch.testing.assert_close(layer(tokens), torch.cat(expected, dim=1))
 
 
@@ -100,7 +100,7 @@ def test_with_a_shared_adapter_every_token_sees_the_causal_one() -> None:
     tokens = lengthened(parts)
     before = layer(tokens)
     extend(layer, TwoAdapterLayer)
-    with reading_in_progress(Reading(parts, "default", share_adapter=True)):
+    with forward_context(ForwardContext(parts, "default", share_adapter=True)):
         assert torch.equal(layer(tokens), before)
 
 
@@ -120,7 +120,7 @@ def test_plain_lora_multiplies_all_tokens_by_the_base_weight_at_once() -> None:
     layer, parts = adapted(), layout()
     extend(layer, TwoAdapterLayer)
     calls = count_calls(layer.base_layer)
-    with reading_in_progress(Reading(parts, "default")):
+    with forward_context(ForwardContext(parts, "default")):
         layer(lengthened(parts))
     assert len(calls) == 1
 
@@ -137,7 +137,7 @@ def test_plain_lora_has_pefts_number_formats(base: torch.dtype, adapter: torch.d
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = by_peft(layer, parts, tokens)
         extend(layer, TwoAdapterLayer)
-        with reading_in_progress(Reading(parts, "default")):
+        with forward_context(ForwardContext(parts, "default")):
             got = layer(tokens)
     assert got.dtype == expected.dtype
     rounding = 3e-2 if HALF in (base, adapter) or autocast else 1e-6
@@ -179,7 +179,7 @@ def test_lora_that_is_not_plain_goes_through_pefts_own_layer(change: Callable[[B
     expected = by_peft(layer, parts, tokens)
     extend(layer, TwoAdapterLayer)
     calls = count_calls(layer.base_layer)
-    with reading_in_progress(Reading(parts, "default")):
+    with forward_context(ForwardContext(parts, "default")):
         torch.testing.assert_close(layer(tokens), expected)
     assert len(calls) == 2
 
@@ -188,7 +188,7 @@ def test_gradients_of_each_part_stay_with_its_adapter() -> None:
     layer, parts = adapted(), layout()
     layer.requires_grad_(True)
     extend(layer, TwoAdapterLayer)
-    with reading_in_progress(Reading(parts, "default")):
+    with forward_context(ForwardContext(parts, "default")):
         layer(lengthened(parts))[:, : parts.tokens].sum().backward()
     assert layer.lora_A["default"].weight.grad.abs().sum() > 0
     assert layer.lora_A[SECOND].weight.grad is None or layer.lora_A[SECOND].weight.grad.abs().sum() == 0
@@ -199,7 +199,7 @@ def test_flat_tokens_are_refused_with_the_way_out() -> None:
     extend(layer, TwoAdapterLayer)
     flat = lengthened(parts).flatten(0, 1)
     with (
-        reading_in_progress(Reading(parts, "default")),
+        forward_context(ForwardContext(parts, "default")),
         pytest.raises(RuntimeError, match=r"shape \[14, 6\].*\[rows, 7, \.\.\.\].*target_modules.*exclude_modules"),
     ):
         layer(flat)
@@ -209,7 +209,7 @@ def test_flat_tokens_are_refused_with_the_way_out() -> None:
 def test_tokens_of_another_length_are_refused(shape: tuple[int, ...]) -> None:
     layer = adapted()
     extend(layer, TwoAdapterLayer)
-    with reading_in_progress(Reading(layout(), "default")), pytest.raises(RuntimeError, match="cannot tell which"):
+    with forward_context(ForwardContext(layout(), "default")), pytest.raises(RuntimeError, match="cannot tell which"):
         layer(torch.zeros(shape))
 
 
@@ -256,27 +256,27 @@ def probe() -> Iterator[Callable[[], bool]]:
 
 def test_a_reading_ends_with_its_block(probe: Callable[[], bool]) -> None:
     assert not probe()
-    with reading_in_progress(Reading(layout(), "default")):
+    with forward_context(ForwardContext(layout(), "default")):
         assert probe()
     assert not probe()
 
 
 def test_a_reading_ends_with_an_error_too(probe: Callable[[], bool]) -> None:
-    with pytest.raises(KeyError), reading_in_progress(Reading(layout(), "default")):
+    with pytest.raises(KeyError), forward_context(ForwardContext(layout(), "default")):
         raise KeyError
     assert not probe()
 
 
 def test_a_plain_forward_inside_a_reading_does_not_end_it(probe: Callable[[], bool]) -> None:
-    with reading_in_progress(Reading(layout(), "default")):
-        with reading_in_progress(None):
+    with forward_context(ForwardContext(layout(), "default")):
+        with forward_context(None):
             assert not probe()
         assert probe()
 
 
 def test_another_thread_does_not_see_the_reading(probe: Callable[[], bool]) -> None:
     seen: list[bool] = []
-    with reading_in_progress(Reading(layout(), "default")):
+    with forward_context(ForwardContext(layout(), "default")):
         thread = threading.Thread(target=lambda: seen.append(probe()))
         thread.start()
         thread.join()
@@ -288,14 +288,14 @@ def test_threads_follow_each_their_own_reading_on_one_layer() -> None:
     extend(layer, TwoAdapterLayer)
     alone = []
     for part in parts:
-        with reading_in_progress(Reading(part, "default")):
+        with forward_context(ForwardContext(part, "default")):
             alone.append(layer(lengthened(part)))
 
     together: list[Tensor | None] = [None, None]
     barrier = threading.Barrier(2, timeout=20)
 
     def run(index: int) -> None:
-        with reading_in_progress(Reading(parts[index], "default")):
+        with forward_context(ForwardContext(parts[index], "default")):
             barrier.wait()
             together[index] = layer(lengthened(parts[index]))
             barrier.wait()
@@ -323,17 +323,17 @@ class Decoder(nn.Module):
 def test_a_decoder_layer_follows_the_reading_that_it_was_called_in() -> None:
     decoder, parts = Decoder(), layout()
     extend(decoder, FollowingLayer)
-    tokens, reading = lengthened(parts), Reading(parts, "default")
-    with reading_in_progress(reading):
+    tokens, context = lengthened(parts), ForwardContext(parts, "default")
+    with forward_context(context):
         expected = decoder.linear(tokens)
         assert torch.equal(decoder(tokens), expected)
-    assert torch.equal(decoder.forward(tokens, **{KEYWORD: Sealed(reading)}), expected)
+    assert torch.equal(decoder.forward(tokens, **{CONTEXT_KEYWORD: Sealed(context)}), expected)
 
 
 def test_a_decoder_layer_computed_again_is_plain_if_it_was_whatever_goes_on_around_it() -> None:
     decoder = Decoder()
     extend(decoder, FollowingLayer)
-    with reading_in_progress(Reading(layout(), "default")):
+    with forward_context(ForwardContext(layout(), "default")):
         decoder.forward(torch.zeros(1, 2, SIZE))
 
 
@@ -418,7 +418,7 @@ def test_a_copy_of_an_extended_layer_works_on_its_own_weights(again: Callable[[n
     extend(layer, TwoAdapterLayer)
     other = again(layer)
     tokens = lengthened(parts)
-    with torch.no_grad(), reading_in_progress(Reading(parts, "default")):
+    with torch.no_grad(), forward_context(ForwardContext(parts, "default")):
         before = layer(tokens)
         assert torch.equal(other(tokens), before)
         for parameter in other.parameters():
