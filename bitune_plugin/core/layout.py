@@ -33,12 +33,12 @@ from .masks import Documents, Made, once
 from .prompts import IGNORED
 
 
-class Parts(NamedTuple):
+class Segments(NamedTuple):
     """What belongs to the slots of `Documents`: encoded prompts and their copies, `E` slots, and answers, `A`."""
 
-    encoded: Tensor
+    prefix: Tensor
     answer: Tensor
-    copy: Tensor
+    bidirectional: Tensor
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class PromptLayout:
             padding; `None` where all have kept their place.
         answers: int64 `[n]`, the answers among the `R * tokens` of the causal stream, one document after the other.
         to_slots, to_tokens: from the places of a single lengthened row to the slots of `documents`, in the order of
-            their `Parts`, and back; `None` where every document has a row.
+            their `Segments`, and back; `None` where every document has a row.
     """
 
     shape: tuple[int, int]
@@ -121,22 +121,22 @@ class PromptLayout:
         goes_on = nn.functional.pad(self.answers.diff() == 1, (1, 0))[None]
         return self.answers_of(self.lengthen(labels)).masked_fill((positions == 0) | ~goes_on, IGNORED)
 
-    def parts(self, states: Tensor) -> list[Parts]:
+    def segments(self, states: Tensor) -> list[Segments]:
         """Takes documents out of lengthened rows: `[R, heads, M, size]` to `[D, heads, slots, size]` for each of
         `documents`. Not where rows were asked for that are not alike (`rows_apart`)."""
         if self.to_slots is None:
             encoded, answers = self.documents[0].slots
-            return [Parts(*states.split([encoded, answers, encoded], dim=2))]
+            return [Segments(*states.split([encoded, answers, encoded], dim=2))]
         slots = rearrange(states.transpose(1, 2).flatten(0, 1), self.to_slots, self.to_tokens)
-        masks = [mask for documents in self.documents for mask in documents.parts]
+        masks = [mask for documents in self.documents for mask in documents.segments]
         pieces = slots.split([mask.numel() for mask in masks])
         in_slots = [piece.unflatten(0, mask.shape).transpose(1, 2) for piece, mask in zip(pieces, masks, strict=True)]
-        return list(map(Parts, in_slots[0::3], in_slots[1::3], in_slots[2::3]))
+        return list(map(Segments, in_slots[0::3], in_slots[1::3], in_slots[2::3]))
 
-    def joined(self, parts: Sequence[Parts]) -> Tensor:
+    def joined(self, segments: Sequence[Segments]) -> Tensor:
         """Puts documents back into lengthened rows: `[D, slots, heads, size]` for each of `documents` to
         `[R, M, heads, size]`."""
         if self.to_slots is None:
-            return concatenate(parts[0], dim=1)
-        slots = concatenate([piece.flatten(0, 1) for each in parts for piece in each])
+            return concatenate(segments[0], dim=1)
+        slots = concatenate([piece.flatten(0, 1) for each in segments for piece in each])
         return rearrange(slots, self.to_tokens, self.to_slots)[None]

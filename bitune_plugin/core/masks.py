@@ -124,7 +124,7 @@ class Documents:
         return len(self.encoded)
 
     @property
-    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+    def segments(self) -> tuple[Tensor, Tensor, Tensor]:
         """The filled slots of encoded prompts, answers and copies."""
         return self.encoded, self.answer, self.encoded
 
@@ -143,7 +143,7 @@ class Documents:
         """
         return once(self._made, ("sights", reach, causal), lambda: self._sights(reach, causal))
 
-    def encoded_mask(self, reach: Reach | None = None) -> Tensor | None:
+    def prefix_mask(self, reach: Reach | None = None) -> Tensor | None:
         """Causal stream: encoded prompt to encoded prompt, causally.
 
         Returns:
@@ -151,9 +151,9 @@ class Documents:
         """
         if reach is None or reach.size >= self.encoded.shape[1]:
             return None
-        return once(self._made, ("encoded", reach), lambda: self._encoded_mask(reach))
+        return once(self._made, ("prefix", reach), lambda: self._prefix_mask(reach))
 
-    def copy_mask(self, reach: Reach | None = None, causal: bool = False) -> Tensor | None:
+    def bidirectional_mask(self, reach: Reach | None = None, causal: bool = False) -> Tensor | None:
         """Bidirectional stream: copy to copy, fully; within a sliding window, as far back as ahead.
 
         Args:
@@ -163,12 +163,12 @@ class Documents:
             bool `[D or 1, 1, E or 1, E]`, or `None` when every token sees all the others.
         """
         if causal:
-            return self.encoded_mask(reach)
+            return self.prefix_mask(reach)
         if reach is not None and reach.size >= self.encoded.shape[1]:
             reach = None
         if reach is None and self.alike:
             return None
-        return once(self._made, ("copy", reach), lambda: self._copy_mask(reach))
+        return once(self._made, ("bidirectional", reach), lambda: self._bidirectional_mask(reach))
 
     def answer_mask(self, reach: Reach | None = None) -> Tensor:
         """Answer to `[mixed encoded prompt | answer]`: all of its prompt, and causally itself.
@@ -201,8 +201,8 @@ class Documents:
         # Python's collector runs.
         twin = once(self._made, "twin", lambda: replace(self, _made={}))
         return (
-            Sight(self.encoded, self.encoded, True, reach, lambda: twin.encoded_mask(reach)),
-            Sight(self.encoded, self.encoded, causal, reach, lambda: twin.copy_mask(reach, causal)),
+            Sight(self.encoded, self.encoded, True, reach, lambda: twin.prefix_mask(reach)),
+            Sight(self.encoded, self.encoded, causal, reach, lambda: twin.bidirectional_mask(reach, causal)),
             Sight(self.answer, both, one_completion, reach, lambda: twin.answer_mask(reach)),
         )
 
@@ -210,11 +210,11 @@ class Documents:
         """bool `[D or 1, slots]`: of one document where all are alike."""
         return slots[:1] if self.alike else slots
 
-    def _encoded_mask(self, reach: Reach) -> Tensor:
+    def _prefix_mask(self, reach: Reach) -> Tensor:
         query, key = _pairs(self.encoded.shape[1], self.encoded.device)
         return ((query >= key) & reach.reaches(query, key))[None, None]
 
-    def _copy_mask(self, reach: Reach | None) -> Tensor:
+    def _bidirectional_mask(self, reach: Reach | None) -> Tensor:
         mask = _at_least_one(self._filled(self.encoded))[:, None, None, :]
         if reach is None:
             return mask

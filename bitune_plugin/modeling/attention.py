@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..core.autocast import concatenate
-from ..core.layout import Parts, PromptLayout
+from ..core.layout import PromptLayout, Segments
 from ..core.masks import Chunk, Reach, Sight, Window
 from ..core.mixing import MIXING
 from .backends import KERNELS
@@ -111,28 +111,28 @@ def _attend_in_groups(
     reach: Reach | None,
 ) -> tuple[Tensor, None]:
     layout = context.layout
-    queries, keys, values = map(layout.parts, (query, key, value))
+    queries, keys, values = map(layout.segments, (query, key, value))
     keys_mixed, values_mixed = getattr(module, MIXING)(
-        [(parts.encoded, parts.copy) for parts in keys],
-        [(parts.encoded, parts.copy) for parts in values],
+        [(segments.prefix, segments.bidirectional) for segments in keys],
+        [(segments.prefix, segments.bidirectional) for segments in values],
         context.adapter,
     )
     # As the answer sees them, and as the cache keeps them.
-    keys_kept = [parts._replace(encoded=mixed) for parts, mixed in zip(keys, keys_mixed, strict=True)]
-    values_kept = [parts._replace(encoded=mixed) for parts, mixed in zip(values, values_mixed, strict=True)]
+    keys_kept = [segments._replace(prefix=mixed) for segments, mixed in zip(keys, keys_mixed, strict=True)]
+    values_kept = [segments._replace(prefix=mixed) for segments, mixed in zip(values, values_mixed, strict=True)]
     if context.cache is not None and not shares_keys(module):
-        kept = (in_token_order(layout, parts) for parts in (keys_kept, values_kept))
+        kept = (in_token_order(layout, segments) for segments in (keys_kept, values_kept))
         context.cache.update(*kept, module.layer_idx)
 
     attended = []
-    for documents, *parts in zip(layout.documents, queries, keys, values, keys_kept, values_kept, strict=True):
-        q, k, v, k_kept, v_kept = parts
-        by_encoded, by_copy, by_answer = documents.sights(reach, context.second_pass_causal)
-        encoded = _attended(attend, q.encoded, k.encoded, v.encoded, by_encoded)
-        k_seen, v_seen = (concatenate([kept.encoded, kept.answer], dim=2) for kept in (k_kept, v_kept))
-        answer = _attended(attend, q.answer, k_seen, v_seen, by_answer)
-        copy = _attended(attend, q.copy, k.copy, v.copy, by_copy)
-        attended.append(Parts(encoded, answer, copy))
+    for documents, *segments in zip(layout.documents, queries, keys, values, keys_kept, values_kept, strict=True):
+        q, k, v, k_kept, v_kept = segments
+        of_prefix, of_bidirectional, of_answer = documents.sights(reach, context.second_pass_causal)
+        prefix = _attended(attend, q.prefix, k.prefix, v.prefix, of_prefix)
+        k_seen, v_seen = (concatenate([kept.prefix, kept.answer], dim=2) for kept in (k_kept, v_kept))
+        answer = _attended(attend, q.answer, k_seen, v_seen, of_answer)
+        bidirectional = _attended(attend, q.bidirectional, k.bidirectional, v.bidirectional, of_bidirectional)
+        attended.append(Segments(prefix, answer, bidirectional))
     return layout.joined(attended), None
 
 
@@ -143,10 +143,10 @@ def _attended(attend: Attend, query: Tensor, key: Tensor, value: Tensor, seen: S
     return attend(query, key, value, seen)[0]
 
 
-def in_token_order(layout: PromptLayout, states: list[Parts]) -> Tensor:
+def in_token_order(layout: PromptLayout, states: list[Segments]) -> Tensor:
     """Keys or values as a cache keeps them: `[D, heads, slots, head size]`, those of prompts mixed, to `[B, heads, T,
     head size]`."""
-    slots_first = [Parts(*(piece.transpose(1, 2) for piece in parts)) for parts in states]
+    slots_first = [Segments(*(piece.transpose(1, 2) for piece in segments)) for segments in states]
     return layout.restore(layout.joined(slots_first)).transpose(1, 2)
 
 

@@ -15,7 +15,7 @@ from torch.autograd import grad, gradcheck, gradgradcheck
 
 from bitune_plugin.core import prompts
 from bitune_plugin.core.gather import Move, rearrange
-from bitune_plugin.core.layout import Parts, PromptLayout
+from bitune_plugin.core.layout import PromptLayout, Segments
 from bitune_plugin.core.planning import plan
 from bitune_plugin.core.prompts import IGNORED, document_starts, prompt_from_labels
 from bitune_plugin.errors import LayoutError
@@ -180,10 +180,10 @@ def of_places(states: Tensor, rows: list[list[tuple[int, int]]], slots: int) -> 
     return torch.stack(taken) if taken else states.new_empty(len(rows), states.shape[1], 0, states.shape[3])
 
 
-def slow_parts(batch: Batch, layout: PromptLayout, states: Tensor) -> list[Parts]:
+def slow_parts(batch: Batch, layout: PromptLayout, states: Tensor) -> list[Segments]:
     tokens, copies = places(batch, layout)
     return [
-        Parts(
+        Segments(
             of_places(states, [[tokens[token] for token in each.encoded] for each in held], documents.slots[0]),
             of_places(states, [[tokens[token] for token in each.answer] for each in held], documents.slots[1]),
             of_places(states, [[copies[token] for token in each.encoded] for each in held], documents.slots[0]),
@@ -197,12 +197,12 @@ def states_for(layout: PromptLayout) -> Tensor:
     return torch.randn(len(layout.source), 2, layout.length, 3, dtype=torch.float64, requires_grad=True)
 
 
-def flat(parts: list[Parts]) -> list[Tensor]:
-    return [piece for each in parts for piece in each]
+def flat(segments: list[Segments]) -> list[Tensor]:
+    return [piece for each in segments for piece in each]
 
 
-def slots_first(parts: list[Parts]) -> list[Parts]:
-    return [Parts(*(piece.transpose(1, 2) for piece in each)) for each in parts]
+def slots_first(segments: list[Segments]) -> list[Segments]:
+    return [Segments(*(piece.transpose(1, 2) for piece in each)) for each in segments]
 
 
 @given(batches)
@@ -211,7 +211,7 @@ def slots_first(parts: list[Parts]) -> list[Parts]:
 def test_each_document_stands_in_the_front_of_its_slots(batch: Batch) -> None:
     layout = batch.plan()
     states = states_for(layout)
-    for got, expected in zip(flat(layout.parts(states)), flat(slow_parts(batch, layout, states)), strict=True):
+    for got, expected in zip(flat(layout.segments(states)), flat(slow_parts(batch, layout, states)), strict=True):
         assert torch.equal(got, expected)
 
 
@@ -224,7 +224,7 @@ def test_joined_parts_are_the_lengthened_rows_again_but_for_a_copy_of_nothing(ba
     expected = states.transpose(1, 2).clone()
     if not any(document.encoded for document in batch.documents):
         expected[:, layout.tokens :] = 0
-    assert torch.equal(layout.joined(slots_first(layout.parts(states))), expected)
+    assert torch.equal(layout.joined(slots_first(layout.segments(states))), expected)
 
 
 @given(batches)
@@ -233,9 +233,9 @@ def test_joined_parts_are_the_lengthened_rows_again_but_for_a_copy_of_nothing(ba
 def test_gradients_of_parts_are_those_of_plain_indices(batch: Batch) -> None:
     layout = batch.plan()
     states = states_for(layout)
-    fast, slow = flat(layout.parts(states)), flat(slow_parts(batch, layout, states))
+    fast, slow = flat(layout.segments(states)), flat(slow_parts(batch, layout, states))
     weights = list(map(torch.randn_like, fast))
-    got, expected = (sum((x * w).sum() for x, w in zip(parts, weights, strict=True)) for parts in (fast, slow))
+    got, expected = (sum((x * w).sum() for x, w in zip(segments, weights, strict=True)) for segments in (fast, slow))
     assert torch.equal(*(grad(each, states)[0] for each in (got, expected)))
 
 
@@ -244,9 +244,9 @@ def test_gradients_of_parts_are_those_of_plain_indices(batch: Batch) -> None:
 @example(RAGGED)
 def test_gradients_of_joined_parts_are_those_of_their_slots_and_zero_in_free_ones(batch: Batch) -> None:
     layout = batch.plan()
-    shapes = [(documents, mask) for documents in layout.documents for mask in documents.parts]
+    shapes = [(documents, mask) for documents in layout.documents for mask in documents.segments]
     pieces = [torch.randn(*mask.shape, 2, 3, dtype=torch.float64, requires_grad=True) for _, mask in shapes]
-    joined = layout.joined(list(map(Parts, pieces[0::3], pieces[1::3], pieces[2::3])))
+    joined = layout.joined(list(map(Segments, pieces[0::3], pieces[1::3], pieces[2::3])))
     weight = torch.randn_like(joined)
     expected = flat(slots_first(slow_parts(batch, layout, weight.transpose(1, 2))))
     got = grad((joined * weight).sum(), pieces, materialize_grads=True)
@@ -258,8 +258,8 @@ def test_parts_and_joined_can_be_derived_twice(rows: tuple[str, ...]) -> None:
     layout = Batch(rows).plan()
     states = states_for(layout)[:, :1, :, :1].detach().requires_grad_()
     for function in (
-        lambda states: tuple(flat(layout.parts(states))),
-        lambda states: layout.joined(slots_first(layout.parts(states.square()))),
+        lambda states: tuple(flat(layout.segments(states))),
+        lambda states: layout.joined(slots_first(layout.segments(states.square()))),
     ):
         assert gradcheck(function, states)
         assert gradgradcheck(function, states)
@@ -268,8 +268,8 @@ def test_parts_and_joined_can_be_derived_twice(rows: tuple[str, ...]) -> None:
 def test_alike_documents_are_sliced_not_gathered() -> None:
     layout = Batch(("PPPcc", "PPPcc")).plan()
     states = states_for(layout)
-    (parts,) = layout.parts(states)
-    offsets = [(piece.data_ptr() - states.data_ptr()) // states[0, 0, 0].nbytes for piece in parts]
+    (segments,) = layout.segments(states)
+    offsets = [(piece.data_ptr() - states.data_ptr()) // states[0, 0, 0].nbytes for piece in segments]
     assert offsets == [0, 2, 5]
     assert layout.positions.shape == (1, 7)
 
@@ -331,7 +331,7 @@ def test_where_nothing_is_encoded_each_row_has_a_copy_that_nobody_looks_at(
         assert not layout.documents[0].joint_mask(layout.tokens)[..., :-1, layout.tokens].any()
     else:
         states = states_for(layout)
-        (gradient,) = grad(sum(piece.sum() for piece in flat(layout.parts(states))), states)
+        (gradient,) = grad(sum(piece.sum() for piece in flat(layout.segments(states))), states)
         assert gradient[:, :, -1].eq(0).all()
 
 

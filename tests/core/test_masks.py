@@ -140,8 +140,8 @@ def test_the_joint_mask_says_the_same_of_lengthened_rows(batch: Batch, reach: Re
 def test_documents_that_are_alike_share_one_mask_and_need_none_for_the_prompt() -> None:
     documents = documents_of("PPPcc", "PPPcc", "PPPcc")
     assert documents.alike
-    assert documents.encoded_mask() is None
-    assert documents.copy_mask() is None
+    assert documents.prefix_mask() is None
+    assert documents.bidirectional_mask() is None
     assert documents.answer_mask().shape == (1, 1, 3, 5)
     assert documents.joint_mask(5).shape == (1, 1, 7, 12)
 
@@ -149,8 +149,8 @@ def test_documents_that_are_alike_share_one_mask_and_need_none_for_the_prompt() 
 @pytest.mark.parametrize("reach", [Window(4), Window(5), Window(100), Chunk(4), Chunk(5), Chunk(100)])
 def test_a_window_as_long_as_the_document_is_no_window(reach: Reach) -> None:
     documents = documents_of("PPPc")
-    assert documents.encoded_mask(reach) is None
-    assert documents.copy_mask(reach) is None
+    assert documents.prefix_mask(reach) is None
+    assert documents.bidirectional_mask(reach) is None
     assert documents.answer_mask(reach) is documents.answer_mask()
 
 
@@ -204,13 +204,13 @@ def test_how_far_the_fifth_token_reaches(reach: Reach, keys: list[int]) -> None:
 
 def test_the_masks_of_a_document() -> None:
     documents = documents_of("PPPPPc")
-    assert documents.encoded_mask(Window(2))[0, 0].int().tolist() == [
+    assert documents.prefix_mask(Window(2))[0, 0].int().tolist() == [
         [1, 0, 0, 0],
         [1, 1, 0, 0],
         [0, 1, 1, 0],
         [0, 0, 1, 1],
     ]
-    assert documents.copy_mask(Window(2))[0, 0].int().tolist() == [
+    assert documents.bidirectional_mask(Window(2))[0, 0].int().tolist() == [
         [1, 1, 0, 0],
         [1, 1, 1, 0],
         [0, 1, 1, 1],
@@ -226,7 +226,7 @@ def test_a_shorter_prompt_leaves_slots_that_nobody_sees() -> None:
     documents = documents_of("PPPPc", "PPc..")
     assert len(documents) == 2
     assert documents.slots == (3, 2)
-    assert documents.copy_mask()[:, 0].int().tolist() == [[[1, 1, 1]], [[1, 0, 0]]]
+    assert documents.bidirectional_mask()[:, 0].int().tolist() == [[[1, 1, 1]], [[1, 0, 0]]]
     assert documents.answer_mask()[1, 0].int().tolist() == [[1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]
 
 

@@ -134,8 +134,8 @@ def groups(batch: Batch, layout: PromptLayout) -> list[tuple[Documents, list[Doc
     if layout.to_slots is None:
         return [(layout.documents[0], batch.documents)]
     by_answer = {document.answer[0]: document for document in batch.documents}
-    parts = layout.parts(layout.lengthen(batch.ids)[:, None, :, None])
-    held = [[by_answer[token] for token in each.answer[:, 0, 0, 0].tolist()] for each in parts]
+    segments = layout.segments(layout.lengthen(batch.ids)[:, None, :, None])
+    held = [[by_answer[token] for token in each.answer[:, 0, 0, 0].tolist()] for each in segments]
     return list(zip(layout.documents, held, strict=True))
 
 
