@@ -29,12 +29,12 @@ from torch import Tensor, nn
 
 from .autocast import concatenate
 from .gather import Move, rearrange
-from .masks import Documents, Made, once
+from .masks import Made, SequenceGroup, once
 from .prompts import IGNORED
 
 
 class Segments(NamedTuple):
-    """What belongs to the slots of `Documents`: encoded prompts and their copies, `E` slots, and answers, `A`."""
+    """What belongs to the slots of `SequenceGroup`: encoded prompts and their copies, `E` slots, and answers, `A`."""
 
     prefix: Tensor
     answer: Tensor
@@ -54,11 +54,11 @@ class PromptLayout:
         source: int64 `[R, M]`, which of the caller's `B * T` tokens is in each place of the lengthened rows.
         positions: int64 `[R or 1, M]`, how many tokens of its document each has before it, those of other completions
             of its prompt not counted.
-        documents: all documents, those of about the same length together.
+        groups: all sequences, those of about the same length together.
         target: int64 `[B * T]`, where each of the caller's tokens is among the `R * tokens` of the causal stream, 0 for
             padding; `None` where all have kept their place.
         answers: int64 `[n]`, the answers among the `R * tokens` of the causal stream, one document after the other.
-        to_slots, to_tokens: from the places of a single lengthened row to the slots of `documents`, in the order of
+        to_slots, to_tokens: from the places of a single lengthened row to the slots of `groups`, in the order of
             their `Segments`, and back; `None` where every document has a row.
     """
 
@@ -68,7 +68,7 @@ class PromptLayout:
     tokens: int
     source: Tensor
     positions: Tensor
-    documents: tuple[Documents, ...]
+    groups: tuple[SequenceGroup, ...]
     target: Tensor | None
     answers: Tensor
     to_slots: Move | None = None
@@ -92,8 +92,8 @@ class PromptLayout:
 
     def _moved_to(self, device: torch.device) -> PromptLayout:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Move)}
-        documents = tuple(documents.to(device) for documents in self.documents)
-        return replace(self, **moved, documents=documents, _made={})
+        groups = tuple(group.to(device) for group in self.groups)
+        return replace(self, **moved, groups=groups, _made={})
 
     def lengthen(self, tokens: Tensor) -> Tensor:
         """What the caller has for each token, `[B, T, ...]`, or `[1, T, ...]` for all rows, for each place of the
@@ -123,18 +123,18 @@ class PromptLayout:
 
     def segments(self, states: Tensor) -> list[Segments]:
         """Takes documents out of lengthened rows: `[R, heads, M, size]` to `[D, heads, slots, size]` for each of
-        `documents`. Not where rows were asked for that are not alike (`rows_apart`)."""
+        `groups`. Not where rows were asked for that are not alike (`rows_apart`)."""
         if self.to_slots is None:
-            encoded, answers = self.documents[0].slots
+            encoded, answers = self.groups[0].slots
             return [Segments(*states.split([encoded, answers, encoded], dim=2))]
         slots = rearrange(states.transpose(1, 2).flatten(0, 1), self.to_slots, self.to_tokens)
-        masks = [mask for documents in self.documents for mask in documents.segments]
+        masks = [mask for group in self.groups for mask in group.segments]
         pieces = slots.split([mask.numel() for mask in masks])
         in_slots = [piece.unflatten(0, mask.shape).transpose(1, 2) for piece, mask in zip(pieces, masks, strict=True)]
         return list(map(Segments, in_slots[0::3], in_slots[1::3], in_slots[2::3]))
 
     def joined(self, segments: Sequence[Segments]) -> Tensor:
-        """Puts documents back into lengthened rows: `[D, slots, heads, size]` for each of `documents` to
+        """Puts documents back into lengthened rows: `[D, slots, heads, size]` for each of `groups` to
         `[R, M, heads, size]`."""
         if self.to_slots is None:
             return concatenate(segments[0], dim=1)

@@ -95,7 +95,7 @@ class Sight:
 
 
 @dataclass(frozen=True)
-class Documents:
+class SequenceGroup:
     """Documents in slots of the same number.
 
     Attributes:
@@ -115,7 +115,7 @@ class Documents:
     alike: bool
     _made: Made = field(default_factory=dict, repr=False, compare=False)
 
-    def to(self, device: torch.device) -> Documents:
+    def to(self, device: torch.device) -> SequenceGroup:
         """The same on another device."""
         tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **tensors, _made={})

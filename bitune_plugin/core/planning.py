@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import LayoutError
 from .gather import Move
 from .layout import PromptLayout
-from .masks import Documents
+from .masks import SequenceGroup
 from .prompts import _with_first_of_rows
 
 
@@ -30,7 +30,7 @@ def plan(
         attention_mask: `[B, T]`, zero or False on padding; `None` for a batch without padding.
         completion_index: int `[B, T]`, for rows in which several completions follow one prompt: 0 on the prompt,
             then 1, 2, ... on its completions in turn. By default what follows a prompt is one completion.
-        starts: bool `[B, T]`, True where a document begins; by default a row holds one. See `document_starts`.
+        starts: bool `[B, T]`, True where a document begins; by default a row holds one. See `sequence_starts`.
         rows_apart: give every document a row of its own, padded on the right, even where that takes padding.
 
     Returns:
@@ -65,7 +65,7 @@ class _Tokens:
 
     Attributes:
         present: `[N]`, which of the caller's `B * T` tokens each is.
-        document: `[N]`, which document each belongs to.
+        sequence: `[N]`, which document each belongs to.
         place: `[N]`, how many tokens of its document each has before it.
         position: `[N]`, the same without those of other completions.
         length, encoded_length: `[D]`, tokens of each document and of its encoded prompt.
@@ -75,7 +75,7 @@ class _Tokens:
     """
 
     present: Tensor
-    document: Tensor
+    sequence: Tensor
     place: Tensor
     position: Tensor
     length: Tensor
@@ -90,12 +90,12 @@ class _Tokens:
         present = attended.flatten().nonzero().flatten()
         starts_here = starts.flatten()[present]
         first = starts_here.nonzero().flatten()
-        document = starts_here.cumsum(0) - 1
-        place = torch.arange(len(present)) - first[document]
+        sequence = starts_here.cumsum(0) - 1
+        place = torch.arange(len(present)) - first[sequence]
         prompt = prompt_mask.flatten()[present]
         zeros = torch.zeros(len(first), dtype=torch.long)
-        prompt_length = zeros.index_add(0, document, prompt.long())
-        scattered = prompt != (place < prompt_length[document])
+        prompt_length = zeros.index_add(0, sequence, prompt.long())
+        scattered = prompt != (place < prompt_length[sequence])
         if scattered.any():
             rows = (present[scattered] // prompt_mask.shape[1]).unique().tolist()
             raise LayoutError(
@@ -106,10 +106,10 @@ class _Tokens:
             )
         return cls(
             present,
-            document,
+            sequence,
             place,
             place,
-            length=torch.bincount(document, minlength=len(first)),
+            length=torch.bincount(sequence, minlength=len(first)),
             encoded_length=(prompt_length - 1).clamp(min=0),
             packed=bool((starts.sum(dim=1) > 1).any()),
             attended=attended,
@@ -128,7 +128,7 @@ class _Tokens:
     @property
     def is_encoded(self) -> Tensor:
         """bool `[N]`."""
-        return self.place < self.encoded_length[self.document]
+        return self.place < self.encoded_length[self.sequence]
 
     @property
     def plain(self) -> bool:
@@ -148,7 +148,7 @@ class _Tokens:
         """`[D]`, the number of each document's first token."""
         return self.length.cumsum(0) - self.length
 
-    def documents(self, members: Tensor, encoded_slots: int = 0) -> Documents:
+    def group(self, members: Tensor, encoded_slots: int = 0) -> SequenceGroup:
         """Some of the documents, in slots; at least `encoded_slots` of encoded prompts."""
         encoded_length, answer_length = self.encoded_length[members], (self.length - self.encoded_length)[members]
         _, encoded = _slots(self.first[members], encoded_length, encoded_slots)
@@ -156,7 +156,7 @@ class _Tokens:
         alike = bool(encoded.all() and answer.all())
         index = None if self.completion_index is None else self.completion_index[token]
         places = self.position[token]
-        return Documents(encoded, answer, places[:1] if alike and index is None else places, index, alike)
+        return SequenceGroup(encoded, answer, places[:1] if alike and index is None else places, index, alike)
 
 
 def _rows_kept(tokens: _Tokens, shape: tuple[int, int]) -> PromptLayout:
@@ -171,7 +171,7 @@ def _rows_kept(tokens: _Tokens, shape: tuple[int, int]) -> PromptLayout:
         tokens=shape[1],
         source=torch.arange(rows)[:, None] * shape[1] + copied,
         positions=position[:1] if tokens.completion_index is None else position,
-        documents=(tokens.documents(torch.arange(rows)),),
+        groups=(tokens.group(torch.arange(rows)),),
         target=None,
         answers=(~tokens.is_encoded).nonzero().flatten(),
     )
@@ -182,7 +182,7 @@ def _rows_apart(tokens: _Tokens, shape: tuple[int, int]) -> PromptLayout:
     rows, longest = len(tokens.length), int(tokens.length.max())
     copies = tokens.is_encoded.nonzero().flatten()
     length = longest + max(int(tokens.encoded_length.max()), 1)
-    in_row, in_stream = (tokens.document * size + tokens.place for size in (length, longest))
+    in_row, in_stream = (tokens.sequence * size + tokens.place for size in (length, longest))
     filled = torch.cat([in_row, in_row[copies] + longest])
     return PromptLayout(
         shape,
@@ -193,7 +193,7 @@ def _rows_apart(tokens: _Tokens, shape: tuple[int, int]) -> PromptLayout:
         positions=_filled(rows * length, filled, torch.cat([tokens.position, tokens.position[copies]])).view(
             rows, length
         ),
-        documents=(tokens.documents(torch.arange(rows), encoded_slots=1),),
+        groups=(tokens.group(torch.arange(rows), encoded_slots=1),),
         target=_filled(shape[0] * shape[1], tokens.present, in_stream),
         answers=in_stream[~tokens.is_encoded],
     )
@@ -216,7 +216,7 @@ def _one_row(tokens: _Tokens, shape: tuple[int, int]) -> PromptLayout:
         tokens=count,
         source=torch.cat([tokens.present, tokens.present[copied]])[None],
         positions=torch.cat([tokens.position, tokens.position[copied]])[None],
-        documents=tuple(map(tokens.documents, groups)),
+        groups=tuple(map(tokens.group, groups)),
         target=_filled(shape[0] * shape[1], tokens.present, torch.arange(count)),
         answers=(~tokens.is_encoded).nonzero().flatten(),
         to_slots=Move(to_slots, (~filled).nonzero().flatten()),

@@ -14,7 +14,7 @@ IGNORED = -100
 """Label of a token that does not count for the loss."""
 
 
-def document_starts(position_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+def sequence_starts(position_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Where the documents of packed rows begin: where positions do not rise.
 
     Args:
@@ -50,8 +50,8 @@ def prompt_from_labels(labels: Tensor, attention_mask: Tensor | None = None, sta
     starts = _with_first_of_rows(starts, attended)
     labelled = (labels != IGNORED) & attended
     so_far = labelled.cumsum(dim=1)
-    in_documents_before = torch.where(starts, so_far - labelled.long(), 0).cummax(dim=1).values
-    prompt = attended & (so_far == in_documents_before)
+    in_sequences_before = torch.where(starts, so_far - labelled.long(), 0).cummax(dim=1).values
+    prompt = attended & (so_far == in_sequences_before)
     if (attended & ~labelled & ~prompt & _comes_before_another(labelled, starts)).any():
         _warn_ignored_within()
     without = (starts & labelled).any(dim=1).nonzero().flatten().tolist()
@@ -72,9 +72,9 @@ def _with_first_of_rows(starts: Tensor | None, attended: Tensor) -> Tensor:
 
 def _comes_before_another(labelled: Tensor, starts: Tensor) -> Tensor:
     """bool `[B, T]`: a labelled token of the same document is here or further on."""
-    document = starts.cumsum(dim=1)
-    next_labelled = torch.where(labelled, document, document.shape[1] + 1).flip(1).cummin(dim=1).values.flip(1)
-    return next_labelled == document
+    sequence = starts.cumsum(dim=1)
+    next_labelled = torch.where(labelled, sequence, sequence.shape[1] + 1).flip(1).cummin(dim=1).values.flip(1)
+    return next_labelled == sequence
 
 
 @cache

@@ -125,9 +125,9 @@ def _attend_in_groups(
         context.cache.update(*kept, module.layer_idx)
 
     attended = []
-    for documents, *segments in zip(layout.documents, queries, keys, values, keys_kept, values_kept, strict=True):
+    for group, *segments in zip(layout.groups, queries, keys, values, keys_kept, values_kept, strict=True):
         q, k, v, k_kept, v_kept = segments
-        of_prefix, of_bidirectional, of_answer = documents.sights(reach, context.second_pass_causal)
+        of_prefix, of_bidirectional, of_answer = group.sights(reach, context.second_pass_causal)
         prefix = _attended(attend, q.prefix, k.prefix, v.prefix, of_prefix)
         k_seen, v_seen = (concatenate([kept.prefix, kept.answer], dim=2) for kept in (k_kept, v_kept))
         answer = _attended(attend, q.answer, k_seen, v_seen, of_answer)

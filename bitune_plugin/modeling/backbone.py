@@ -102,7 +102,7 @@ def _start_context(
     _check_outputs(architecture, kwargs)
     _use_attention_of_bitune(architecture)
     cache = _cache_to_fill(architecture.backbone, kwargs)
-    if layout.documents[0].completion_index is not None:
+    if layout.groups[0].completion_index is not None:
         _check_several_completions(architecture, cache)
     if layout.packed and cache is not None:
         _check_nothing_follows(kwargs, generation)

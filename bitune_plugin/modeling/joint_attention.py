@@ -45,7 +45,7 @@ class MixingCache:
             layer_idx: where the cache keeps them.
 
         Returns:
-            The keys and values that `Documents.joint_mask` is for, `2L + E` of them.
+            The keys and values that `SequenceGroup.joint_mask` is for, `2L + E` of them.
         """
         layout = self.context.layout
         (key_encoded, key_rest, key_copy), (value_encoded, value_rest, value_copy) = map(self._split, (key, value))
@@ -53,7 +53,7 @@ class MixingCache:
             [(key_encoded, key_copy)], [(value_encoded, value_copy)], self.context.adapter
         )
         # Short prompts leave slots of encoded prompts to the first tokens of their answers.
-        encoded = layout.documents[0].encoded[:, None, :, None]
+        encoded = layout.groups[0].encoded[:, None, :, None]
         key_kept = concatenate([torch.where(encoded, key_mixed, key_encoded), key_rest], dim=2)
         value_kept = concatenate([torch.where(encoded, value_mixed, value_encoded), value_rest], dim=2)
         if self.context.cache is not None:
@@ -86,8 +86,8 @@ class JointAttention(TakesCache):
             return super().forward(*args, **kwargs)
         context.take_part(self)
         kwargs = by_name(super().forward, args, kwargs)
-        (documents,) = context.layout.documents
-        visible = documents.joint_mask(context.layout.tokens, self.reach(), context.second_pass_causal)
+        (group,) = context.layout.groups
+        visible = group.joint_mask(context.layout.tokens, self.reach(), context.second_pass_causal)
         kwargs = with_cache(kwargs, self.cache_keyword, MixingCache(self, context))
         kwargs |= self.mask_arguments(kwargs, visible, context.layout)
         return super(JointAttention, self.unmasked(visible)).forward(**kwargs)

@@ -13,7 +13,7 @@ from transformers import Cache
 
 from ..core.layout import PromptLayout
 from ..core.planning import plan
-from ..core.prompts import document_starts
+from ..core.prompts import sequence_starts
 from ..errors import LayoutError
 from .architectures import Architecture
 from .context import PerThread
@@ -161,7 +161,7 @@ def _starts(prompts: Prompts, kwargs: dict[str, Any], attention_mask: Tensor | N
             f"`position_ids` has shape {list(position_ids.shape)}, but the input has {_tokens(kwargs).shape[1]} tokens "
             "in a row. Pass one position per token."
         )
-    return document_starts(position_ids, attention_mask)
+    return sequence_starts(position_ids, attention_mask)
 
 
 def _holds_tokens(past: Cache | None) -> bool:

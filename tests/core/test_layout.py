@@ -17,7 +17,7 @@ from bitune_plugin.core import prompts
 from bitune_plugin.core.gather import Move, rearrange
 from bitune_plugin.core.layout import PromptLayout, Segments
 from bitune_plugin.core.planning import plan
-from bitune_plugin.core.prompts import IGNORED, document_starts, prompt_from_labels
+from bitune_plugin.core.prompts import IGNORED, prompt_from_labels, sequence_starts
 from bitune_plugin.errors import LayoutError
 from documents import (
     ALIKE_QUESTIONS,
@@ -61,7 +61,7 @@ def places(batch: Batch, layout: PromptLayout) -> tuple[Places, Places]:
 
 
 def tensors_of(layout: PromptLayout) -> Iterator[tuple[str, Tensor]]:
-    for each in (layout, *layout.documents):
+    for each in (layout, *layout.groups):
         for name, value in vars(each).items():
             if isinstance(value, Tensor):
                 yield name, value
@@ -244,7 +244,7 @@ def test_gradients_of_parts_are_those_of_plain_indices(batch: Batch) -> None:
 @example(RAGGED)
 def test_gradients_of_joined_parts_are_those_of_their_slots_and_zero_in_free_ones(batch: Batch) -> None:
     layout = batch.plan()
-    shapes = [(documents, mask) for documents in layout.documents for mask in documents.segments]
+    shapes = [(documents, mask) for documents in layout.groups for mask in documents.segments]
     pieces = [torch.randn(*mask.shape, 2, 3, dtype=torch.float64, requires_grad=True) for _, mask in shapes]
     joined = layout.joined(list(map(Segments, pieces[0::3], pieces[1::3], pieces[2::3])))
     weight = torch.randn_like(joined)
@@ -326,9 +326,9 @@ def test_where_nothing_is_encoded_each_row_has_a_copy_that_nobody_looks_at(
     layout = Batch(rows).plan(rows_apart)
     assert layout.plain
     assert layout.streams[1] == 1
-    assert not any(documents.encoded.any() for documents in layout.documents)
+    assert not any(documents.encoded.any() for documents in layout.groups)
     if rows_apart:
-        assert not layout.documents[0].joint_mask(layout.tokens)[..., :-1, layout.tokens].any()
+        assert not layout.groups[0].joint_mask(layout.tokens)[..., :-1, layout.tokens].any()
     else:
         states = states_for(layout)
         (gradient,) = grad(sum(piece.sum() for piece in flat(layout.segments(states))), states)
@@ -514,9 +514,9 @@ def test_a_document_begins_where_positions_do_not_go_on(
     positions = data.draw(tables(st.integers(0, 5), 1 if one_for_all else rows, tokens))
     attended = data.draw(tables(st.booleans(), rows, tokens))
     expected = [slow_starts(p, a) for p, a in zip(positions * (rows if one_for_all else 1), attended, strict=True)]
-    assert document_starts(torch.tensor(positions), torch.tensor(attended)).tolist() == expected
+    assert sequence_starts(torch.tensor(positions), torch.tensor(attended)).tolist() == expected
     without_padding = [slow_starts(row, [True] * tokens) for row in positions]
-    assert document_starts(torch.tensor(positions)).tolist() == without_padding
+    assert sequence_starts(torch.tensor(positions)).tolist() == without_padding
 
 
 @given(packed_batches.filter(lambda batch: batch.documents), st.integers(0, 5), st.integers(1, 3), st.data())
@@ -528,7 +528,7 @@ def test_documents_whose_positions_start_anywhere_and_have_gaps_are_found(
         for place, token in enumerate(document.tokens):
             positions[token] = first + step * place
     position_ids = torch.tensor(positions).view(batch.ids.shape)
-    assert torch.equal(document_starts(position_ids, batch.attention_mask), batch.starts)
+    assert torch.equal(sequence_starts(position_ids, batch.attention_mask), batch.starts)
 
 
 @pytest.mark.parametrize(
@@ -541,7 +541,7 @@ def test_documents_whose_positions_start_anywhere_and_have_gaps_are_found(
     ],
 )
 def test_where_documents_begin(positions: list[int], starts: list[int]) -> None:
-    assert document_starts(torch.tensor([positions])).int().tolist() == [starts]
+    assert sequence_starts(torch.tensor([positions])).int().tolist() == [starts]
 
 
 # --- The prompt from labels -------------------------------------------------------------------------------------------

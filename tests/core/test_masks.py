@@ -12,14 +12,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bitune_plugin.core.layout import PromptLayout
-from bitune_plugin.core.masks import Chunk, Documents, Made, Reach, Sight, Window, once
+from bitune_plugin.core.masks import Chunk, Made, Reach, SequenceGroup, Sight, Window, once
 from documents import ALIKE_QUESTIONS, PACKED, QUESTIONS, RAGGED, Batch, Document, batches, groups, reaches
 from helpers import SHAPES, batch, bitune, samples
 
 
-def documents_of(*rows: str) -> Documents:
-    (documents,) = Batch(rows).plan().documents
-    return documents
+def group_of(*rows: str) -> SequenceGroup:
+    (group,) = Batch(rows).plan().groups
+    return group
 
 
 # --- In slots ---------------------------------------------------------------------------------------------------------
@@ -29,9 +29,9 @@ def in_slots(tokens: list[int], slots: int) -> list[int | None]:
     return tokens + [None] * (slots - len(tokens))
 
 
-def keys_in_slots(documents: Documents, document: Document) -> tuple[list[int | None], ...]:
+def keys_in_slots(group: SequenceGroup, document: Document) -> tuple[list[int | None], ...]:
     """The keys of each of `sights`."""
-    encoded, answer = map(in_slots, (document.encoded, document.answer), documents.slots)
+    encoded, answer = map(in_slots, (document.encoded, document.answer), group.slots)
     return encoded, encoded, encoded + answer
 
 
@@ -60,10 +60,10 @@ def expected(document: Document, reach: Reach | None, causal: bool) -> tuple[dic
 def test_every_token_sees_what_it_would_see_in_a_batch_of_its_own(
     batch: Batch, reach: Reach | None, causal: bool, rows_apart: bool
 ) -> None:
-    for documents, held in groups(batch, batch.plan(rows_apart)):
-        sights = documents.sights(reach, causal)
+    for group, held in groups(batch, batch.plan(rows_apart)):
+        sights = group.sights(reach, causal)
         for row, document in enumerate(held):
-            keys = keys_in_slots(documents, document)
+            keys = keys_in_slots(group, document)
             queries = (document.encoded, document.encoded, document.answer)
             got = tuple(map(seen, sights, [row] * 3, queries, keys))
             assert got == expected(document, reach, causal)
@@ -73,14 +73,14 @@ def test_every_token_sees_what_it_would_see_in_a_batch_of_its_own(
 @example(RAGGED, Window(2), False, False)
 @example(PACKED, None, False, False)
 def test_packed_attention_is_told_the_same(batch: Batch, reach: Reach | None, causal: bool, rows_apart: bool) -> None:
-    for documents, held in groups(batch, batch.plan(rows_apart)):
-        for part, sight in enumerate(documents.sights(reach, causal)):
+    for group, held in groups(batch, batch.plan(rows_apart)):
+        for part, sight in enumerate(group.sights(reach, causal)):
             if sight.causal is None:
-                assert (part, documents.completion_index is None) == (2, False)
+                assert (part, group.completion_index is None) == (2, False)
                 continue
             assert sight.reach == reach
             for row, document in enumerate(held):
-                all_keys = keys_in_slots(documents, document)[part]
+                all_keys = keys_in_slots(group, document)[part]
                 keys = [key for key, filled in zip(all_keys, sight.keys[row].tolist(), strict=True) if filled]
                 queries = (document.encoded, document.encoded, document.answer)[part]
                 assert sight.queries[row].sum() == len(queries)
@@ -96,10 +96,10 @@ def test_packed_attention_is_told_the_same(batch: Batch, reach: Reach | None, ca
 @example(QUESTIONS, Window(1), False, True)
 def test_no_query_is_left_without_a_key(batch: Batch, reach: Reach | None, causal: bool, rows_apart: bool) -> None:
     layout = batch.plan(rows_apart)
-    for documents in layout.documents:
-        assert all(sight.dense().any(dim=-1).all() for sight in documents.sights(reach, causal) if sight.keys.numel())
+    for group in layout.groups:
+        assert all(sight.dense().any(dim=-1).all() for sight in group.sights(reach, causal) if sight.keys.numel())
     if rows_apart:
-        assert layout.documents[0].joint_mask(layout.tokens, reach, causal).any(dim=-1).all()
+        assert layout.groups[0].joint_mask(layout.tokens, reach, causal).any(dim=-1).all()
 
 
 @given(batches, reaches, st.booleans())
@@ -114,9 +114,7 @@ def test_the_joint_mask_says_the_same_of_lengthened_rows(batch: Batch, reach: Re
     tokens, copies = layout.streams
     size = layout.length
     mask = (
-        layout.documents[0]
-        .joint_mask(layout.tokens, reach, causal)
-        .expand(len(batch.documents), 1, size, tokens + size)
+        layout.groups[0].joint_mask(layout.tokens, reach, causal).expand(len(batch.documents), 1, size, tokens + size)
     )
     for document, of_row in zip(batch.documents, mask[:, 0].tolist(), strict=True):
         row, copy = in_slots(document.tokens, tokens), in_slots(document.encoded, copies)
@@ -138,20 +136,20 @@ def test_the_joint_mask_says_the_same_of_lengthened_rows(batch: Batch, reach: Re
 
 
 def test_documents_that_are_alike_share_one_mask_and_need_none_for_the_prompt() -> None:
-    documents = documents_of("PPPcc", "PPPcc", "PPPcc")
-    assert documents.alike
-    assert documents.prefix_mask() is None
-    assert documents.bidirectional_mask() is None
-    assert documents.answer_mask().shape == (1, 1, 3, 5)
-    assert documents.joint_mask(5).shape == (1, 1, 7, 12)
+    group = group_of("PPPcc", "PPPcc", "PPPcc")
+    assert group.alike
+    assert group.prefix_mask() is None
+    assert group.bidirectional_mask() is None
+    assert group.answer_mask().shape == (1, 1, 3, 5)
+    assert group.joint_mask(5).shape == (1, 1, 7, 12)
 
 
 @pytest.mark.parametrize("reach", [Window(4), Window(5), Window(100), Chunk(4), Chunk(5), Chunk(100)])
 def test_a_window_as_long_as_the_document_is_no_window(reach: Reach) -> None:
-    documents = documents_of("PPPc")
-    assert documents.prefix_mask(reach) is None
-    assert documents.bidirectional_mask(reach) is None
-    assert documents.answer_mask(reach) is documents.answer_mask()
+    group = group_of("PPPc")
+    assert group.prefix_mask(reach) is None
+    assert group.bidirectional_mask(reach) is None
+    assert group.answer_mask(reach) is group.answer_mask()
 
 
 # --- Made once --------------------------------------------------------------------------------------------------------
@@ -161,17 +159,17 @@ def test_a_window_as_long_as_the_document_is_no_window(reach: Reach) -> None:
 def test_sights_asked_for_twice_are_the_same_and_do_not_mix_up_windows(
     batch: Batch, one: Reach | None, other: Reach | None, causal: bool
 ) -> None:
-    for documents, fresh in zip(batch.plan().documents, batch.plan().documents, strict=True):
+    for group, fresh in zip(batch.plan().groups, batch.plan().groups, strict=True):
         for second_pass_causal in (True, False):
-            documents.sights(other, second_pass_causal)
-        sights = documents.sights(one, causal)
-        assert documents.sights(one, causal) is sights
+            group.sights(other, second_pass_causal)
+        sights = group.sights(one, causal)
+        assert group.sights(one, causal) is sights
         for sight, alone in zip(sights, fresh.sights(one, causal), strict=True):
             assert torch.equal(sight.dense(), alone.dense())
 
 
 def test_a_form_of_a_sight_is_made_once_for_each_name() -> None:
-    sight = documents_of("PPPc").sights()[0]
+    sight = group_of("PPPc").sights()[0]
     forms = [sight.form(name, object) for name in ("one", "one", "other")]
     assert forms[0] is forms[1]
     assert forms[0] is not forms[2]
@@ -183,9 +181,9 @@ def test_what_is_made_is_kept_even_if_it_is_nothing() -> None:
 
 
 def test_on_another_device_everything_is_made_there_anew() -> None:
-    documents = documents_of("PPPP12", "PPPP11")
-    here = documents.sights(Window(2))
-    there = documents.to(torch.device("meta")).sights(Window(2))
+    group = group_of("PPPP12", "PPPP11")
+    here = group.sights(Window(2))
+    there = group.to(torch.device("meta")).sights(Window(2))
     assert {sight.mask.device.type for sight in here} == {"cpu"}
     assert {tensor.device.type for sight in there for tensor in (sight.queries, sight.keys, sight.mask)} == {"meta"}
 
@@ -203,35 +201,35 @@ def test_how_far_the_fifth_token_reaches(reach: Reach, keys: list[int]) -> None:
 
 
 def test_the_masks_of_a_document() -> None:
-    documents = documents_of("PPPPPc")
-    assert documents.prefix_mask(Window(2))[0, 0].int().tolist() == [
+    group = group_of("PPPPPc")
+    assert group.prefix_mask(Window(2))[0, 0].int().tolist() == [
         [1, 0, 0, 0],
         [1, 1, 0, 0],
         [0, 1, 1, 0],
         [0, 0, 1, 1],
     ]
-    assert documents.bidirectional_mask(Window(2))[0, 0].int().tolist() == [
+    assert group.bidirectional_mask(Window(2))[0, 0].int().tolist() == [
         [1, 1, 0, 0],
         [1, 1, 1, 0],
         [0, 1, 1, 1],
         [0, 0, 1, 1],
     ]
-    assert documents.answer_mask(Window(2))[0, 0].int().tolist() == [
+    assert group.answer_mask(Window(2))[0, 0].int().tolist() == [
         [0, 0, 0, 1, 1, 0],
         [0, 0, 0, 0, 1, 1],
     ]
 
 
 def test_a_shorter_prompt_leaves_slots_that_nobody_sees() -> None:
-    documents = documents_of("PPPPc", "PPc..")
-    assert len(documents) == 2
-    assert documents.slots == (3, 2)
-    assert documents.bidirectional_mask()[:, 0].int().tolist() == [[[1, 1, 1]], [[1, 0, 0]]]
-    assert documents.answer_mask()[1, 0].int().tolist() == [[1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]
+    group = group_of("PPPPc", "PPc..")
+    assert len(group) == 2
+    assert group.slots == (3, 2)
+    assert group.bidirectional_mask()[:, 0].int().tolist() == [[[1, 1, 1]], [[1, 0, 0]]]
+    assert group.answer_mask()[1, 0].int().tolist() == [[1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]
 
 
 def test_the_answers_of_a_question() -> None:
-    assert documents_of("PPP1123").answer_mask()[0, 0].int().tolist() == [
+    assert group_of("PPP1123").answer_mask()[0, 0].int().tolist() == [
         # P  P | P  1  1  2  3
         [1, 1, 1, 0, 0, 0, 0],
         [1, 1, 1, 1, 0, 0, 0],
@@ -242,7 +240,7 @@ def test_the_answers_of_a_question() -> None:
 
 
 def test_a_window_slides_over_the_prompt_for_each_completion_anew() -> None:
-    assert documents_of("PPP1122").answer_mask(Window(3))[0, 0].int().tolist() == [
+    assert group_of("PPP1122").answer_mask(Window(3))[0, 0].int().tolist() == [
         # P  P | P  1  1  2  2
         [1, 1, 1, 0, 0, 0, 0],
         [0, 1, 1, 1, 0, 0, 0],
@@ -253,7 +251,7 @@ def test_a_window_slides_over_the_prompt_for_each_completion_anew() -> None:
 
 
 def test_the_joint_mask_of_a_document() -> None:
-    assert documents_of("PPPc").joint_mask(4)[0, 0].int().tolist() == [
+    assert group_of("PPPc").joint_mask(4)[0, 0].int().tolist() == [
         # P  P  P  c | copy | P  P  P  c, mixed
         [1, 0, 0, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0, 0, 0, 0],
@@ -282,13 +280,11 @@ def no_collector() -> Iterator[None]:
 def test_masks_go_with_their_documents(reach: Reach | None, rows_apart: bool) -> None:
     layout = RAGGED.plan(rows_apart)
     held: list[weakref.ref] = [weakref.ref(layout)]
-    for documents in layout.documents:
-        sights = documents.sights(reach, False)
-        masks = [sight.dense() for sight in sights] + (
-            [documents.joint_mask(layout.tokens, reach)] if rows_apart else []
-        )
-        held += map(weakref.ref, (documents, *sights, *masks))
-    del layout, documents, sights, masks
+    for group in layout.groups:
+        sights = group.sights(reach, False)
+        masks = [sight.dense() for sight in sights] + ([group.joint_mask(layout.tokens, reach)] if rows_apart else [])
+        held += map(weakref.ref, (group, *sights, *masks))
+    del layout, group, sights, masks
     assert [ref() for ref in held] == [None] * len(held)
 
 
@@ -299,4 +295,4 @@ def test_a_training_step_leaves_nothing_of_its_batch(implementation: str) -> Non
     model.set_attn_implementation(implementation)
     rows = batch(samples(*SHAPES), "left")
     model(**rows.inputs, labels=rows.labels, use_cache=False).loss.backward()
-    assert [each for each in gc.get_objects() if type(each) in (PromptLayout, Documents, Sight)] == []
+    assert [each for each in gc.get_objects() if type(each) in (PromptLayout, SequenceGroup, Sight)] == []

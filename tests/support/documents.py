@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitune_plugin.core.layout import PromptLayout
-from bitune_plugin.core.masks import Chunk, Documents, Reach, Window
+from bitune_plugin.core.masks import Chunk, Reach, SequenceGroup, Window
 from bitune_plugin.core.planning import plan
 
 settings.register_profile("documents", deadline=None, max_examples=60)
@@ -129,14 +129,14 @@ class Batch:
         )
 
 
-def groups(batch: Batch, layout: PromptLayout) -> list[tuple[Documents, list[Document]]]:
+def groups(batch: Batch, layout: PromptLayout) -> list[tuple[SequenceGroup, list[Document]]]:
     """Which documents share slots, in the order of these."""
     if layout.to_slots is None:
-        return [(layout.documents[0], batch.documents)]
+        return [(layout.groups[0], batch.documents)]
     by_answer = {document.answer[0]: document for document in batch.documents}
     segments = layout.segments(layout.lengthen(batch.ids)[:, None, :, None])
     held = [[by_answer[token] for token in each.answer[:, 0, 0, 0].tolist()] for each in segments]
-    return list(zip(layout.documents, held, strict=True))
+    return list(zip(layout.groups, held, strict=True))
 
 
 # --- Any of them ------------------------------------------------------------------------------------------------------
