@@ -59,7 +59,7 @@ def once(made: Made, name: Hashable, make: Callable[[], Any]) -> Any:
 
 
 @dataclass(frozen=True)
-class Sight:
+class AttentionPattern:
     """What one group of queries sees, in the terms of dense and of packed attention.
 
     Attributes:
@@ -133,7 +133,9 @@ class SequenceGroup:
         """`E` and `A`."""
         return self.encoded.shape[1], self.answer.shape[1]
 
-    def sights(self, reach: Reach | None = None, causal: bool = False) -> tuple[Sight, Sight, Sight]:
+    def patterns(
+        self, reach: Reach | None = None, causal: bool = False
+    ) -> tuple[AttentionPattern, AttentionPattern, AttentionPattern]:
         """What encoded prompt, copy and answer see: their own keys; the answer those of the encoded prompt, mixed, and
         behind them its own.
 
@@ -141,7 +143,7 @@ class SequenceGroup:
             reach: how far the layer sees.
             causal: the ablation whose second reading is causal too.
         """
-        return once(self._made, ("sights", reach, causal), lambda: self._sights(reach, causal))
+        return once(self._made, ("patterns", reach, causal), lambda: self._patterns(reach, causal))
 
     def prefix_mask(self, reach: Reach | None = None) -> Tensor | None:
         """Causal stream: encoded prompt to encoded prompt, causally.
@@ -157,7 +159,7 @@ class SequenceGroup:
         """Bidirectional stream: copy to copy, fully; within a sliding window, as far back as ahead.
 
         Args:
-            reach, causal: as in `sights`.
+            reach, causal: as in `patterns`.
 
         Returns:
             bool `[D or 1, 1, E or 1, E]`, or `None` when every token sees all the others.
@@ -186,7 +188,7 @@ class SequenceGroup:
 
         Args:
             length: `L`.
-            reach, causal: as in `sights`.
+            reach, causal: as in `patterns`.
 
         Returns:
             bool `[D or 1, 1, L + E, 2L + E]`: the queries of a row and its copy, to their own keys and, behind them, to
@@ -194,16 +196,18 @@ class SequenceGroup:
         """
         return once(self._made, ("joint", length, reach, causal), lambda: self._joint_mask(length, reach, causal))
 
-    def _sights(self, reach: Reach | None, causal: bool) -> tuple[Sight, Sight, Sight]:
+    def _patterns(
+        self, reach: Reach | None, causal: bool
+    ) -> tuple[AttentionPattern, AttentionPattern, AttentionPattern]:
         both = torch.cat([self.encoded, self.answer], dim=1)
         one_completion = True if self.completion_index is None else None
         # A twin that keeps masks and no sights, because a cycle of references would hold the masks of every batch until
         # Python's collector runs.
         twin = once(self._made, "twin", lambda: replace(self, _made={}))
         return (
-            Sight(self.encoded, self.encoded, True, reach, lambda: twin.prefix_mask(reach)),
-            Sight(self.encoded, self.encoded, causal, reach, lambda: twin.bidirectional_mask(reach, causal)),
-            Sight(self.answer, both, one_completion, reach, lambda: twin.answer_mask(reach)),
+            AttentionPattern(self.encoded, self.encoded, True, reach, lambda: twin.prefix_mask(reach)),
+            AttentionPattern(self.encoded, self.encoded, causal, reach, lambda: twin.bidirectional_mask(reach, causal)),
+            AttentionPattern(self.answer, both, one_completion, reach, lambda: twin.answer_mask(reach)),
         )
 
     def _filled(self, slots: Tensor) -> Tensor:
@@ -256,7 +260,7 @@ class SequenceGroup:
         causally = encoded[:, :, None] & encoded[:, None, :] & (query >= key) & near
         padding = (key >= lengths)[:, :, None] & (query == key)
         from_mixture = answer[:, :, None] & (encoded[:, None, :] | own) & near
-        copy = self.sights(reach, causal)[1].dense().expand(rows, 1, size, size)[:, 0]
+        copy = self.patterns(reach, causal)[1].dense().expand(rows, 1, size, size)[:, 0]
         first = torch.cat([causally | padding, causally.new_zeros(rows, length, size), from_mixture], dim=2)
         return torch.cat([first, nn.functional.pad(copy, (length, length))], dim=1)[:, None]
 

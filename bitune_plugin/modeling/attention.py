@@ -22,13 +22,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..core.autocast import concatenate
 from ..core.layout import PromptLayout, Segments
-from ..core.masks import Chunk, Reach, Sight, Window
+from ..core.masks import AttentionPattern, Chunk, Reach, Window
 from ..core.mixing import MIXING
 from .backends import KERNELS
 from .context import ForwardContext, current_context
 from .extension import Extension
 
-Attend = Callable[[Tensor, Tensor, Tensor, Sight], tuple[Tensor, Tensor | None]]
+Attend = Callable[[Tensor, Tensor, Tensor, AttentionPattern], tuple[Tensor, Tensor | None]]
 """A kernel that knows its module and keywords."""
 
 
@@ -127,7 +127,7 @@ def _attend_in_groups(
     attended = []
     for group, *segments in zip(layout.groups, queries, keys, values, keys_kept, values_kept, strict=True):
         q, k, v, k_kept, v_kept = segments
-        of_prefix, of_bidirectional, of_answer = group.sights(reach, context.second_pass_causal)
+        of_prefix, of_bidirectional, of_answer = group.patterns(reach, context.second_pass_causal)
         prefix = _attended(attend, q.prefix, k.prefix, v.prefix, of_prefix)
         k_seen, v_seen = (concatenate([kept.prefix, kept.answer], dim=2) for kept in (k_kept, v_kept))
         answer = _attended(attend, q.answer, k_seen, v_seen, of_answer)
@@ -136,11 +136,11 @@ def _attend_in_groups(
     return layout.joined(attended), None
 
 
-def _attended(attend: Attend, query: Tensor, key: Tensor, value: Tensor, seen: Sight) -> Tensor:
+def _attended(attend: Attend, query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern) -> Tensor:
     """`[D, heads, slots, head size]` to `[D, slots, heads, head size]`."""
     if query.shape[2] == 0:
         return value.new_empty(query.shape[0], 0, query.shape[1], value.shape[3])
-    return attend(query, key, value, seen)[0]
+    return attend(query, key, value, pattern)[0]
 
 
 def in_token_order(layout: PromptLayout, states: list[Segments]) -> Tensor:

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bitune_plugin.core.layout import PromptLayout
-from bitune_plugin.core.masks import Chunk, Made, Reach, SequenceGroup, Sight, Window, once
+from bitune_plugin.core.masks import AttentionPattern, Chunk, Made, Reach, SequenceGroup, Window, once
 from documents import ALIKE_QUESTIONS, PACKED, QUESTIONS, RAGGED, Batch, Document, batches, groups, reaches
 from helpers import SHAPES, batch, bitune, samples
 
@@ -30,14 +30,14 @@ def in_slots(tokens: list[int], slots: int) -> list[int | None]:
 
 
 def keys_in_slots(group: SequenceGroup, document: Document) -> tuple[list[int | None], ...]:
-    """The keys of each of `sights`."""
+    """The keys of each of `patterns`."""
     encoded, answer = map(in_slots, (document.encoded, document.answer), group.slots)
     return encoded, encoded, encoded + answer
 
 
-def seen(sight: Sight, row: int, queries: list[int], keys: list[int | None]) -> dict[int, set[int | None]]:
+def seen(pattern: AttentionPattern, row: int, queries: list[int], keys: list[int | None]) -> dict[int, set[int | None]]:
     """What each query of a document sees, `None` where a slot holds nothing."""
-    mask = sight.dense().expand(len(sight.queries), 1, sight.queries.shape[1], sight.keys.shape[1])
+    mask = pattern.dense().expand(len(pattern.queries), 1, pattern.queries.shape[1], pattern.keys.shape[1])
     lines = mask[row, 0, : len(queries)].tolist()
     return {query: {keys[k] for k, lit in enumerate(line) if lit} for query, line in zip(queries, lines, strict=True)}
 
@@ -61,11 +61,11 @@ def test_every_token_sees_what_it_would_see_in_a_batch_of_its_own(
     batch: Batch, reach: Reach | None, causal: bool, rows_apart: bool
 ) -> None:
     for group, held in groups(batch, batch.plan(rows_apart)):
-        sights = group.sights(reach, causal)
+        patterns = group.patterns(reach, causal)
         for row, document in enumerate(held):
             keys = keys_in_slots(group, document)
             queries = (document.encoded, document.encoded, document.answer)
-            got = tuple(map(seen, sights, [row] * 3, queries, keys))
+            got = tuple(map(seen, patterns, [row] * 3, queries, keys))
             assert got == expected(document, reach, causal)
 
 
@@ -74,18 +74,18 @@ def test_every_token_sees_what_it_would_see_in_a_batch_of_its_own(
 @example(PACKED, None, False, False)
 def test_packed_attention_is_told_the_same(batch: Batch, reach: Reach | None, causal: bool, rows_apart: bool) -> None:
     for group, held in groups(batch, batch.plan(rows_apart)):
-        for part, sight in enumerate(group.sights(reach, causal)):
-            if sight.causal is None:
+        for part, pattern in enumerate(group.patterns(reach, causal)):
+            if pattern.causal is None:
                 assert (part, group.completion_index is None) == (2, False)
                 continue
-            assert sight.reach == reach
+            assert pattern.reach == reach
             for row, document in enumerate(held):
                 all_keys = keys_in_slots(group, document)[part]
-                keys = [key for key, filled in zip(all_keys, sight.keys[row].tolist(), strict=True) if filled]
+                keys = [key for key, filled in zip(all_keys, pattern.keys[row].tolist(), strict=True) if filled]
                 queries = (document.encoded, document.encoded, document.answer)[part]
-                assert sight.queries[row].sum() == len(queries)
+                assert pattern.queries[row].sum() == len(queries)
                 for before_last, query in enumerate(reversed(queries)):
-                    in_sight = keys[: len(keys) - before_last] if sight.causal else keys
+                    in_sight = keys[: len(keys) - before_last] if pattern.causal else keys
                     near = {key for key in in_sight if document.near(query, key, reach)}
                     assert near == expected(document, reach, causal)[part][query]
 
@@ -97,7 +97,9 @@ def test_packed_attention_is_told_the_same(batch: Batch, reach: Reach | None, ca
 def test_no_query_is_left_without_a_key(batch: Batch, reach: Reach | None, causal: bool, rows_apart: bool) -> None:
     layout = batch.plan(rows_apart)
     for group in layout.groups:
-        assert all(sight.dense().any(dim=-1).all() for sight in group.sights(reach, causal) if sight.keys.numel())
+        assert all(
+            pattern.dense().any(dim=-1).all() for pattern in group.patterns(reach, causal) if pattern.keys.numel()
+        )
     if rows_apart:
         assert layout.groups[0].joint_mask(layout.tokens, reach, causal).any(dim=-1).all()
 
@@ -161,16 +163,16 @@ def test_sights_asked_for_twice_are_the_same_and_do_not_mix_up_windows(
 ) -> None:
     for group, fresh in zip(batch.plan().groups, batch.plan().groups, strict=True):
         for second_pass_causal in (True, False):
-            group.sights(other, second_pass_causal)
-        sights = group.sights(one, causal)
-        assert group.sights(one, causal) is sights
-        for sight, alone in zip(sights, fresh.sights(one, causal), strict=True):
-            assert torch.equal(sight.dense(), alone.dense())
+            group.patterns(other, second_pass_causal)
+        patterns = group.patterns(one, causal)
+        assert group.patterns(one, causal) is patterns
+        for pattern, alone in zip(patterns, fresh.patterns(one, causal), strict=True):
+            assert torch.equal(pattern.dense(), alone.dense())
 
 
 def test_a_form_of_a_sight_is_made_once_for_each_name() -> None:
-    sight = group_of("PPPc").sights()[0]
-    forms = [sight.form(name, object) for name in ("one", "one", "other")]
+    pattern = group_of("PPPc").patterns()[0]
+    forms = [pattern.form(name, object) for name in ("one", "one", "other")]
     assert forms[0] is forms[1]
     assert forms[0] is not forms[2]
 
@@ -182,10 +184,12 @@ def test_what_is_made_is_kept_even_if_it_is_nothing() -> None:
 
 def test_on_another_device_everything_is_made_there_anew() -> None:
     group = group_of("PPPP12", "PPPP11")
-    here = group.sights(Window(2))
-    there = group.to(torch.device("meta")).sights(Window(2))
-    assert {sight.mask.device.type for sight in here} == {"cpu"}
-    assert {tensor.device.type for sight in there for tensor in (sight.queries, sight.keys, sight.mask)} == {"meta"}
+    here = group.patterns(Window(2))
+    there = group.to(torch.device("meta")).patterns(Window(2))
+    assert {pattern.mask.device.type for pattern in here} == {"cpu"}
+    assert {tensor.device.type for pattern in there for tensor in (pattern.queries, pattern.keys, pattern.mask)} == {
+        "meta"
+    }
 
 
 # --- By example -------------------------------------------------------------------------------------------------------
@@ -281,10 +285,12 @@ def test_masks_go_with_their_documents(reach: Reach | None, rows_apart: bool) ->
     layout = RAGGED.plan(rows_apart)
     held: list[weakref.ref] = [weakref.ref(layout)]
     for group in layout.groups:
-        sights = group.sights(reach, False)
-        masks = [sight.dense() for sight in sights] + ([group.joint_mask(layout.tokens, reach)] if rows_apart else [])
-        held += map(weakref.ref, (group, *sights, *masks))
-    del layout, group, sights, masks
+        patterns = group.patterns(reach, False)
+        masks = [pattern.dense() for pattern in patterns] + (
+            [group.joint_mask(layout.tokens, reach)] if rows_apart else []
+        )
+        held += map(weakref.ref, (group, *patterns, *masks))
+    del layout, group, patterns, masks
     assert [ref() for ref in held] == [None] * len(held)
 
 
@@ -295,4 +301,4 @@ def test_a_training_step_leaves_nothing_of_its_batch(implementation: str) -> Non
     model.set_attn_implementation(implementation)
     rows = batch(samples(*SHAPES), "left")
     model(**rows.inputs, labels=rows.labels, use_cache=False).loss.backward()
-    assert [each for each in gc.get_objects() if type(each) in (PromptLayout, SequenceGroup, Sight)] == []
+    assert [each for each in gc.get_objects() if type(each) in (PromptLayout, SequenceGroup, AttentionPattern)] == []
