@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Window:
+class SlidingWindow:
     """Sliding window attention: of all that a token may see, only what is less than `size` tokens away, behind or
     ahead."""
 
     size: int
 
-    def reaches(self, query: Tensor, key: Tensor) -> Tensor:
+    def allows(self, query: Tensor, key: Tensor) -> Tensor:
         """bool, from the places of queries and keys in their documents, broadcast."""
         return (query - key).abs() < self.size
 
@@ -38,12 +38,12 @@ class Chunk:
 
     size: int
 
-    def reaches(self, query: Tensor, key: Tensor) -> Tensor:
+    def allows(self, query: Tensor, key: Tensor) -> Tensor:
         """bool, from the places of queries and keys in their documents, broadcast."""
         return query // self.size == key // self.size
 
 
-Reach = Window | Chunk
+LocalAttention = SlidingWindow | Chunk
 """How far the tokens of a layer see."""
 
 
@@ -66,14 +66,14 @@ class AttentionPattern:
         queries, keys: bool `[D, Q]` and `[D, K]`, True where a slot holds a token.
         causal: of the tokens of a document, in order, the last query sees all keys, the one before it all but the
             last, ...; if False, each sees all. `None` where it is neither.
-        reach: how far queries see; `mask` has it in it, `causal` has not.
+        local: how far queries see; `mask` has it in it, `causal` has not.
         make_mask: makes `mask`, which not every kernel wants.
     """
 
     queries: Tensor
     keys: Tensor
     causal: bool | None
-    reach: Reach | None
+    local: LocalAttention | None
     make_mask: Callable[[], Tensor | None]
     _made: Made = field(default_factory=dict, repr=False, compare=False)
 
@@ -134,70 +134,70 @@ class SequenceGroup:
         return self.encoded.shape[1], self.answer.shape[1]
 
     def patterns(
-        self, reach: Reach | None = None, causal: bool = False
+        self, local: LocalAttention | None = None, causal: bool = False
     ) -> tuple[AttentionPattern, AttentionPattern, AttentionPattern]:
         """What encoded prompt, copy and answer see: their own keys; the answer those of the encoded prompt, mixed, and
         behind them its own.
 
         Args:
-            reach: how far the layer sees.
+            local: how far the layer sees.
             causal: the ablation whose second reading is causal too.
         """
-        return once(self._made, ("patterns", reach, causal), lambda: self._patterns(reach, causal))
+        return once(self._made, ("patterns", local, causal), lambda: self._patterns(local, causal))
 
-    def prefix_mask(self, reach: Reach | None = None) -> Tensor | None:
+    def prefix_mask(self, local: LocalAttention | None = None) -> Tensor | None:
         """Causal stream: encoded prompt to encoded prompt, causally.
 
         Returns:
             bool `[1, 1, E, E]`, or `None` when it is the plain causal mask.
         """
-        if reach is None or reach.size >= self.encoded.shape[1]:
+        if local is None or local.size >= self.encoded.shape[1]:
             return None
-        return once(self._made, ("prefix", reach), lambda: self._prefix_mask(reach))
+        return once(self._made, ("prefix", local), lambda: self._prefix_mask(local))
 
-    def bidirectional_mask(self, reach: Reach | None = None, causal: bool = False) -> Tensor | None:
+    def bidirectional_mask(self, local: LocalAttention | None = None, causal: bool = False) -> Tensor | None:
         """Bidirectional stream: copy to copy, fully; within a sliding window, as far back as ahead.
 
         Args:
-            reach, causal: as in `patterns`.
+            local, causal: as in `patterns`.
 
         Returns:
             bool `[D or 1, 1, E or 1, E]`, or `None` when every token sees all the others.
         """
         if causal:
-            return self.prefix_mask(reach)
-        if reach is not None and reach.size >= self.encoded.shape[1]:
-            reach = None
-        if reach is None and self.alike:
+            return self.prefix_mask(local)
+        if local is not None and local.size >= self.encoded.shape[1]:
+            local = None
+        if local is None and self.alike:
             return None
-        return once(self._made, ("bidirectional", reach), lambda: self._bidirectional_mask(reach))
+        return once(self._made, ("bidirectional", local), lambda: self._bidirectional_mask(local))
 
-    def answer_mask(self, reach: Reach | None = None) -> Tensor:
+    def answer_mask(self, local: LocalAttention | None = None) -> Tensor:
         """Answer to `[mixed encoded prompt | answer]`: all of its prompt, and causally itself.
 
         Returns:
             bool `[D or 1, 1, A, E + A]`.
         """
-        if reach is not None and reach.size >= sum(self.slots):
-            reach = None
-        return once(self._made, ("answer", reach), lambda: self._answer_mask(reach))
+        if local is not None and local.size >= sum(self.slots):
+            local = None
+        return once(self._made, ("answer", local), lambda: self._answer_mask(local))
 
-    def joint_mask(self, length: int, reach: Reach | None = None, causal: bool = False) -> Tensor:
+    def joint_mask(self, length: int, local: LocalAttention | None = None, causal: bool = False) -> Tensor:
         """All three masks in one, for attention that cannot be asked three times; for documents that each have a row
         of `L` tokens, from the left, and behind it the copy.
 
         Args:
             length: `L`.
-            reach, causal: as in `patterns`.
+            local, causal: as in `patterns`.
 
         Returns:
             bool `[D or 1, 1, L + E, 2L + E]`: the queries of a row and its copy, to their own keys and, behind them, to
             keys that are mixed in the encoded prompt. Padding sees itself.
         """
-        return once(self._made, ("joint", length, reach, causal), lambda: self._joint_mask(length, reach, causal))
+        return once(self._made, ("joint", length, local, causal), lambda: self._joint_mask(length, local, causal))
 
     def _patterns(
-        self, reach: Reach | None, causal: bool
+        self, local: LocalAttention | None, causal: bool
     ) -> tuple[AttentionPattern, AttentionPattern, AttentionPattern]:
         both = torch.cat([self.encoded, self.answer], dim=1)
         one_completion = True if self.completion_index is None else None
@@ -205,28 +205,28 @@ class SequenceGroup:
         # Python's collector runs.
         twin = once(self._made, "twin", lambda: replace(self, _made={}))
         return (
-            AttentionPattern(self.encoded, self.encoded, True, reach, lambda: twin.prefix_mask(reach)),
-            AttentionPattern(self.encoded, self.encoded, causal, reach, lambda: twin.bidirectional_mask(reach, causal)),
-            AttentionPattern(self.answer, both, one_completion, reach, lambda: twin.answer_mask(reach)),
+            AttentionPattern(self.encoded, self.encoded, True, local, lambda: twin.prefix_mask(local)),
+            AttentionPattern(self.encoded, self.encoded, causal, local, lambda: twin.bidirectional_mask(local, causal)),
+            AttentionPattern(self.answer, both, one_completion, local, lambda: twin.answer_mask(local)),
         )
 
     def _filled(self, slots: Tensor) -> Tensor:
         """bool `[D or 1, slots]`: of one document where all are alike."""
         return slots[:1] if self.alike else slots
 
-    def _prefix_mask(self, reach: Reach) -> Tensor:
+    def _prefix_mask(self, local: LocalAttention) -> Tensor:
         query, key = _pairs(self.encoded.shape[1], self.encoded.device)
-        return ((query >= key) & reach.reaches(query, key))[None, None]
+        return ((query >= key) & local.allows(query, key))[None, None]
 
-    def _bidirectional_mask(self, reach: Reach | None) -> Tensor:
+    def _bidirectional_mask(self, local: LocalAttention | None) -> Tensor:
         mask = _at_least_one(self._filled(self.encoded))[:, None, None, :]
-        if reach is None:
+        if local is None:
             return mask
         query, key = _pairs(self.encoded.shape[1], self.encoded.device)
         # A free slot keeps sight of itself: no query may be left without any key.
-        return (mask & reach.reaches(query, key)) | (query == key)
+        return (mask & local.allows(query, key)) | (query == key)
 
-    def _answer_mask(self, reach: Reach | None) -> Tensor:
+    def _answer_mask(self, local: LocalAttention | None) -> Tensor:
         encoded, answers = self.slots
         query, key = _pairs(answers, self.answer.device)
         # Free slots come last, so the causal mask hides them from the answer and leaves each one itself.
@@ -234,14 +234,14 @@ class SequenceGroup:
         if self.completion_index is not None:
             own = own & _same_completion(self.completion_index)
         prompt = self._filled(self.encoded)[:, None, :].expand(-1, answers, -1)
-        if reach is not None:
+        if local is not None:
             place = self.places
-            own = own & reach.reaches(place[:, :, None], place[:, None, :])
-            prompt = prompt & reach.reaches(place[:, :, None], torch.arange(encoded, device=place.device))
+            own = own & local.allows(place[:, :, None], place[:, None, :])
+            prompt = prompt & local.allows(place[:, :, None], torch.arange(encoded, device=place.device))
         documents = max(own.shape[0], prompt.shape[0])
         return torch.cat([prompt.expand(documents, -1, -1), own.expand(documents, -1, -1)], dim=2)[:, None]
 
-    def _joint_mask(self, length: int, reach: Reach | None, causal: bool) -> Tensor:
+    def _joint_mask(self, length: int, local: LocalAttention | None, causal: bool) -> Tensor:
         rows = 1 if self.alike and self.completion_index is None else len(self)
         size = self.encoded.shape[1]
         encoded_length = self.encoded[:rows].sum(dim=1, keepdim=True)
@@ -255,12 +255,12 @@ class SequenceGroup:
             place = torch.where(answer, self.places.gather(1, slot), key)
             own = own & _same_completion(torch.where(answer, self.completion_index.gather(1, slot), 0))
         near = (
-            torch.ones_like(encoded[:, None]) if reach is None else reach.reaches(place[:, :, None], place[:, None, :])
+            torch.ones_like(encoded[:, None]) if local is None else local.allows(place[:, :, None], place[:, None, :])
         )
         causally = encoded[:, :, None] & encoded[:, None, :] & (query >= key) & near
         padding = (key >= lengths)[:, :, None] & (query == key)
         from_mixture = answer[:, :, None] & (encoded[:, None, :] | own) & near
-        copy = self.patterns(reach, causal)[1].dense().expand(rows, 1, size, size)[:, 0]
+        copy = self.patterns(local, causal)[1].dense().expand(rows, 1, size, size)[:, 0]
         first = torch.cat([causally | padding, causally.new_zeros(rows, length, size), from_mixture], dim=2)
         return torch.cat([first, nn.functional.pad(copy, (length, length))], dim=1)[:, None]
 

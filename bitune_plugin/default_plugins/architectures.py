@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core.layout import PromptLayout
-from ..core.masks import Reach, Window
+from ..core.masks import LocalAttention, SlidingWindow
 from ..core.mixing import MIXING
 from ..errors import UnsupportedModelError
 from ..hookspecs import hookimpl
 from ..modeling.architectures import Architecture, decoder
-from ..modeling.attention import PlacedQueries, WindowInConfig
+from ..modeling.attention import PlacedQueries, SlidingWindowInConfig
 from ..modeling.extension import Extension, with_attributes
 from ..modeling.host import attends_through_interface, cache_in
 from ..modeling.joint_attention import JointAttention
@@ -68,8 +68,8 @@ class GPTNeoAttention(JointAttention):
             )
         return super().forward(*args, **kwargs)
 
-    def reach(self) -> Reach | None:
-        return Window(self.config.window_size) if self.attention_type == "local" else None
+    def local_attention(self) -> LocalAttention | None:
+        return SlidingWindow(self.config.window_size) if self.attention_type == "local" else None
 
     def unmasked(self, visible: Tensor) -> JointAttention:
         everything = visible.new_ones(1, 1, visible.shape[3], visible.shape[3])
@@ -125,8 +125,8 @@ EXTENSIONS: dict[str, type[Extension]] = {
     "GPTNeoSelfAttention": GPTNeoAttention,
     "Llama4TextAttention": TemperedAttention,
     "MptAttention": MptAttention,
-    "PhimoeAttention": WindowInConfig,
-    "Qwen2MoeAttention": WindowInConfig,
+    "PhimoeAttention": SlidingWindowInConfig,
+    "Qwen2MoeAttention": SlidingWindowInConfig,
 }
 """Attention modules that need more than the others, by the name of their class."""
 

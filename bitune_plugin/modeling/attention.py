@@ -22,7 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..core.autocast import concatenate
 from ..core.layout import PromptLayout, Segments
-from ..core.masks import AttentionPattern, Chunk, Reach, Window
+from ..core.masks import AttentionPattern, Chunk, LocalAttention, SlidingWindow
 from ..core.mixing import MIXING
 from .backends import KERNELS
 from .context import ForwardContext, current_context
@@ -43,7 +43,7 @@ class PlacedQueries(Extension):
         raise NotImplementedError
 
 
-class WindowInConfig(Extension):
+class SlidingWindowInConfig(Extension):
     """An attention module that does not tell its attention function of its sliding window: the model's mask has it."""
 
 
@@ -98,7 +98,7 @@ def bitune_attention(
     kwargs.pop("is_causal", None)
     if isinstance(module, PlacedQueries):
         query = module.in_their_places(query, context.layout)
-    return _attend_in_groups(attend, module, query, key, value, context, reach_of(module, kwargs))
+    return _attend_in_groups(attend, module, query, key, value, context, local_attention_of(module, kwargs))
 
 
 def _attend_in_groups(
@@ -108,7 +108,7 @@ def _attend_in_groups(
     key: Tensor,
     value: Tensor,
     context: ForwardContext,
-    reach: Reach | None,
+    local: LocalAttention | None,
 ) -> tuple[Tensor, None]:
     layout = context.layout
     queries, keys, values = map(layout.segments, (query, key, value))
@@ -127,7 +127,7 @@ def _attend_in_groups(
     attended = []
     for group, *segments in zip(layout.groups, queries, keys, values, keys_kept, values_kept, strict=True):
         q, k, v, k_kept, v_kept = segments
-        of_prefix, of_bidirectional, of_answer = group.patterns(reach, context.second_pass_causal)
+        of_prefix, of_bidirectional, of_answer = group.patterns(local, context.second_pass_causal)
         prefix = _attended(attend, q.prefix, k.prefix, v.prefix, of_prefix)
         k_seen, v_seen = (concatenate([kept.prefix, kept.answer], dim=2) for kept in (k_kept, v_kept))
         answer = _attended(attend, q.answer, k_seen, v_seen, of_answer)
@@ -150,7 +150,7 @@ def in_token_order(layout: PromptLayout, states: list[Segments]) -> Tensor:
     return layout.restore(layout.joined(slots_first)).transpose(1, 2)
 
 
-def reach_of(module: nn.Module, kwargs: dict[str, Any]) -> Reach | None:
+def local_attention_of(module: nn.Module, kwargs: dict[str, Any]) -> LocalAttention | None:
     """How far the tokens of an attention module see.
 
     Args:
@@ -166,14 +166,14 @@ def reach_of(module: nn.Module, kwargs: dict[str, Any]) -> Reach | None:
         return Chunk(config.attention_chunk_size)
     slides = types[module.layer_idx] == "sliding_attention" if types else getattr(config, "sliding_window", None)
     window = kwargs.get("sliding_window")
-    if slides and isinstance(module, WindowInConfig):
+    if slides and isinstance(module, SlidingWindowInConfig):
         window = config.sliding_window
     if slides and window is None:
         raise RuntimeError(
             f"Layer {module.layer_idx} has a sliding window that {type(module).__name__} does not pass to its "
             "attention function, so Bitune would attend too far. This architecture is not supported."
         )
-    return None if window is None else Window(window)
+    return None if window is None else SlidingWindow(window)
 
 
 def shares_keys(module: nn.Module) -> bool:

@@ -116,7 +116,7 @@ def _block_mask(pattern: AttentionPattern) -> BlockMask:
 
 
 def _pack(pattern: AttentionPattern) -> Packing:
-    if isinstance(pattern.reach, Chunk):
+    if isinstance(pattern.local, Chunk):
         raise LayoutError(
             "Flash attention knows no chunks, as this model's layers attend in. Call "
             "`model.set_attn_implementation('sdpa')`."

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..core.autocast import concatenate
 from ..core.layout import PromptLayout
-from ..core.masks import Reach
+from ..core.masks import LocalAttention
 from ..core.mixing import MIXING
 from .backends import additive
 from .context import ForwardContext, current_context
@@ -87,12 +87,12 @@ class JointAttention(TakesCache):
         context.take_part(self)
         kwargs = by_name(super().forward, args, kwargs)
         (group,) = context.layout.groups
-        visible = group.joint_mask(context.layout.tokens, self.reach(), context.second_pass_causal)
+        visible = group.joint_mask(context.layout.tokens, self.local_attention(), context.second_pass_causal)
         kwargs = with_cache(kwargs, self.cache_keyword, MixingCache(self, context))
         kwargs |= self.mask_arguments(kwargs, visible, context.layout)
         return super(JointAttention, self.unmasked(visible)).forward(**kwargs)
 
-    def reach(self) -> Reach | None:
+    def local_attention(self) -> LocalAttention | None:
         """How far the tokens of this layer see."""
         return None
 

@@ -12,8 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bitune_plugin.core.layout import PromptLayout
-from bitune_plugin.core.masks import AttentionPattern, Chunk, Made, Reach, SequenceGroup, Window, once
-from documents import ALIKE_QUESTIONS, PACKED, QUESTIONS, RAGGED, Batch, Document, batches, groups, reaches
+from bitune_plugin.core.masks import AttentionPattern, Chunk, LocalAttention, Made, SequenceGroup, SlidingWindow, once
+from documents import ALIKE_QUESTIONS, PACKED, QUESTIONS, RAGGED, Batch, Document, batches, groups, local_attentions
 from helpers import SHAPES, batch, bitune, samples
 
 
@@ -42,43 +42,45 @@ def seen(pattern: AttentionPattern, row: int, queries: list[int], keys: list[int
     return {query: {keys[k] for k, lit in enumerate(line) if lit} for query, line in zip(queries, lines, strict=True)}
 
 
-def expected(document: Document, reach: Reach | None, causal: bool) -> tuple[dict[int, set[int]], ...]:
+def expected(document: Document, local: LocalAttention | None, causal: bool) -> tuple[dict[int, set[int]], ...]:
     """What each encoded token, copy and token of the answer sees."""
     return (
-        {query: document.seen_behind(query, reach) for query in document.encoded},
-        {query: document.seen_by_copy(query, reach, causal) for query in document.encoded},
-        {query: document.seen_behind(query, reach) for query in document.answer},
+        {query: document.seen_behind(query, local) for query in document.encoded},
+        {query: document.seen_by_copy(query, local, causal) for query in document.encoded},
+        {query: document.seen_behind(query, local) for query in document.answer},
     )
 
 
-@given(batches, reaches, st.booleans(), st.booleans())
-@example(RAGGED, Window(2), False, False)
-@example(PACKED, Window(3), False, False)
+@given(batches, local_attentions, st.booleans(), st.booleans())
+@example(RAGGED, SlidingWindow(2), False, False)
+@example(PACKED, SlidingWindow(3), False, False)
 @example(PACKED, Chunk(3), False, True)
-@example(QUESTIONS, Window(3), False, False)
-@example(ALIKE_QUESTIONS, Window(2), False, False)
+@example(QUESTIONS, SlidingWindow(3), False, False)
+@example(ALIKE_QUESTIONS, SlidingWindow(2), False, False)
 def test_every_token_sees_what_it_would_see_in_a_batch_of_its_own(
-    batch: Batch, reach: Reach | None, causal: bool, rows_apart: bool
+    batch: Batch, local: LocalAttention | None, causal: bool, rows_apart: bool
 ) -> None:
     for group, held in groups(batch, batch.plan(rows_apart)):
-        patterns = group.patterns(reach, causal)
+        patterns = group.patterns(local, causal)
         for row, document in enumerate(held):
             keys = keys_in_slots(group, document)
             queries = (document.encoded, document.encoded, document.answer)
             got = tuple(map(seen, patterns, [row] * 3, queries, keys))
-            assert got == expected(document, reach, causal)
+            assert got == expected(document, local, causal)
 
 
-@given(batches, reaches, st.booleans(), st.booleans())
-@example(RAGGED, Window(2), False, False)
+@given(batches, local_attentions, st.booleans(), st.booleans())
+@example(RAGGED, SlidingWindow(2), False, False)
 @example(PACKED, None, False, False)
-def test_packed_attention_is_told_the_same(batch: Batch, reach: Reach | None, causal: bool, rows_apart: bool) -> None:
+def test_packed_attention_is_told_the_same(
+    batch: Batch, local: LocalAttention | None, causal: bool, rows_apart: bool
+) -> None:
     for group, held in groups(batch, batch.plan(rows_apart)):
-        for part, pattern in enumerate(group.patterns(reach, causal)):
+        for part, pattern in enumerate(group.patterns(local, causal)):
             if pattern.causal is None:
                 assert (part, group.completion_index is None) == (2, False)
                 continue
-            assert pattern.reach == reach
+            assert pattern.local == local
             for row, document in enumerate(held):
                 all_keys = keys_in_slots(group, document)[part]
                 keys = [key for key, filled in zip(all_keys, pattern.keys[row].tolist(), strict=True) if filled]
@@ -86,43 +88,47 @@ def test_packed_attention_is_told_the_same(batch: Batch, reach: Reach | None, ca
                 assert pattern.queries[row].sum() == len(queries)
                 for before_last, query in enumerate(reversed(queries)):
                     in_sight = keys[: len(keys) - before_last] if pattern.causal else keys
-                    near = {key for key in in_sight if document.near(query, key, reach)}
-                    assert near == expected(document, reach, causal)[part][query]
+                    near = {key for key in in_sight if document.near(query, key, local)}
+                    assert near == expected(document, local, causal)[part][query]
 
 
-@given(batches, reaches, st.booleans(), st.booleans())
-@example(RAGGED, Window(2), False, False)
-@example(PACKED, Window(2), False, True)
-@example(QUESTIONS, Window(1), False, True)
-def test_no_query_is_left_without_a_key(batch: Batch, reach: Reach | None, causal: bool, rows_apart: bool) -> None:
+@given(batches, local_attentions, st.booleans(), st.booleans())
+@example(RAGGED, SlidingWindow(2), False, False)
+@example(PACKED, SlidingWindow(2), False, True)
+@example(QUESTIONS, SlidingWindow(1), False, True)
+def test_no_query_is_left_without_a_key(
+    batch: Batch, local: LocalAttention | None, causal: bool, rows_apart: bool
+) -> None:
     layout = batch.plan(rows_apart)
     for group in layout.groups:
         assert all(
-            pattern.dense().any(dim=-1).all() for pattern in group.patterns(reach, causal) if pattern.keys.numel()
+            pattern.dense().any(dim=-1).all() for pattern in group.patterns(local, causal) if pattern.keys.numel()
         )
     if rows_apart:
-        assert layout.groups[0].joint_mask(layout.tokens, reach, causal).any(dim=-1).all()
+        assert layout.groups[0].joint_mask(layout.tokens, local, causal).any(dim=-1).all()
 
 
-@given(batches, reaches, st.booleans())
-@example(RAGGED, Window(2), False)
-@example(PACKED, Window(3), True)
-@example(QUESTIONS, Window(3), False)
+@given(batches, local_attentions, st.booleans())
+@example(RAGGED, SlidingWindow(2), False)
+@example(PACKED, SlidingWindow(3), True)
+@example(QUESTIONS, SlidingWindow(3), False)
 @example(QUESTIONS, Chunk(3), False)
-@example(ALIKE_QUESTIONS, Window(2), False)
+@example(ALIKE_QUESTIONS, SlidingWindow(2), False)
 @example(Batch(("Pcc", "cc.")), None, False)
-def test_the_joint_mask_says_the_same_of_lengthened_rows(batch: Batch, reach: Reach | None, causal: bool) -> None:
+def test_the_joint_mask_says_the_same_of_lengthened_rows(
+    batch: Batch, local: LocalAttention | None, causal: bool
+) -> None:
     layout = batch.plan(rows_apart=True)
     tokens, copies = layout.streams
     size = layout.length
     mask = (
-        layout.groups[0].joint_mask(layout.tokens, reach, causal).expand(len(batch.documents), 1, size, tokens + size)
+        layout.groups[0].joint_mask(layout.tokens, local, causal).expand(len(batch.documents), 1, size, tokens + size)
     )
     for document, of_row in zip(batch.documents, mask[:, 0].tolist(), strict=True):
         row, copy = in_slots(document.tokens, tokens), in_slots(document.encoded, copies)
         keys = [(kind, token) for kind, part in (("own", row), ("copy", copy), ("kept", row)) for token in part]
         saw = [{keys[k] for k, lit in enumerate(line) if lit} for line in of_row]
-        encoded, copied, answer = expected(document, reach, causal)
+        encoded, copied, answer = expected(document, local, causal)
         wanted = {
             **{query: {("own", key) for key in encoded[query]} for query in document.encoded},
             **{query: {("kept", key) for key in answer[query]} for query in document.answer},
@@ -146,20 +152,22 @@ def test_documents_that_are_alike_share_one_mask_and_need_none_for_the_prompt() 
     assert group.joint_mask(5).shape == (1, 1, 7, 12)
 
 
-@pytest.mark.parametrize("reach", [Window(4), Window(5), Window(100), Chunk(4), Chunk(5), Chunk(100)])
-def test_a_window_as_long_as_the_document_is_no_window(reach: Reach) -> None:
+@pytest.mark.parametrize(
+    "local", [SlidingWindow(4), SlidingWindow(5), SlidingWindow(100), Chunk(4), Chunk(5), Chunk(100)]
+)
+def test_a_window_as_long_as_the_document_is_no_window(local: LocalAttention) -> None:
     group = group_of("PPPc")
-    assert group.prefix_mask(reach) is None
-    assert group.bidirectional_mask(reach) is None
-    assert group.answer_mask(reach) is group.answer_mask()
+    assert group.prefix_mask(local) is None
+    assert group.bidirectional_mask(local) is None
+    assert group.answer_mask(local) is group.answer_mask()
 
 
 # --- Made once --------------------------------------------------------------------------------------------------------
 
 
-@given(batches, reaches, reaches, st.booleans())
+@given(batches, local_attentions, local_attentions, st.booleans())
 def test_sights_asked_for_twice_are_the_same_and_do_not_mix_up_windows(
-    batch: Batch, one: Reach | None, other: Reach | None, causal: bool
+    batch: Batch, one: LocalAttention | None, other: LocalAttention | None, causal: bool
 ) -> None:
     for group, fresh in zip(batch.plan().groups, batch.plan().groups, strict=True):
         for second_pass_causal in (True, False):
@@ -184,8 +192,8 @@ def test_what_is_made_is_kept_even_if_it_is_nothing() -> None:
 
 def test_on_another_device_everything_is_made_there_anew() -> None:
     group = group_of("PPPP12", "PPPP11")
-    here = group.patterns(Window(2))
-    there = group.to(torch.device("meta")).patterns(Window(2))
+    here = group.patterns(SlidingWindow(2))
+    there = group.to(torch.device("meta")).patterns(SlidingWindow(2))
     assert {pattern.mask.device.type for pattern in here} == {"cpu"}
     assert {tensor.device.type for pattern in there for tensor in (pattern.queries, pattern.keys, pattern.mask)} == {
         "meta"
@@ -196,29 +204,35 @@ def test_on_another_device_everything_is_made_there_anew() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reach", "keys"),
-    [(Window(1), [4]), (Window(3), [2, 3, 4, 5, 6]), (Chunk(1), [4]), (Chunk(3), [3, 4, 5]), (Chunk(4), [4, 5, 6, 7])],
+    ("local", "keys"),
+    [
+        (SlidingWindow(1), [4]),
+        (SlidingWindow(3), [2, 3, 4, 5, 6]),
+        (Chunk(1), [4]),
+        (Chunk(3), [3, 4, 5]),
+        (Chunk(4), [4, 5, 6, 7]),
+    ],
     ids=str,
 )
-def test_how_far_the_fifth_token_reaches(reach: Reach, keys: list[int]) -> None:
-    assert reach.reaches(torch.tensor(4), torch.arange(9)).nonzero().flatten().tolist() == keys
+def test_how_far_the_fifth_token_reaches(local: LocalAttention, keys: list[int]) -> None:
+    assert local.local_attentions(torch.tensor(4), torch.arange(9)).nonzero().flatten().tolist() == keys
 
 
 def test_the_masks_of_a_document() -> None:
     group = group_of("PPPPPc")
-    assert group.prefix_mask(Window(2))[0, 0].int().tolist() == [
+    assert group.prefix_mask(SlidingWindow(2))[0, 0].int().tolist() == [
         [1, 0, 0, 0],
         [1, 1, 0, 0],
         [0, 1, 1, 0],
         [0, 0, 1, 1],
     ]
-    assert group.bidirectional_mask(Window(2))[0, 0].int().tolist() == [
+    assert group.bidirectional_mask(SlidingWindow(2))[0, 0].int().tolist() == [
         [1, 1, 0, 0],
         [1, 1, 1, 0],
         [0, 1, 1, 1],
         [0, 0, 1, 1],
     ]
-    assert group.answer_mask(Window(2))[0, 0].int().tolist() == [
+    assert group.answer_mask(SlidingWindow(2))[0, 0].int().tolist() == [
         [0, 0, 0, 1, 1, 0],
         [0, 0, 0, 0, 1, 1],
     ]
@@ -244,7 +258,7 @@ def test_the_answers_of_a_question() -> None:
 
 
 def test_a_window_slides_over_the_prompt_for_each_completion_anew() -> None:
-    assert group_of("PPP1122").answer_mask(Window(3))[0, 0].int().tolist() == [
+    assert group_of("PPP1122").answer_mask(SlidingWindow(3))[0, 0].int().tolist() == [
         # P  P | P  1  1  2  2
         [1, 1, 1, 0, 0, 0, 0],
         [0, 1, 1, 1, 0, 0, 0],
@@ -279,15 +293,15 @@ def no_collector() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_collector")
-@pytest.mark.parametrize("reach", [None, Window(2), Chunk(2)], ids=str)
+@pytest.mark.parametrize("local", [None, SlidingWindow(2), Chunk(2)], ids=str)
 @pytest.mark.parametrize("rows_apart", [False, True])
-def test_masks_go_with_their_documents(reach: Reach | None, rows_apart: bool) -> None:
+def test_masks_go_with_their_documents(local: LocalAttention | None, rows_apart: bool) -> None:
     layout = RAGGED.plan(rows_apart)
     held: list[weakref.ref] = [weakref.ref(layout)]
     for group in layout.groups:
-        patterns = group.patterns(reach, False)
+        patterns = group.patterns(local, False)
         masks = [pattern.dense() for pattern in patterns] + (
-            [group.joint_mask(layout.tokens, reach)] if rows_apart else []
+            [group.joint_mask(layout.tokens, local)] if rows_apart else []
         )
         held += map(weakref.ref, (group, *patterns, *masks))
     del layout, group, patterns, masks

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitune_plugin.core.layout import PromptLayout
-from bitune_plugin.core.masks import Chunk, Reach, SequenceGroup, Window
+from bitune_plugin.core.masks import Chunk, LocalAttention, SequenceGroup, SlidingWindow
 from bitune_plugin.core.planning import plan
 
 settings.register_profile("documents", deadline=None, max_examples=60)
@@ -50,22 +50,22 @@ class Document:
     def place(self, token: int) -> int:
         return self.alone(token).index(token)
 
-    def near(self, query: int, key: int, reach: Reach | None) -> bool:
-        if isinstance(reach, Window):
-            return abs(self.place(query) - self.place(key)) < reach.size
-        if isinstance(reach, Chunk):
-            return self.place(query) // reach.size == self.place(key) // reach.size
+    def near(self, query: int, key: int, local: LocalAttention | None) -> bool:
+        if isinstance(local, SlidingWindow):
+            return abs(self.place(query) - self.place(key)) < local.size
+        if isinstance(local, Chunk):
+            return self.place(query) // local.size == self.place(key) // local.size
         return True
 
-    def seen_behind(self, query: int, reach: Reach | None) -> set[int]:
+    def seen_behind(self, query: int, local: LocalAttention | None) -> set[int]:
         """What an encoded token sees, and a token of an answer."""
         behind = self.alone(query)[: self.place(query) + 1]
-        return {key for key in behind if self.near(query, key, reach)}
+        return {key for key in behind if self.near(query, key, local)}
 
-    def seen_by_copy(self, query: int, reach: Reach | None, causal: bool) -> set[int]:
+    def seen_by_copy(self, query: int, local: LocalAttention | None, causal: bool) -> set[int]:
         if causal:
-            return self.seen_behind(query, reach)
-        return {key for key in self.encoded if self.near(query, key, reach)}
+            return self.seen_behind(query, local)
+        return {key for key in self.encoded if self.near(query, key, local)}
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ question_batches = batches_of(questions())
 batches = st.one_of(single_batches, packed_batches, question_batches).filter(lambda batch: batch.documents)
 """With a token at least."""
 
-reaches = st.one_of(st.none(), st.integers(1, 12).map(Window), st.integers(1, 12).map(Chunk))
+local_attentions = st.one_of(st.none(), st.integers(1, 12).map(SlidingWindow), st.integers(1, 12).map(Chunk))
 
 RAGGED = Batch(("PPPPPcc", "PPPcccc", ".PPcc..", "P.P.Pcc", "Pcccccc", "......."))
 PACKED = Batch(("PPPPPPPPccc|PPc|P|cc..", "PPcc|...PP.P|..PPPPcc"))
