@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from .autocast import concatenate
-from .gather import Move, rearrange
+from .gather import Gather, permute_tokens
 from .masks import Made, SequenceGroup, once
 from .prompts import IGNORED
 
@@ -71,8 +71,8 @@ class PromptLayout:
     groups: tuple[SequenceGroup, ...]
     target: Tensor | None
     answers: Tensor
-    to_slots: Move | None = None
-    to_tokens: Move | None = None
+    to_slots: Gather | None = None
+    to_tokens: Gather | None = None
     _made: Made = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -91,7 +91,7 @@ class PromptLayout:
         return self if self.source.device == device else once(self._made, device, lambda: self._moved_to(device))
 
     def _moved_to(self, device: torch.device) -> PromptLayout:
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Move)}
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Gather)}
         groups = tuple(group.to(device) for group in self.groups)
         return replace(self, **moved, groups=groups, _made={})
 
@@ -127,7 +127,7 @@ class PromptLayout:
         if self.to_slots is None:
             encoded, answers = self.groups[0].slots
             return [Segments(*states.split([encoded, answers, encoded], dim=2))]
-        slots = rearrange(states.transpose(1, 2).flatten(0, 1), self.to_slots, self.to_tokens)
+        slots = permute_tokens(states.transpose(1, 2).flatten(0, 1), self.to_slots, self.to_tokens)
         masks = [mask for group in self.groups for mask in group.segments]
         pieces = slots.split([mask.numel() for mask in masks])
         in_slots = [piece.unflatten(0, mask.shape).transpose(1, 2) for piece, mask in zip(pieces, masks, strict=True)]
@@ -139,4 +139,4 @@ class PromptLayout:
         if self.to_slots is None:
             return concatenate(segments[0], dim=1)
         slots = concatenate([piece.flatten(0, 1) for each in segments for piece in each])
-        return rearrange(slots, self.to_tokens, self.to_slots)[None]
+        return permute_tokens(slots, self.to_tokens, self.to_slots)[None]

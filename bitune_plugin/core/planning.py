@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LayoutError
-from .gather import Move
+from .gather import Gather
 from .layout import PromptLayout
 from .masks import SequenceGroup
 from .prompts import _with_first_of_rows
@@ -219,8 +219,8 @@ def _one_row(tokens: _Tokens, shape: tuple[int, int]) -> PromptLayout:
         groups=tuple(map(tokens.group, groups)),
         target=_filled(shape[0] * shape[1], tokens.present, torch.arange(count)),
         answers=(~tokens.is_encoded).nonzero().flatten(),
-        to_slots=Move(to_slots, (~filled).nonzero().flatten()),
-        to_tokens=Move(to_tokens.clamp(min=0), (to_tokens < 0).nonzero().flatten()),
+        to_slots=Gather(to_slots, (~filled).nonzero().flatten()),
+        to_tokens=Gather(to_tokens.clamp(min=0), (to_tokens < 0).nonzero().flatten()),
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import grad, gradcheck, gradgradcheck
 
 from bitune_plugin.core import prompts
-from bitune_plugin.core.gather import Move, rearrange
+from bitune_plugin.core.gather import Gather, permute_tokens
 from bitune_plugin.core.layout import PromptLayout, Segments
 from bitune_plugin.core.planning import plan
 from bitune_plugin.core.prompts import IGNORED, prompt_from_labels, sequence_starts
@@ -65,7 +65,7 @@ def tensors_of(layout: PromptLayout) -> Iterator[tuple[str, Tensor]]:
         for name, value in vars(each).items():
             if isinstance(value, Tensor):
                 yield name, value
-            elif isinstance(value, Move):
+            elif isinstance(value, Gather):
                 yield from zip(value._fields, value, strict=True)
 
 
@@ -645,43 +645,43 @@ def test_labels_ignored_within_a_completion_are_warned_of_once() -> None:
 
 
 @st.composite
-def moves(draw: st.DrawFn) -> tuple[Move, Move]:
+def moves(draw: st.DrawFn) -> tuple[Gather, Gather]:
     """Some of `m` states to some of `n` places, and back."""
     sizes = draw(st.integers(1, 6)), draw(st.integers(1, 6))
     count = draw(st.integers(0, min(sizes)))
     ends = [draw(st.permutations(range(size)))[:count] for size in sizes]
 
-    def move(size: int, sources: list[int], targets: list[int]) -> Move:
+    def move(size: int, sources: list[int], targets: list[int]) -> Gather:
         index = torch.zeros(size, dtype=torch.long)
         index[targets] = torch.tensor(sources, dtype=torch.long)
-        return Move(index, torch.tensor(sorted(set(range(size)) - set(targets)), dtype=torch.long))
+        return Gather(index, torch.tensor(sorted(set(range(size)) - set(targets)), dtype=torch.long))
 
     return move(sizes[1], *ends), move(sizes[0], *reversed(ends))
 
 
-def slow_rearrange(states: Tensor, there: Move) -> Tensor:
+def slow_rearrange(states: Tensor, there: Gather) -> Tensor:
     empty = set(there.empty.tolist())
     taken = [0 * states[0] if place in empty else states[source] for place, source in enumerate(there.index.tolist())]
     return torch.stack(taken)
 
 
 @given(moves())
-def test_rearranging_and_its_gradient_are_those_of_plain_indices(there_and_back: tuple[Move, Move]) -> None:
+def test_rearranging_and_its_gradient_are_those_of_plain_indices(there_and_back: tuple[Gather, Gather]) -> None:
     there, back = there_and_back
     states = torch.randn(len(back.index), 2, dtype=torch.float64, requires_grad=True)
-    got, expected = rearrange(states, there, back), slow_rearrange(states, there)
+    got, expected = permute_tokens(states, there, back), slow_rearrange(states, there)
     assert torch.equal(got, expected)
     weight = torch.randn_like(got)
     assert torch.equal(*(grad((moved * weight).sum(), states)[0] for moved in (got, expected)))
 
 
 @given(moves())
-def test_rearranging_can_be_derived_twice(there_and_back: tuple[Move, Move]) -> None:
+def test_rearranging_can_be_derived_twice(there_and_back: tuple[Gather, Gather]) -> None:
     there, back = there_and_back
     states = torch.randn(len(back.index), 1, dtype=torch.float64, requires_grad=True)
 
     def squared(states: Tensor) -> Tensor:
-        return rearrange(states.square(), there, back).square()
+        return permute_tokens(states.square(), there, back).square()
 
     assert gradcheck(squared, states)
     assert gradgradcheck(squared, states)
@@ -690,7 +690,7 @@ def test_rearranging_can_be_derived_twice(there_and_back: tuple[Move, Move]) -> 
 def test_rearranging_leaves_states_as_they_were() -> None:
     states = torch.randn(3, 2)
     before = states.clone()
-    rearrange(
-        states, Move(torch.tensor([2, 0]), torch.tensor([1])), Move(torch.tensor([0, 0, 0]), torch.tensor([0, 1]))
+    permute_tokens(
+        states, Gather(torch.tensor([2, 0]), torch.tensor([1])), Gather(torch.tensor([0, 0, 0]), torch.tensor([0, 1]))
     )
     assert torch.equal(states, before)
