@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from .autocast import concatenate
 from .gather import Gather, permute_tokens
-from .masks import Made, SequenceGroup, once
+from .masks import Memo, SequenceGroup, memoized
 from .prompts import IGNORED
 
 
@@ -73,7 +73,7 @@ class PromptLayout:
     answers: Tensor
     to_slots: Gather | None = None
     to_tokens: Gather | None = None
-    _made: Made = field(default_factory=dict, repr=False, compare=False)
+    _memo: Memo = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def length(self) -> int:
@@ -88,12 +88,12 @@ class PromptLayout:
     def to(self, device: torch.device | str) -> PromptLayout:
         """The same on another device."""
         device = torch.device(device)
-        return self if self.source.device == device else once(self._made, device, lambda: self._moved_to(device))
+        return self if self.source.device == device else memoized(self._memo, device, lambda: self._moved_to(device))
 
     def _moved_to(self, device: torch.device) -> PromptLayout:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Gather)}
         groups = tuple(group.to(device) for group in self.groups)
-        return replace(self, **moved, groups=groups, _made={})
+        return replace(self, **moved, groups=groups, _memo={})
 
     def lengthen(self, tokens: Tensor) -> Tensor:
         """What the caller has for each token, `[B, T, ...]`, or `[1, T, ...]` for all rows, for each place of the

@@ -47,15 +47,15 @@ LocalAttention = SlidingWindow | Chunk
 """How far the tokens of a layer see."""
 
 
-Made = dict[Hashable, Any]
+Memo = dict[Hashable, Any]
 """What is derived from an object that never changes."""
 
 
-def once(made: Made, name: Hashable, make: Callable[[], Any]) -> Any:
+def memoized(memo: Memo, name: Hashable, make: Callable[[], Any]) -> Any:
     """What is called `name`, made when it is first asked for."""
-    if name not in made:
-        made[name] = make()
-    return made[name]
+    if name not in memo:
+        memo[name] = make()
+    return memo[name]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class AttentionPattern:
     causal: bool | None
     local: LocalAttention | None
     make_mask: Callable[[], Tensor | None]
-    _made: Made = field(default_factory=dict, repr=False, compare=False)
+    _memo: Memo = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def mask(self) -> Tensor | None:
@@ -91,7 +91,7 @@ class AttentionPattern:
 
     def form(self, name: Hashable, make: Callable[[], Any]) -> Any:
         """The form of all this that an attention implementation wants, made once."""
-        return once(self._made, name, make)
+        return memoized(self._memo, name, make)
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,12 @@ class SequenceGroup:
     places: Tensor
     completion_index: Tensor | None
     alike: bool
-    _made: Made = field(default_factory=dict, repr=False, compare=False)
+    _memo: Memo = field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: torch.device) -> SequenceGroup:
         """The same on another device."""
         tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **tensors, _made={})
+        return replace(self, **tensors, _memo={})
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -143,7 +143,7 @@ class SequenceGroup:
             local: how far the layer sees.
             causal: the ablation whose second reading is causal too.
         """
-        return once(self._made, ("patterns", local, causal), lambda: self._patterns(local, causal))
+        return memoized(self._memo, ("patterns", local, causal), lambda: self._patterns(local, causal))
 
     def prefix_mask(self, local: LocalAttention | None = None) -> Tensor | None:
         """Causal stream: encoded prompt to encoded prompt, causally.
@@ -153,7 +153,7 @@ class SequenceGroup:
         """
         if local is None or local.size >= self.encoded.shape[1]:
             return None
-        return once(self._made, ("prefix", local), lambda: self._prefix_mask(local))
+        return memoized(self._memo, ("prefix", local), lambda: self._prefix_mask(local))
 
     def bidirectional_mask(self, local: LocalAttention | None = None, causal: bool = False) -> Tensor | None:
         """Bidirectional stream: copy to copy, fully; within a sliding window, as far back as ahead.
@@ -170,7 +170,7 @@ class SequenceGroup:
             local = None
         if local is None and self.alike:
             return None
-        return once(self._made, ("bidirectional", local), lambda: self._bidirectional_mask(local))
+        return memoized(self._memo, ("bidirectional", local), lambda: self._bidirectional_mask(local))
 
     def answer_mask(self, local: LocalAttention | None = None) -> Tensor:
         """Answer to `[mixed encoded prompt | answer]`: all of its prompt, and causally itself.
@@ -180,7 +180,7 @@ class SequenceGroup:
         """
         if local is not None and local.size >= sum(self.slots):
             local = None
-        return once(self._made, ("answer", local), lambda: self._answer_mask(local))
+        return memoized(self._memo, ("answer", local), lambda: self._answer_mask(local))
 
     def joint_mask(self, length: int, local: LocalAttention | None = None, causal: bool = False) -> Tensor:
         """All three masks in one, for attention that cannot be asked three times; for documents that each have a row
@@ -194,7 +194,7 @@ class SequenceGroup:
             bool `[D or 1, 1, L + E, 2L + E]`: the queries of a row and its copy, to their own keys and, behind them, to
             keys that are mixed in the encoded prompt. Padding sees itself.
         """
-        return once(self._made, ("joint", length, local, causal), lambda: self._joint_mask(length, local, causal))
+        return memoized(self._memo, ("joint", length, local, causal), lambda: self._joint_mask(length, local, causal))
 
     def _patterns(
         self, local: LocalAttention | None, causal: bool
@@ -203,7 +203,7 @@ class SequenceGroup:
         one_completion = True if self.completion_index is None else None
         # A twin that keeps masks and no sights, because a cycle of references would hold the masks of every batch until
         # Python's collector runs.
-        twin = once(self._made, "twin", lambda: replace(self, _made={}))
+        twin = memoized(self._memo, "twin", lambda: replace(self, _memo={}))
         return (
             AttentionPattern(self.encoded, self.encoded, True, local, lambda: twin.prefix_mask(local)),
             AttentionPattern(self.encoded, self.encoded, causal, local, lambda: twin.bidirectional_mask(local, causal)),

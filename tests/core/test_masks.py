@@ -12,7 +12,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bitune_plugin.core.layout import PromptLayout
-from bitune_plugin.core.masks import AttentionPattern, Chunk, LocalAttention, Made, SequenceGroup, SlidingWindow, once
+from bitune_plugin.core.masks import (
+    AttentionPattern,
+    Chunk,
+    LocalAttention,
+    Memo,
+    SequenceGroup,
+    SlidingWindow,
+    memoized,
+)
 from documents import ALIKE_QUESTIONS, PACKED, QUESTIONS, RAGGED, Batch, Document, batches, groups, local_attentions
 from helpers import SHAPES, batch, bitune, samples
 
@@ -186,8 +194,8 @@ def test_a_form_of_a_sight_is_made_once_for_each_name() -> None:
 
 
 def test_what_is_made_is_kept_even_if_it_is_nothing() -> None:
-    made: Made = {}
-    assert [once(made, "name", lambda value=value: value) for value in (None, 1)] == [None, None]
+    made: Memo = {}
+    assert [memoized(made, "name", lambda value=value: value) for value in (None, 1)] == [None, None]
 
 
 def test_on_another_device_everything_is_made_there_anew() -> None:
