@@ -16,7 +16,7 @@ from ..errors import UnsupportedModelError
 from ..hookspecs import hookimpl
 from ..modeling.architectures import Architecture, decoder
 from ..modeling.attention import PlacedQueries, SlidingWindowInConfig
-from ..modeling.extension import Extension, with_attributes
+from ..modeling.extension import Patch, with_attributes
 from ..modeling.host import attends_through_interface, cache_in
 from ..modeling.joint_attention import JointAttention
 from ..modeling.latent_attention import LatentAttention
@@ -116,7 +116,7 @@ def _at_positions(alibi: Tensor, layout: PromptLayout, heads: int) -> Tensor:
     return by_position.gather(3, positions[:, None, None, :].expand(*by_position.shape[:3], -1))
 
 
-EXTENSIONS: dict[str, type[Extension]] = {
+PATCHES: dict[str, type[Patch]] = {
     "BloomAttention": BloomAttention,
     "CodeGenAttention": JointAttention,
     "DiffLlamaAttention": JointAttention,  # attends twice, to two halves of the values
@@ -164,8 +164,8 @@ def _quirks_of_attention(model: PreTrainedModel) -> dict[str, Any]:
         name = type(module).__name__
         if name in ONCE_OWN_ARITHMETIC and attends_through_interface(module):
             return {}
-        if name in EXTENSIONS:
-            return {"is_attention": partial(_is_called, name), "attention_extension": EXTENSIONS[name]}
+        if name in PATCHES:
+            return {"is_attention": partial(_is_called, name), "attention_extension": PATCHES[name]}
         if hasattr(module, "expand_kv"):
             return {"attention_extension": LatentAttention}
     return {}

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..core.mixing import MIXING
 from ..errors import UnsupportedModelError
 from .attention import base_of, shares_keys
-from .extension import Extension
+from .extension import Patch
 from .host import takes_mask
 from .joint_attention import JointAttention
 from .latent_attention import LatentAttention
@@ -32,7 +32,7 @@ def active_adapter(architecture: Architecture) -> str | None:
 def takes_several_completions(architecture: Architecture) -> bool:
     """Whether a row may hold several completions of its prompt (`completion_index`)."""
     implementation = base_of(architecture.backbone.config._attn_implementation)
-    extension = architecture.attention_extension
+    extension = architecture.attention_patch
     return not implementation.startswith("flash") and getattr(extension, "takes_several_completions", True)
 
 
@@ -60,9 +60,9 @@ class Architecture:
     Attributes:
         backbone: the decoder without its language-model head; its `forward` takes the tokens of a batch.
         layers: the decoder layers, in order.
-        attentions: their attention modules, in order. Without an `attention_extension`, they call the function that
+        attentions: their attention modules, in order. Without an `attention_patch`, they call the function that
             `AttentionInterface` holds for `config._attn_implementation`.
-        attention_extension: what Bitune adds to attention modules that do not, or that do more than that.
+        attention_patch: what Bitune adds to attention modules that do not, or that do more than that.
         flattened: names of the layers that get their tokens as `[B * T, ...]`, row by row.
         unadaptable: names of linear layers that PEFT cannot adapt, because they return more than one tensor.
     """
@@ -70,19 +70,19 @@ class Architecture:
     backbone: PreTrainedModel
     layers: list[nn.Module]
     attentions: list[nn.Module]
-    attention_extension: type[Extension] | None = None
+    attention_patch: type[Patch] | None = None
     flattened: frozenset[str] = frozenset()
     unadaptable: frozenset[str] = frozenset()
 
     @property
     def expands_latent_states(self) -> bool:
         """Whether what the attention modules cache by themselves is no keys and values."""
-        return self.attention_extension is not None and issubclass(self.attention_extension, LatentAttention)
+        return self.attention_patch is not None and issubclass(self.attention_patch, LatentAttention)
 
     @property
     def does_own_arithmetic(self) -> bool:
         """Whether the attention modules attend by themselves, and not by the function of `AttentionInterface`."""
-        return self.attention_extension is not None and issubclass(self.attention_extension, JointAttention)
+        return self.attention_patch is not None and issubclass(self.attention_patch, JointAttention)
 
     @cached_property
     def numbers_by_mask(self) -> bool:
@@ -123,7 +123,7 @@ class Architecture:
 def decoder(
     model: nn.Module,
     is_attention: Callable[[nn.Module], bool] | None = None,
-    attention_extension: type[Extension] | None = None,
+    attention_patch: type[Patch] | None = None,
     flattened: Iterable[str] = (),
     unadaptable: Iterable[str] = (),
 ) -> Architecture:
@@ -133,7 +133,7 @@ def decoder(
         model: the model, with its head.
         is_attention: tells which modules are the attention of a decoder layer. By default those with a `layer_idx`
             that say whether they are causal.
-        attention_extension, flattened, unadaptable: see `Architecture`.
+        attention_patch, flattened, unadaptable: see `Architecture`.
 
     Raises:
         UnsupportedModelError: Bitune cannot be applied to it.
@@ -155,7 +155,7 @@ def decoder(
             "model: load it with `is_decoder=True`, or without `use_bidirectional_attention`."
         )
     architecture = Architecture(
-        backbone, layers, attentions, attention_extension, frozenset(flattened), frozenset(unadaptable)
+        backbone, layers, attentions, attention_patch, frozenset(flattened), frozenset(unadaptable)
     )
     _check_attention_functions(name, architecture)
     return architecture

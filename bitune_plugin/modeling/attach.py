@@ -28,18 +28,18 @@ def attach(model: PreTrainedModel, architecture: Architecture, causal_model: typ
     architecture.backbone.bitune_architecture = architecture
     for layer in architecture.layers:
         extend(layer, FollowingLayer)
-    if architecture.attention_extension is not None:
+    if architecture.attention_patch is not None:
         for attention in architecture.attentions:
-            extend(attention, architecture.attention_extension)
+            extend(attention, architecture.attention_patch)
 
 
 def detach(model: PreTrainedModel, architecture: Architecture, causal_model: type[CausalModel] = CausalModel) -> None:
     """Takes it off again: classes, hooks and attention implementation are as before `attach`."""
     if not architecture.does_own_arithmetic:
         model.set_attn_implementation(base_of(model.config._attn_implementation))
-    if architecture.attention_extension is not None:
+    if architecture.attention_patch is not None:
         for attention in architecture.attentions:
-            restore(attention, architecture.attention_extension)
+            restore(attention, architecture.attention_patch)
     for layer in architecture.layers:
         restore(layer, FollowingLayer)
     del architecture.backbone.bitune_architecture, model.bitune_architecture

@@ -26,7 +26,7 @@ from ..core.masks import AttentionPattern, Chunk, LocalAttention, SlidingWindow
 from ..core.mixing import MIXING
 from .backends import KERNELS
 from .context import ForwardContext, current_context
-from .extension import Extension
+from .extension import Patch
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttentionPattern], tuple[Tensor, Tensor | None]]
 """A kernel that knows its module and keywords."""
@@ -35,7 +35,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, AttentionPattern], tuple[Tensor, Tens
 PREFIX = "bitune_"
 
 
-class PlacedQueries(Extension):
+class PlacedQueries(Patch):
     """An attention module that scales its queries by where they stand in a row."""
 
     def in_their_places(self, query: Tensor, layout: PromptLayout) -> Tensor:
@@ -43,7 +43,7 @@ class PlacedQueries(Extension):
         raise NotImplementedError
 
 
-class SlidingWindowInConfig(Extension):
+class SlidingWindowInConfig(Patch):
     """An attention module that does not tell its attention function of its sliding window: the model's mask has it."""
 
 

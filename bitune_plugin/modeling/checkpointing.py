@@ -8,13 +8,13 @@ from typing import Any
 from torch import nn
 
 from .context import CONTEXT_KEYWORD, NO_CONTEXT, Sealed, active_context, forward_context
-from .extension import Extension, extend
+from .extension import Patch, extend
 
 WRAPPED = "_checkpoint_wrapped_module"
 """What torch's `CheckpointWrapper` calls the module inside. Not every build of torch has the class."""
 
 
-class FollowingLayer(Extension):
+class FollowingLayer(Patch):
     """A decoder layer that remembers which reading it is part of: activation checkpointing runs its `forward` again,
     perhaps in another thread and after other forward passes."""
 
@@ -32,7 +32,7 @@ class FollowingLayer(Extension):
             return super().forward(*args, **kwargs)
 
 
-class RecomputedLayer(Extension):
+class RecomputedLayer(Patch):
     """torch's `CheckpointWrapper` around a decoder layer: it calls the layer itself again, not the layer's `forward`,
     so the reading has to be among its own arguments."""
 

@@ -13,7 +13,7 @@ from torch import nn
 from .host import cache_keyword
 
 
-class Extension:
+class Patch:
     """What Bitune adds to the `forward` of a module that is already built; see `extend`."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -22,7 +22,7 @@ class Extension:
         return _blank, (base, extension), self.__dict__
 
 
-class TakesCache(Extension):
+class TakesCache(Patch):
     """What is added to a module whose `forward` takes the key/value cache.
 
     Attributes:
@@ -35,7 +35,7 @@ class TakesCache(Extension):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         base = cls.__bases__[-1]
-        if not issubclass(base, Extension):  # the class of a module, in front of which this one stands
+        if not issubclass(base, Patch):  # the class of a module, in front of which this one stands
             cls.cache_keyword = cache_keyword(base.forward)
 
 
@@ -62,19 +62,19 @@ def by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 # during the recomputation of a decoder layer must be part of its `forward`.
 
 
-def extend(module: nn.Module, extension: type[Extension]) -> None:
+def extend(module: nn.Module, extension: type[Patch]) -> None:
     """Puts `extension` in front of the class of `module`, under the same name. Once."""
     if not isinstance(module, extension):
-        _set_class(module, _extended(type(module), extension))
+        _set_class(module, _patched(type(module), extension))
 
 
-def restore(module: nn.Module, extension: type[Extension]) -> None:
+def restore(module: nn.Module, extension: type[Patch]) -> None:
     """Takes `extend` back."""
     if isinstance(module, extension):
         _set_class(module, _without(type(module), extension))
 
 
-def _without(cls: type, extension: type[Extension]) -> type:
+def _without(cls: type, extension: type[Patch]) -> type:
     """The class that `extension` was put in front of; what was put in front of both since, as by FSDP2, stays."""
     if extension in cls.__bases__:
         return cls.__bases__[1]
@@ -85,7 +85,7 @@ def _without(cls: type, extension: type[Extension]) -> type:
 
 
 @cache
-def _extended(base: type, extension: type[Extension]) -> type:
+def _patched(base: type, extension: type[Patch]) -> type:
     # Name and module stay: FSDP's wrapping policies, `device_map` and saving go by them.
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (extension, base), names)
@@ -101,6 +101,6 @@ def _set_class(module: nn.Module, cls: type) -> None:
             setattr(module, name, types.MethodType(cls.forward, module))
 
 
-def _blank(base: type, extension: type[Extension]) -> nn.Module:
-    cls = _extended(base, extension)
+def _blank(base: type, extension: type[Patch]) -> nn.Module:
+    cls = _patched(base, extension)
     return cls.__new__(cls)

@@ -15,7 +15,7 @@ from ..errors import LayoutError
 from .architectures import Architecture, active_adapter
 from .attention import base_of
 from .context import PerThread
-from .extension import Extension, by_name
+from .extension import Patch, by_name
 from .host import OF_GENERATE, cache_in, translate_cache
 from .prompts import Generation, _check_per_token, _check_unread, _holds_tokens
 
@@ -33,7 +33,7 @@ GENERATION = "bitune_generation"
 """The keyword under which a step of `generate` hands its `Generation` to the causal language model."""
 
 
-class GeneratesFromPrompt(Extension):
+class GeneratesFromPrompt(Patch):
     """What a causal language model that carries Bitune adds to `GenerationMixin` of transformers.
 
     Attributes:

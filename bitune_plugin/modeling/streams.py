@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..core.autocast import concatenate
 from .context import ForwardContext, Stream, active_context, forward_context
-from .extension import Extension
+from .extension import Patch
 
 
-class SeparateStreams(Extension):
+class SeparateStreams(Patch):
     """A block of a decoder layer that flattens its tokens, as a mixture of experts does: it runs once on each part."""
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:

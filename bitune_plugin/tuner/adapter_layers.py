@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..core.autocast import concatenate
 from ..modeling.context import Stream, active_context
-from ..modeling.extension import Extension, with_attributes
+from ..modeling.extension import Patch, with_attributes
 from ..modeling.streams import _on_each_part
 from .plain_lora import both_loras, is_plain_lora
 
@@ -23,7 +23,7 @@ def bidirectional(adapter_name: str) -> str:
     return f"{adapter_name}__bidirectional"
 
 
-class TwoAdapterLayer(Extension):
+class TwoAdapterLayer(Patch):
     """A PEFT layer: the causal adapter on the causal stream of a reading, the bidirectional one on the other."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from ..modeling.causal_lm import CausalModel
-from ..modeling.extension import Extension
+from ..modeling.extension import Patch
 
 
-class AdapterMethods(Extension):
+class AdapterMethods(Patch):
     """What transformers' `PeftAdapterMixin` does, for both streams and the mixing.
 
     Attributes:

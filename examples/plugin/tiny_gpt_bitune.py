@@ -33,5 +33,5 @@ def bitune_architecture(model: nn.Module) -> Architecture | None:
     return decoder(
         model,
         is_attention=lambda module: isinstance(module, TinyAttention),
-        attention_extension=JointAttention,
+        attention_patch=JointAttention,
     )

@@ -20,7 +20,7 @@ from bitune_plugin.core.layout import PromptLayout
 from bitune_plugin.core.planning import plan
 from bitune_plugin.modeling.checkpointing import FollowingLayer
 from bitune_plugin.modeling.context import CONTEXT_KEYWORD, ForwardContext, Sealed, forward_context
-from bitune_plugin.modeling.extension import Extension, extend, restore
+from bitune_plugin.modeling.extension import Patch, extend, restore
 from bitune_plugin.tuner.adapter_layers import TwoAdapterLayer, bidirectional, with_active_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
@@ -340,7 +340,7 @@ def test_a_decoder_layer_computed_again_is_plain_if_it_was_whatever_goes_on_arou
 # --- Extending a module that is already built, and restoring it -------------------------------------------------------
 
 
-class Double(Extension):
+class Double(Patch):
     def forward(self, *args: Any) -> Tensor:
         return 2 * super().forward(*args)
 
