@@ -32,8 +32,8 @@ def active_adapter(architecture: Architecture) -> str | None:
 def takes_several_completions(architecture: Architecture) -> bool:
     """Whether a row may hold several completions of its prompt (`completion_index`)."""
     implementation = base_of(architecture.backbone.config._attn_implementation)
-    extension = architecture.attention_patch
-    return not implementation.startswith("flash") and getattr(extension, "takes_several_completions", True)
+    patch_class = architecture.attention_patch
+    return not implementation.startswith("flash") and getattr(patch_class, "takes_several_completions", True)
 
 
 KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}

@@ -9,7 +9,7 @@ from .attention import base_of, implementation_for
 from .backbone import TwoWayBackbone
 from .causal_lm import CausalModel
 from .checkpointing import FollowingLayer
-from .extension import extend, restore
+from .extension import patch, unpatch
 
 
 def attach(model: PreTrainedModel, architecture: Architecture, causal_model: type[CausalModel] = CausalModel) -> None:
@@ -22,15 +22,15 @@ def attach(model: PreTrainedModel, architecture: Architecture, causal_model: typ
         return
     if not architecture.does_own_arithmetic:
         model.set_attn_implementation(implementation_for(model.config._attn_implementation))
-    extend(model, causal_model)
+    patch(model, causal_model)
     model.bitune_architecture = architecture
-    extend(architecture.backbone, TwoWayBackbone)
+    patch(architecture.backbone, TwoWayBackbone)
     architecture.backbone.bitune_architecture = architecture
     for layer in architecture.layers:
-        extend(layer, FollowingLayer)
+        patch(layer, FollowingLayer)
     if architecture.attention_patch is not None:
         for attention in architecture.attentions:
-            extend(attention, architecture.attention_patch)
+            patch(attention, architecture.attention_patch)
 
 
 def detach(model: PreTrainedModel, architecture: Architecture, causal_model: type[CausalModel] = CausalModel) -> None:
@@ -39,9 +39,9 @@ def detach(model: PreTrainedModel, architecture: Architecture, causal_model: typ
         model.set_attn_implementation(base_of(model.config._attn_implementation))
     if architecture.attention_patch is not None:
         for attention in architecture.attentions:
-            restore(attention, architecture.attention_patch)
+            unpatch(attention, architecture.attention_patch)
     for layer in architecture.layers:
-        restore(layer, FollowingLayer)
+        unpatch(layer, FollowingLayer)
     del architecture.backbone.bitune_architecture, model.bitune_architecture
-    restore(architecture.backbone, TwoWayBackbone)
-    restore(model, causal_model)
+    unpatch(architecture.backbone, TwoWayBackbone)
+    unpatch(model, causal_model)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .context import CONTEXT_KEYWORD, NO_CONTEXT, Sealed, active_context, forward_context
-from .extension import Patch, extend
+from .extension import Patch, patch
 
 WRAPPED = "_checkpoint_wrapped_module"
 """What torch's `CheckpointWrapper` calls the module inside. Not every build of torch has the class."""
@@ -57,4 +57,4 @@ def follow_into_checkpoints(backbone: nn.Module) -> None:
             while hasattr(wrapped, WRAPPED):
                 wrapped = getattr(wrapped, WRAPPED)
             if isinstance(wrapped, FollowingLayer):
-                extend(layer, RecomputedLayer)
+                patch(layer, RecomputedLayer)

@@ -14,12 +14,12 @@ from .host import cache_keyword
 
 
 class Patch:
-    """What Bitune adds to the `forward` of a module that is already built; see `extend`."""
+    """What Bitune adds to the `forward` of a module that is already built; see `patch`."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class of an extended module is made on the fly, so pickle and deepcopy must be told how.
-        extension, base = type(self).__bases__
-        return _blank, (base, extension), self.__dict__
+        patch_class, base = type(self).__bases__
+        return _blank, (base, patch_class), self.__dict__
 
 
 class TakesCache(Patch):
@@ -57,38 +57,38 @@ def by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     return {**inspect.signature(function).bind_partial(*args).arguments, **kwargs} if args else kwargs
 
 
-# Monkeypatch, in one place: `extend` gives a built module a subclass of its class, as FSDP2 does. Module hooks are not
+# Monkeypatch, in one place: `patch` gives a built module a subclass of its class, as FSDP2 does. Module hooks are not
 # enough (torch 2.13, transformers 5.23, PEFT 0.21.2): a PEFT layer must run its `forward` twice, and what is to hold
 # during the recomputation of a decoder layer must be part of its `forward`.
 
 
-def extend(module: nn.Module, extension: type[Patch]) -> None:
-    """Puts `extension` in front of the class of `module`, under the same name. Once."""
-    if not isinstance(module, extension):
-        _set_class(module, _patched(type(module), extension))
+def patch(module: nn.Module, patch_class: type[Patch]) -> None:
+    """Puts `patch_class` in front of the class of `module`, under the same name. Once."""
+    if not isinstance(module, patch_class):
+        _set_class(module, _patched(type(module), patch_class))
 
 
-def restore(module: nn.Module, extension: type[Patch]) -> None:
-    """Takes `extend` back."""
-    if isinstance(module, extension):
-        _set_class(module, _without(type(module), extension))
+def unpatch(module: nn.Module, patch_class: type[Patch]) -> None:
+    """Takes `patch` back."""
+    if isinstance(module, patch_class):
+        _set_class(module, _without(type(module), patch_class))
 
 
-def _without(cls: type, extension: type[Patch]) -> type:
-    """The class that `extension` was put in front of; what was put in front of both since, as by FSDP2, stays."""
-    if extension in cls.__bases__:
+def _without(cls: type, patch_class: type[Patch]) -> type:
+    """The class that `patch_class` was put in front of; what was put in front of both since, as by FSDP2, stays."""
+    if patch_class in cls.__bases__:
         return cls.__bases__[1]
-    bases = tuple(_without(base, extension) if issubclass(base, extension) else base for base in cls.__bases__)
+    bases = tuple(_without(base, patch_class) if issubclass(base, patch_class) else base for base in cls.__bases__)
     # transformers gives every subclass of a decoder layer a `forward` of its own.
     kept = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__", "forward")}
     return type(cls.__name__, bases, kept)
 
 
 @cache
-def _patched(base: type, extension: type[Patch]) -> type:
+def _patched(base: type, patch_class: type[Patch]) -> type:
     # Name and module stay: FSDP's wrapping policies, `device_map` and saving go by them.
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (extension, base), names)
+    return type(base.__name__, (patch_class, base), names)
 
 
 def _set_class(module: nn.Module, cls: type) -> None:
@@ -101,6 +101,6 @@ def _set_class(module: nn.Module, cls: type) -> None:
             setattr(module, name, types.MethodType(cls.forward, module))
 
 
-def _blank(base: type, extension: type[Patch]) -> nn.Module:
-    cls = _patched(base, extension)
+def _blank(base: type, patch_class: type[Patch]) -> nn.Module:
+    cls = _patched(base, patch_class)
     return cls.__new__(cls)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..core.mixing import MIXING
 from ..modeling.attach import attach, detach
 from ..modeling.attention import implementation_for
-from ..modeling.extension import extend, restore
+from ..modeling.extension import patch, unpatch
 from ..modeling.streams import SeparateStreams
 from ..plugins import describe
 from ..self_check import check_untried_versions
@@ -265,7 +265,7 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
         detach(self.model, self.architecture, AdaptedCausalModel)
         del self.model.bitune_tuner
         for block in self.architecture.flattening_blocks():
-            restore(block, SeparateStreams)
+            unpatch(block, SeparateStreams)
         for module in self.model.modules():
             if isinstance(module, ModulesToSaveWrapper):
                 module._active_adapter = []  # so that the original comes back, and not the trained copy
@@ -346,18 +346,18 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
         idle = {*idle_in_second_stream(self.architecture)} if isinstance(self.inner, FullModel) else ()
         for layer in self._tuner_layers():
             if isinstance(layer, ParamWrapper):
-                extend(layer, ParameterAdapter)
+                patch(layer, ParameterAdapter)
             if name not in layer._get_available_adapters():
                 continue
             if layer not in inside or layer in idle:
                 layer.delete_adapter(name)
             elif inside[layer].rpartition(".")[2] in self.architecture.flattened:
-                extend(layer, FlattenedTokens)
+                patch(layer, FlattenedTokens)
             else:
-                extend(layer, TwoAdapterLayer)
+                patch(layer, TwoAdapterLayer)
         for block in self.architecture.flattening_blocks():
             if any(isinstance(module, TwoAdapterLayer) for module in block.modules()):
-                extend(block, SeparateStreams)
+                patch(block, SeparateStreams)
 
     def _tuner_layers(self) -> list[BaseTunerLayer]:
         return [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
