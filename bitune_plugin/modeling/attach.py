@@ -8,7 +8,7 @@ from .architectures import Architecture
 from .attention import base_of, implementation_for
 from .backbone import TwoWayBackbone
 from .causal_lm import CausalModel
-from .checkpointing import FollowingLayer
+from .checkpointing import CheckpointedLayer
 from .extension import patch, unpatch
 
 
@@ -27,7 +27,7 @@ def attach(model: PreTrainedModel, architecture: Architecture, causal_model: typ
     patch(architecture.backbone, TwoWayBackbone)
     architecture.backbone.bitune_architecture = architecture
     for layer in architecture.layers:
-        patch(layer, FollowingLayer)
+        patch(layer, CheckpointedLayer)
     if architecture.attention_patch is not None:
         for attention in architecture.attentions:
             patch(attention, architecture.attention_patch)
@@ -41,7 +41,7 @@ def detach(model: PreTrainedModel, architecture: Architecture, causal_model: typ
         for attention in architecture.attentions:
             unpatch(attention, architecture.attention_patch)
     for layer in architecture.layers:
-        unpatch(layer, FollowingLayer)
+        unpatch(layer, CheckpointedLayer)
     del architecture.backbone.bitune_architecture, model.bitune_architecture
     unpatch(architecture.backbone, TwoWayBackbone)
     unpatch(model, causal_model)

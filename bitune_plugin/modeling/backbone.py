@@ -13,7 +13,7 @@ from ..core.mixing import MIXING
 from ..errors import LayoutError
 from .architectures import Architecture, active_adapter, takes_several_completions
 from .attention import PREFIX, base_of, implementation_for
-from .checkpointing import follow_into_checkpoints
+from .checkpointing import patch_checkpoint_wrappers
 from .context import ForwardContext, forward_context
 from .extension import TakesCache, by_name
 from .host import CACHE_KEYWORDS, cache_in, drops_cache, put_cache, translate_cache
@@ -68,7 +68,7 @@ class TwoWayBackbone(TakesCache):
             _check_plain(prompts)
             return super().forward(**kwargs)
         if self.training:
-            follow_into_checkpoints(self)
+            patch_checkpoint_wrappers(self)
         with forward_context(context):
             outputs = super().forward(**_lengthen(self.bitune_architecture, context, kwargs))
         _check_all_took_part(self.bitune_architecture, context)

@@ -79,7 +79,7 @@ class ForwardContext:
         self.seen[attention] = self.seen.get(attention, 0) + 1
 
 
-class Sealed:
+class ContextArgument:
     """A reading among the arguments of a module. No dataclass: FSDP2 takes those apart, to cast tensors inside.
 
     Attributes:
@@ -89,12 +89,16 @@ class Sealed:
     def __init__(self, context: ForwardContext | None) -> None:
         self.context = context
 
-    def to(self, device: torch.device, **_: Any) -> Sealed:
+    def to(self, device: torch.device, **_: Any) -> ContextArgument:
         """The reading on another device: accelerate asks for it where a model is spread over several."""
-        return self if self.context is None else Sealed(replace(self.context, layout=self.context.layout.to(device)))
+        return (
+            self
+            if self.context is None
+            else ContextArgument(replace(self.context, layout=self.context.layout.to(device)))
+        )
 
 
-NO_CONTEXT = Sealed(None)
+NO_CONTEXT = ContextArgument(None)
 
 
 active_context: PerThread[ForwardContext] = PerThread()

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from bitune_plugin.core.layout import PromptLayout
 from bitune_plugin.core.planning import plan
-from bitune_plugin.modeling.checkpointing import FollowingLayer
-from bitune_plugin.modeling.context import CONTEXT_KEYWORD, ForwardContext, Sealed, forward_context
+from bitune_plugin.modeling.checkpointing import CheckpointedLayer
+from bitune_plugin.modeling.context import CONTEXT_KEYWORD, ContextArgument, ForwardContext, forward_context
 from bitune_plugin.modeling.extension import Patch, patch, unpatch
 from bitune_plugin.tuner.adapter_layers import TwoAdapterLayer, bidirectional, with_active_adapter
 
@@ -322,17 +322,17 @@ class Decoder(nn.Module):
 
 def test_a_decoder_layer_follows_the_reading_that_it_was_called_in() -> None:
     decoder, parts = Decoder(), layout()
-    patch(decoder, FollowingLayer)
+    patch(decoder, CheckpointedLayer)
     tokens, context = lengthened(parts), ForwardContext(parts, "default")
     with forward_context(context):
         expected = decoder.linear(tokens)
         assert torch.equal(decoder(tokens), expected)
-    assert torch.equal(decoder.forward(tokens, **{CONTEXT_KEYWORD: Sealed(context)}), expected)
+    assert torch.equal(decoder.forward(tokens, **{CONTEXT_KEYWORD: ContextArgument(context)}), expected)
 
 
 def test_a_decoder_layer_computed_again_is_plain_if_it_was_whatever_goes_on_around_it() -> None:
     decoder = Decoder()
-    patch(decoder, FollowingLayer)
+    patch(decoder, CheckpointedLayer)
     with forward_context(ForwardContext(layout(), "default")):
         decoder.forward(torch.zeros(1, 2, SIZE))
 
