@@ -94,7 +94,7 @@ def bitune_attention(
     attend = partial(KERNELS[base], module, kwargs)
     if context is None:
         return attend(query, key, value, attention_mask)
-    context.take_part(module)
+    context.mark_visited(module)
     kwargs.pop("is_causal", None)
     if isinstance(module, PlacedQueries):
         query = module.in_their_places(query, context.layout)

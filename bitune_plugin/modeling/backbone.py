@@ -71,7 +71,7 @@ class TwoWayBackbone(TakesCache):
             patch_checkpoint_wrappers(self)
         with forward_context(context):
             outputs = super().forward(**_lengthen(self.bitune_architecture, context, kwargs))
-        _check_all_took_part(self.bitune_architecture, context)
+        _check_all_visited(self.bitune_architecture, context)
         outputs = _restored(context, outputs, prompts.answers_only)
         return outputs.to_tuple() if kwargs.get("return_dict") is False else outputs
 
@@ -241,16 +241,16 @@ def _cache_to_fill(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> Cache |
     return DynamicCache(config=backbone.config) if past is None else past
 
 
-def _check_all_took_part(architecture: Architecture, context: ForwardContext) -> None:
+def _check_all_visited(architecture: Architecture, context: ForwardContext) -> None:
     name = type(architecture.backbone).__name__
-    missing = [layer for layer, module in enumerate(architecture.attentions) if module not in context.seen]
+    missing = [layer for layer, module in enumerate(architecture.attentions) if module not in context.visited]
     if missing:
         raise RuntimeError(
             f"The attention of layer(s) {missing} of {name} never saw where the prompt ends, and would have been "
             "plainly causal: it did not call the function that transformers' AttentionInterface holds. Bitune does not "
             "support this architecture; a plugin can (hook `bitune_architecture`)."
         )
-    if max(context.seen.values()) > 1:
+    if max(context.visited.values()) > 1:
         raise RuntimeError(
             f"{name} attends several times in a layer, and it is not clear which keys and values the cache is to hold. "
             "Bitune does not support this architecture."

@@ -63,7 +63,7 @@ class ForwardContext:
         share_adapter: the copy uses the causal adapter too (ablation "shared weights").
         stream: within a block that runs once on each part, the part; `None` where the parts are together.
         cache: filled with the mixed keys and values, layer by layer; `None` to keep none.
-        seen: how often each attention module took part so far.
+        visited: how often each attention module took part so far.
     """
 
     layout: PromptLayout
@@ -72,11 +72,11 @@ class ForwardContext:
     share_adapter: bool = False
     stream: Stream | None = None
     cache: Cache | None = None
-    seen: dict[nn.Module, int] = field(default_factory=dict, compare=False)
+    visited: dict[nn.Module, int] = field(default_factory=dict, compare=False)
 
-    def take_part(self, attention: nn.Module) -> None:
+    def mark_visited(self, attention: nn.Module) -> None:
         """Notes that an attention module follows this reading."""
-        self.seen[attention] = self.seen.get(attention, 0) + 1
+        self.visited[attention] = self.visited.get(attention, 0) + 1
 
 
 class ContextArgument:

@@ -84,7 +84,7 @@ class JointAttention(TakesCache):
         context = current_context()
         if context is None:
             return super().forward(*args, **kwargs)
-        context.take_part(self)
+        context.mark_visited(self)
         kwargs = by_name(super().forward, args, kwargs)
         (group,) = context.layout.groups
         visible = group.joint_mask(context.layout.tokens, self.local_attention(), context.second_pass_causal)
