@@ -24,7 +24,7 @@ from ..core.autocast import concatenate
 from ..core.layout import PromptLayout, Segments
 from ..core.masks import AttentionPattern, Chunk, LocalAttention, SlidingWindow
 from ..core.mixing import MIXING
-from .backends import KERNELS
+from .backends import BACKENDS
 from .context import ForwardContext, current_context
 from .extension import Patch
 
@@ -55,10 +55,10 @@ def implementation_for(base: str) -> str:
     """
     if base.startswith(PREFIX):
         return base
-    if base not in KERNELS:
+    if base not in BACKENDS:
         raise ValueError(
             f"Bitune does not support `attn_implementation={base!r}`. Load the model with one of "
-            f"{', '.join(map(repr, KERNELS))}, or call `model.set_attn_implementation('sdpa')` first."
+            f"{', '.join(map(repr, BACKENDS))}, or call `model.set_attn_implementation('sdpa')` first."
         )
     # transformers takes every name with "flash" in it for a kernel to be loaded.
     return PREFIX + base.replace("flash_attention", "varlen")
@@ -91,7 +91,7 @@ def bitune_attention(
         The attended values, `[B, N, heads, head size]`, and `None` during a reading in place of the weights.
     """
     context = current_context()
-    attend = partial(KERNELS[base], module, kwargs)
+    attend = partial(BACKENDS[base], module, kwargs)
     if context is None:
         return attend(query, key, value, attention_mask)
     context.mark_visited(module)
@@ -182,6 +182,6 @@ def shares_keys(module: nn.Module) -> bool:
 
 
 # At import, because a model that was pickled names its implementation before anything is attached to it again.
-for _base in KERNELS:
+for _base in BACKENDS:
     AttentionInterface.register(implementation_for(_base), partial(bitune_attention, _base))
     AttentionMaskInterface.register(implementation_for(_base), ALL_MASK_ATTENTION_FUNCTIONS[_base])

@@ -91,7 +91,7 @@ def flash_attention(base: str, module: nn.Module, kwargs: dict[str, Any], *state
 FLASH = attention_implementations("flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
-KERNELS: dict[str, Callable[..., Attended]] = {
+BACKENDS: dict[str, Callable[..., Attended]] = {
     "sdpa": sdpa,
     "eager": eager,
     "flex_attention": flex_attention,
