@@ -182,7 +182,7 @@ class SequenceGroup:
             local = None
         return memoized(self._memo, ("answer", local), lambda: self._answer_mask(local))
 
-    def joint_mask(self, length: int, local: LocalAttention | None = None, causal: bool = False) -> Tensor:
+    def single_call_mask(self, length: int, local: LocalAttention | None = None, causal: bool = False) -> Tensor:
         """All three masks in one, for attention that cannot be asked three times; for documents that each have a row
         of `L` tokens, from the left, and behind it the copy.
 
@@ -194,7 +194,9 @@ class SequenceGroup:
             bool `[D or 1, 1, L + E, 2L + E]`: the queries of a row and its copy, to their own keys and, behind them, to
             keys that are mixed in the encoded prompt. Padding sees itself.
         """
-        return memoized(self._memo, ("joint", length, local, causal), lambda: self._joint_mask(length, local, causal))
+        return memoized(
+            self._memo, ("single_call", length, local, causal), lambda: self._single_call_mask(length, local, causal)
+        )
 
     def _patterns(
         self, local: LocalAttention | None, causal: bool
@@ -241,7 +243,7 @@ class SequenceGroup:
         documents = max(own.shape[0], prompt.shape[0])
         return torch.cat([prompt.expand(documents, -1, -1), own.expand(documents, -1, -1)], dim=2)[:, None]
 
-    def _joint_mask(self, length: int, local: LocalAttention | None, causal: bool) -> Tensor:
+    def _single_call_mask(self, length: int, local: LocalAttention | None, causal: bool) -> Tensor:
         rows = 1 if self.alike and self.completion_index is None else len(self)
         size = self.encoded.shape[1]
         encoded_length = self.encoded[:rows].sum(dim=1, keepdim=True)

@@ -19,7 +19,7 @@ from ..errors import UnsupportedModelError
 from .attention import base_of, shares_keys
 from .extension import Patch
 from .host import takes_mask
-from .joint_attention import JointAttention
+from .joint_attention import SingleCallAttention
 from .latent_attention import LatentAttention
 
 
@@ -80,9 +80,9 @@ class Architecture:
         return self.attention_patch is not None and issubclass(self.attention_patch, LatentAttention)
 
     @property
-    def does_own_arithmetic(self) -> bool:
+    def bypasses_attention_interface(self) -> bool:
         """Whether the attention modules attend by themselves, and not by the function of `AttentionInterface`."""
-        return self.attention_patch is not None and issubclass(self.attention_patch, JointAttention)
+        return self.attention_patch is not None and issubclass(self.attention_patch, SingleCallAttention)
 
     @cached_property
     def numbers_by_mask(self) -> bool:
@@ -183,7 +183,7 @@ def _check_config(name: str, config: PreTrainedConfig) -> None:
 def _check_attention_functions(name: str, architecture: Architecture) -> None:
     """Raises UnsupportedModelError unless the keys and values of every layer can be seen, and their cache filled."""
     attentions, config = architecture.attentions, architecture.backbone.config
-    if architecture.does_own_arithmetic:
+    if architecture.bypasses_attention_interface:
         implementation = config._attn_implementation
         if implementation not in ("eager", "sdpa"):
             raise UnsupportedModelError(

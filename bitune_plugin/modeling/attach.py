@@ -20,7 +20,7 @@ def attach(model: PreTrainedModel, architecture: Architecture, causal_model: typ
     """
     if isinstance(architecture.backbone, TwoWayBackbone):
         return
-    if not architecture.does_own_arithmetic:
+    if not architecture.bypasses_attention_interface:
         model.set_attn_implementation(implementation_for(model.config._attn_implementation))
     patch(model, causal_model)
     model.bitune_architecture = architecture
@@ -35,7 +35,7 @@ def attach(model: PreTrainedModel, architecture: Architecture, causal_model: typ
 
 def detach(model: PreTrainedModel, architecture: Architecture, causal_model: type[CausalModel] = CausalModel) -> None:
     """Takes it off again: classes, hooks and attention implementation are as before `attach`."""
-    if not architecture.does_own_arithmetic:
+    if not architecture.bypasses_attention_interface:
         model.set_attn_implementation(base_of(model.config._attn_implementation))
     if architecture.attention_patch is not None:
         for attention in architecture.attentions:

@@ -182,7 +182,7 @@ def _asked_for(name: str, architecture: Architecture, kwargs: dict[str, Any]) ->
 def _use_attention_of_bitune(architecture: Architecture) -> None:
     """Puts Bitune on the implementation that `set_attn_implementation` chose after the adapter was put on."""
     implementation = architecture.backbone.config._attn_implementation
-    if not architecture.does_own_arithmetic and not implementation.startswith(PREFIX):
+    if not architecture.bypasses_attention_interface and not implementation.startswith(PREFIX):
         architecture.backbone.set_attn_implementation(implementation_for(implementation))
 
 
@@ -193,7 +193,7 @@ def _lengthen(architecture: Architecture, context: ForwardContext, kwargs: dict[
     # The attention modules get masks of their own in a reading. transformers hands 4-D masks on as they are, which
     # spares it making another.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=_tokens(kwargs).device)
-    lengthened["attention_mask"] = None if architecture.does_own_arithmetic else mask
+    lengthened["attention_mask"] = None if architecture.bypasses_attention_interface else mask
     if "logits_to_keep" in kwargs:  # counted from the end of the row, where the copy is now
         lengthened["logits_to_keep"] = 0
     return {

@@ -45,7 +45,7 @@ class MixingCache:
             layer_idx: where the cache keeps them.
 
         Returns:
-            The keys and values that `SequenceGroup.joint_mask` is for, `2L + E` of them.
+            The keys and values that `SequenceGroup.single_call_mask` is for, `2L + E` of them.
         """
         layout = self.context.layout
         (key_encoded, key_rest, key_copy), (value_encoded, value_rest, value_copy) = map(self._split, (key, value))
@@ -71,7 +71,7 @@ class MixingCache:
         return 0
 
 
-class JointAttention(TakesCache):
+class SingleCallAttention(TakesCache):
     """An attention module that does its own arithmetic, in a reading. Subclasses know how it takes its arguments.
 
     Attributes:
@@ -87,10 +87,10 @@ class JointAttention(TakesCache):
         context.mark_visited(self)
         kwargs = by_name(super().forward, args, kwargs)
         (group,) = context.layout.groups
-        visible = group.joint_mask(context.layout.tokens, self.local_attention(), context.second_pass_causal)
+        visible = group.single_call_mask(context.layout.tokens, self.local_attention(), context.second_pass_causal)
         kwargs = with_cache(kwargs, self.cache_keyword, MixingCache(self, context))
         kwargs |= self.mask_arguments(kwargs, visible, context.layout)
-        return super(JointAttention, self.unmasked(visible)).forward(**kwargs)
+        return super(SingleCallAttention, self.unmasked(visible)).forward(**kwargs)
 
     def local_attention(self) -> LocalAttention | None:
         """How far the tokens of this layer see."""
@@ -106,6 +106,6 @@ class JointAttention(TakesCache):
         """
         return {"attention_mask": additive(visible, kwargs["hidden_states"].dtype)}
 
-    def unmasked(self, visible: Tensor) -> JointAttention:
+    def unmasked(self, visible: Tensor) -> SingleCallAttention:
         """The module, or one that shares everything with it, without a causal mask of its own."""
         return self

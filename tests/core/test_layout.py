@@ -328,7 +328,7 @@ def test_where_nothing_is_encoded_each_row_has_a_copy_that_nobody_looks_at(
     assert layout.streams[1] == 1
     assert not any(documents.encoded.any() for documents in layout.groups)
     if rows_apart:
-        assert not layout.groups[0].joint_mask(layout.tokens)[..., :-1, layout.tokens].any()
+        assert not layout.groups[0].single_call_mask(layout.tokens)[..., :-1, layout.tokens].any()
     else:
         states = states_for(layout)
         (gradient,) = grad(sum(piece.sum() for piece in flat(layout.segments(states))), states)

@@ -113,7 +113,7 @@ def test_no_query_is_left_without_a_key(
             pattern.dense().any(dim=-1).all() for pattern in group.patterns(local, causal) if pattern.keys.numel()
         )
     if rows_apart:
-        assert layout.groups[0].joint_mask(layout.tokens, local, causal).any(dim=-1).all()
+        assert layout.groups[0].single_call_mask(layout.tokens, local, causal).any(dim=-1).all()
 
 
 @given(batches, local_attentions, st.booleans())
@@ -130,7 +130,9 @@ def test_the_joint_mask_says_the_same_of_lengthened_rows(
     tokens, copies = layout.streams
     size = layout.length
     mask = (
-        layout.groups[0].joint_mask(layout.tokens, local, causal).expand(len(batch.documents), 1, size, tokens + size)
+        layout.groups[0]
+        .single_call_mask(layout.tokens, local, causal)
+        .expand(len(batch.documents), 1, size, tokens + size)
     )
     for document, of_row in zip(batch.documents, mask[:, 0].tolist(), strict=True):
         row, copy = in_slots(document.tokens, tokens), in_slots(document.encoded, copies)
@@ -157,7 +159,7 @@ def test_documents_that_are_alike_share_one_mask_and_need_none_for_the_prompt() 
     assert group.prefix_mask() is None
     assert group.bidirectional_mask() is None
     assert group.answer_mask().shape == (1, 1, 3, 5)
-    assert group.joint_mask(5).shape == (1, 1, 7, 12)
+    assert group.single_call_mask(5).shape == (1, 1, 7, 12)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +279,7 @@ def test_a_window_slides_over_the_prompt_for_each_completion_anew() -> None:
 
 
 def test_the_joint_mask_of_a_document() -> None:
-    assert group_of("PPPc").joint_mask(4)[0, 0].int().tolist() == [
+    assert group_of("PPPc").single_call_mask(4)[0, 0].int().tolist() == [
         # P  P  P  c | copy | P  P  P  c, mixed
         [1, 0, 0, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0, 0, 0, 0],
@@ -309,7 +311,7 @@ def test_masks_go_with_their_documents(local: LocalAttention | None, rows_apart:
     for group in layout.groups:
         patterns = group.patterns(local, False)
         masks = [pattern.dense() for pattern in patterns] + (
-            [group.joint_mask(layout.tokens, local)] if rows_apart else []
+            [group.single_call_mask(layout.tokens, local)] if rows_apart else []
         )
         held += map(weakref.ref, (group, *patterns, *masks))
     del layout, group, patterns, masks
