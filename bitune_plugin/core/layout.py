@@ -15,7 +15,7 @@ One forward pass carries both readings, where the authors' code runs the model t
 
 Documents that are all alike keep a row each. Others stand one behind the other in a single row, without any padding,
 all copies behind all documents: only attention, which must keep documents apart, gives each its own slots again. For
-models whose attention cannot be asked that way each has a padded row (`rows_apart`).
+models whose attention cannot be asked that way each has a padded row (`one_sequence_per_row`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class PromptLayout:
     Attributes:
         shape: `(B, T)`, rows and tokens as the caller gave them.
         packed: some row holds several documents.
-        plain: nothing is read twice, no row holds several documents or completions, and all padding is on the right:
+        is_plain_causal: nothing is read twice, no row holds several documents or completions, and all padding is on the right:
             an ordinary forward pass says the same.
         tokens: length of the causal stream in a lengthened row; the bidirectional one lies behind it.
         source: int64 `[R, M]`, which of the caller's `B * T` tokens is in each place of the lengthened rows.
@@ -64,7 +64,7 @@ class PromptLayout:
 
     shape: tuple[int, int]
     packed: bool
-    plain: bool
+    is_plain_causal: bool
     tokens: int
     source: Tensor
     positions: Tensor
@@ -123,7 +123,7 @@ class PromptLayout:
 
     def segments(self, states: Tensor) -> list[Segments]:
         """Takes documents out of lengthened rows: `[R, heads, M, size]` to `[D, heads, slots, size]` for each of
-        `groups`. Not where rows were asked for that are not alike (`rows_apart`)."""
+        `groups`. Not where rows were asked for that are not alike (`one_sequence_per_row`)."""
         if self.to_slots is None:
             encoded, answers = self.groups[0].slots
             return [Segments(*states.split([encoded, answers, encoded], dim=2))]

@@ -105,14 +105,14 @@ class SequenceGroup:
             other completions of its prompt not counted.
         completion_index: `[D, A]`, which completion the token in each slot of `answer` is part of, 0 for what all of
             them share; `None` where every prompt has one completion.
-        alike: no slot is free.
+        uniform: no slot is free.
     """
 
     encoded: Tensor
     answer: Tensor
     places: Tensor
     completion_index: Tensor | None
-    alike: bool
+    uniform: bool
     _memo: Memo = field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: torch.device) -> SequenceGroup:
@@ -168,7 +168,7 @@ class SequenceGroup:
             return self.prefix_mask(local)
         if local is not None and local.size >= self.encoded.shape[1]:
             local = None
-        if local is None and self.alike:
+        if local is None and self.uniform:
             return None
         return memoized(self._memo, ("bidirectional", local), lambda: self._bidirectional_mask(local))
 
@@ -214,7 +214,7 @@ class SequenceGroup:
 
     def _filled(self, slots: Tensor) -> Tensor:
         """bool `[D or 1, slots]`: of one document where all are alike."""
-        return slots[:1] if self.alike else slots
+        return slots[:1] if self.uniform else slots
 
     def _prefix_mask(self, local: LocalAttention) -> Tensor:
         query, key = _pairs(self.encoded.shape[1], self.encoded.device)
@@ -244,7 +244,7 @@ class SequenceGroup:
         return torch.cat([prompt.expand(documents, -1, -1), own.expand(documents, -1, -1)], dim=2)[:, None]
 
     def _single_call_mask(self, length: int, local: LocalAttention | None, causal: bool) -> Tensor:
-        rows = 1 if self.alike and self.completion_index is None else len(self)
+        rows = 1 if self.uniform and self.completion_index is None else len(self)
         size = self.encoded.shape[1]
         encoded_length = self.encoded[:rows].sum(dim=1, keepdim=True)
         lengths = encoded_length + self.answer[:rows].sum(dim=1, keepdim=True)

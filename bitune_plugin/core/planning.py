@@ -21,7 +21,7 @@ def plan(
     attention_mask: Tensor | None = None,
     completion_index: Tensor | None = None,
     starts: Tensor | None = None,
-    rows_apart: bool = False,
+    one_sequence_per_row: bool = False,
 ) -> PromptLayout | None:
     """Lays out a batch.
 
@@ -31,7 +31,7 @@ def plan(
         completion_index: int `[B, T]`, for rows in which several completions follow one prompt: 0 on the prompt,
             then 1, 2, ... on its completions in turn. By default what follows a prompt is one completion.
         starts: bool `[B, T]`, True where a document begins; by default a row holds one. See `sequence_starts`.
-        rows_apart: give every document a row of its own, padded on the right, even where that takes padding.
+        one_sequence_per_row: give every document a row of its own, padded on the right, even where that takes padding.
 
     Returns:
         The layout, on the device of `prompt_mask`; `None` for a batch that is all padding.
@@ -50,10 +50,10 @@ def plan(
         return None
     if completion_index is not None:
         tokens = tokens.with_completions(completion_index.cpu(), prompt_mask)
-    if tokens.all_alike and (len(tokens.length), len(tokens.present)) == (shape[0], shape[0] * shape[1]):
+    if tokens.all_uniform and (len(tokens.length), len(tokens.present)) == (shape[0], shape[0] * shape[1]):
         layout = _rows_kept(tokens, shape)
-    elif rows_apart:
-        layout = _rows_apart(tokens, shape)
+    elif one_sequence_per_row:
+        layout = _one_sequence_per_row(tokens, shape)
     else:
         layout = _one_row(tokens, shape)
     return layout.to(device)
@@ -131,14 +131,14 @@ class _Tokens:
         return self.place < self.encoded_length[self.sequence]
 
     @property
-    def plain(self) -> bool:
+    def is_plain_causal(self) -> bool:
         several = self.completion_index is not None and bool((self.completion_index > 1).any())
         # Models count padding that a token has before it among the tokens, where nobody tells them positions.
         from_the_left = self.attended.int().diff(dim=1).le(0).all()
         return bool(from_the_left) and not (self.packed or several or self.encoded_length.any())
 
     @property
-    def all_alike(self) -> bool:
+    def all_uniform(self) -> bool:
         """All documents have the same length, and encoded prompts of the same length, which is not zero."""
         lengths = torch.stack([self.length, self.encoded_length])
         return bool((lengths == lengths[:, :1]).all() and self.encoded_length[0] > 0)
@@ -153,10 +153,10 @@ class _Tokens:
         encoded_length, answer_length = self.encoded_length[members], (self.length - self.encoded_length)[members]
         _, encoded = _slots(self.first[members], encoded_length, encoded_slots)
         token, answer = _slots(self.first[members] + encoded_length, answer_length)
-        alike = bool(encoded.all() and answer.all())
+        uniform = bool(encoded.all() and answer.all())
         index = None if self.completion_index is None else self.completion_index[token]
         places = self.position[token]
-        return SequenceGroup(encoded, answer, places[:1] if alike and index is None else places, index, alike)
+        return SequenceGroup(encoded, answer, places[:1] if uniform and index is None else places, index, uniform)
 
 
 def _rows_kept(tokens: _Tokens, shape: tuple[int, int]) -> PromptLayout:
@@ -167,7 +167,7 @@ def _rows_kept(tokens: _Tokens, shape: tuple[int, int]) -> PromptLayout:
     return PromptLayout(
         shape,
         packed=False,
-        plain=False,
+        is_plain_causal=False,
         tokens=shape[1],
         source=torch.arange(rows)[:, None] * shape[1] + copied,
         positions=position[:1] if tokens.completion_index is None else position,
@@ -177,7 +177,7 @@ def _rows_kept(tokens: _Tokens, shape: tuple[int, int]) -> PromptLayout:
     )
 
 
-def _rows_apart(tokens: _Tokens, shape: tuple[int, int]) -> PromptLayout:
+def _one_sequence_per_row(tokens: _Tokens, shape: tuple[int, int]) -> PromptLayout:
     """Every document in a row of its own, from the left."""
     rows, longest = len(tokens.length), int(tokens.length.max())
     copies = tokens.is_encoded.nonzero().flatten()
@@ -187,7 +187,7 @@ def _rows_apart(tokens: _Tokens, shape: tuple[int, int]) -> PromptLayout:
     return PromptLayout(
         shape,
         packed=tokens.packed,
-        plain=tokens.plain,
+        is_plain_causal=tokens.is_plain_causal,
         tokens=longest,
         source=_filled(rows * length, filled, torch.cat([tokens.present, tokens.present[copies]])).view(rows, length),
         positions=_filled(rows * length, filled, torch.cat([tokens.position, tokens.position[copies]])).view(
@@ -212,7 +212,7 @@ def _one_row(tokens: _Tokens, shape: tuple[int, int]) -> PromptLayout:
     return PromptLayout(
         shape,
         packed=tokens.packed,
-        plain=tokens.plain,
+        is_plain_causal=tokens.is_plain_causal,
         tokens=count,
         source=torch.cat([tokens.present, tokens.present[copied]])[None],
         positions=torch.cat([tokens.position, tokens.position[copied]])[None],

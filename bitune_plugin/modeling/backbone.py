@@ -95,7 +95,7 @@ def _start_context(
         layout = _plan(architecture, prompts, generation, kwargs)
     else:
         layout = _planned(prompts, kwargs)
-    if layout is None or (layout.plain and not _must_read(prompts, past)):
+    if layout is None or (layout.is_plain_causal and not _must_read(prompts, past)):
         if generation is not None:
             generation.cache = past
         return None

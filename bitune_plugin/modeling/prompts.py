@@ -125,7 +125,7 @@ def _plan(
         attention_mask,
         completion_index,
         _starts(prompts, kwargs, attention_mask),
-        rows_apart=architecture.bypasses_attention_interface,
+        one_sequence_per_row=architecture.bypasses_attention_interface,
     )
 
 

@@ -33,7 +33,7 @@ from documents import (
 )
 
 
-def alike(batch: Batch) -> bool:
+def uniform(batch: Batch) -> bool:
     """Each row is one document, and all are split at the same place, with something to encode."""
     splits = {(len(document.encoded), len(document.tokens)) for document in batch.documents}
     something_encoded = all(document.encoded for document in batch.documents)
@@ -72,7 +72,12 @@ def tensors_of(layout: PromptLayout) -> Iterator[tuple[str, Tensor]]:
 def assert_same(one: PromptLayout, other: PromptLayout) -> None:
     for (name, got), (_, expected) in zip(tensors_of(one), tensors_of(other), strict=True):
         assert torch.equal(got, expected), name
-    assert (one.shape, one.packed, one.plain, one.tokens) == (other.shape, other.packed, other.plain, other.tokens)
+    assert (one.shape, one.packed, one.is_plain_causal, one.tokens) == (
+        other.shape,
+        other.packed,
+        other.is_plain_causal,
+        other.tokens,
+    )
 
 
 # --- Lengthened rows --------------------------------------------------------------------------------------------------
@@ -82,8 +87,8 @@ def assert_same(one: PromptLayout, other: PromptLayout) -> None:
 @example(PACKED, False)
 @example(PACKED, True)
 @example(QUESTIONS, False)
-def test_lengthened_rows_hold_every_token_and_then_the_copies(batch: Batch, rows_apart: bool) -> None:
-    layout = batch.plan(rows_apart)
+def test_lengthened_rows_hold_every_token_and_then_the_copies(batch: Batch, one_sequence_per_row: bool) -> None:
+    layout = batch.plan(one_sequence_per_row)
     lengthened = layout.lengthen(batch.ids)
     for stream in places(batch, layout):
         assert [lengthened[place].item() for place in stream.values()] == list(stream)
@@ -93,8 +98,10 @@ def test_lengthened_rows_hold_every_token_and_then_the_copies(batch: Batch, rows
 @example(QUESTIONS, False)
 @example(QUESTIONS, True)
 @example(ALIKE_QUESTIONS, False)
-def test_a_position_counts_the_tokens_before_of_the_document_and_the_completion(batch: Batch, rows_apart: bool) -> None:
-    layout = batch.plan(rows_apart)
+def test_a_position_counts_the_tokens_before_of_the_document_and_the_completion(
+    batch: Batch, one_sequence_per_row: bool
+) -> None:
+    layout = batch.plan(one_sequence_per_row)
     positions = layout.positions.expand(layout.source.shape)
     for stream in places(batch, layout):
         for document in batch.documents:
@@ -104,35 +111,37 @@ def test_a_position_counts_the_tokens_before_of_the_document_and_the_completion(
 
 
 @given(batches, st.booleans())
-def test_documents_that_are_all_alike_keep_their_rows_and_others_share_one(batch: Batch, rows_apart: bool) -> None:
-    layout = batch.plan(rows_apart)
+def test_documents_that_are_all_alike_keep_their_rows_and_others_share_one(
+    batch: Batch, one_sequence_per_row: bool
+) -> None:
+    layout = batch.plan(one_sequence_per_row)
     encoded = [len(document.encoded) for document in batch.documents]
     lengths = [len(document.tokens) for document in batch.documents]
-    together = not (alike(batch) or rows_apart)
+    together = not (uniform(batch) or one_sequence_per_row)
     size, rows = (sum, 1) if together else (max, len(batch.documents))
     assert layout.source.shape == (rows, layout.length)
     assert layout.streams == [size(lengths), max(size(encoded), 1)]
     assert (layout.to_slots is not None) == (layout.to_tokens is not None) == together
-    assert (layout.target is None) == alike(batch)
+    assert (layout.target is None) == uniform(batch)
 
 
 @given(batches, st.booleans())
 @example(Batch(("P1122", "P1222")), False)
 @example(Batch(("Pc|Pc", "Pccc")), False)
 def test_a_layout_knows_what_is_packed_and_what_an_ordinary_forward_pass_would_do(
-    batch: Batch, rows_apart: bool
+    batch: Batch, one_sequence_per_row: bool
 ) -> None:
-    layout = batch.plan(rows_apart)
+    layout = batch.plan(one_sequence_per_row)
     several = any(document.completion(token) > 1 for document in batch.documents for token in document.tokens)
     assert layout.packed == batch.packed
     padded_before_tokens = any(".c" in row or ".P" in row or ".1" in row or ".2" in row for row in batch.rows)
     encoded = any(document.encoded for document in batch.documents)
-    assert layout.plain == (not (batch.packed or several or encoded or padded_before_tokens))
+    assert layout.is_plain_causal == (not (batch.packed or several or encoded or padded_before_tokens))
 
 
 @given(batches, st.booleans())
-def test_restored_rows_hold_every_token_where_the_caller_had_it(batch: Batch, rows_apart: bool) -> None:
-    layout, attended = batch.plan(rows_apart), batch.attention_mask
+def test_restored_rows_hold_every_token_where_the_caller_had_it(batch: Batch, one_sequence_per_row: bool) -> None:
+    layout, attended = batch.plan(one_sequence_per_row), batch.attention_mask
     states = torch.stack([batch.ids, -batch.ids], dim=2)
     lengthened = layout.lengthen(states)
     for given_back in (layout.restore(lengthened), layout.restore(lengthened[:, : layout.tokens])):
@@ -150,17 +159,17 @@ def test_one_row_is_lengthened_for_all() -> None:
 
 
 @given(batches, st.booleans())
-def test_answers_come_one_document_after_the_other(batch: Batch, rows_apart: bool) -> None:
-    layout = batch.plan(rows_apart)
+def test_answers_come_one_document_after_the_other(batch: Batch, one_sequence_per_row: bool) -> None:
+    layout = batch.plan(one_sequence_per_row)
     answers = [token for document in batch.documents for token in document.answer]
     assert layout.answers_of(layout.lengthen(batch.ids)).tolist() == [answers]
 
 
 @given(batches, st.booleans())
 @example(Batch(("ccc|P|PPc", "PPc|c|...")), False)
-def test_labels_of_answers_count_but_for_the_first_of_each(batch: Batch, rows_apart: bool) -> None:
+def test_labels_of_answers_count_but_for_the_first_of_each(batch: Batch, one_sequence_per_row: bool) -> None:
     assume(not set("23456789") & set("".join(batch.rows)))  # labels do not go with several completions
-    layout = batch.plan(rows_apart)
+    layout = batch.plan(one_sequence_per_row)
     labels = [
         IGNORED if token == document.answer[0] else 7 + token
         for document in batch.documents
@@ -278,15 +287,15 @@ def test_alike_documents_are_sliced_not_gathered() -> None:
 @example(QUESTIONS, False)
 @example(ALIKE_QUESTIONS, False)
 @example(Batch(("Pcc", "cc.")), True)
-def test_documents_say_which_slots_are_filled_and_by_what(batch: Batch, rows_apart: bool) -> None:
-    at_least = int(rows_apart)  # a copy that nobody looks at has a slot in each row
-    for documents, held in groups(batch, batch.plan(rows_apart)):
+def test_documents_say_which_slots_are_filled_and_by_what(batch: Batch, one_sequence_per_row: bool) -> None:
+    at_least = int(one_sequence_per_row)  # a copy that nobody looks at has a slot in each row
+    for documents, held in groups(batch, batch.plan(one_sequence_per_row)):
         assert documents.slots == (
             max(at_least, *(len(document.encoded) for document in held)),
             max(len(document.answer) for document in held),
         )
         assert len(documents) == len(held)
-        assert documents.alike == (documents.encoded.all() and documents.answer.all())
+        assert documents.uniform == (documents.encoded.all() and documents.answer.all())
         assert (documents.completion_index is not None) == batch.several_completions
         for row, document in enumerate(held):
             for mask, tokens in ((documents.encoded, document.encoded), (documents.answer, document.answer)):
@@ -319,15 +328,15 @@ def test_each_document_has_slots_once_in_the_order_of_the_batch(batch: Batch) ->
 
 
 @pytest.mark.parametrize("rows", [("Pcccc",), ("ccccc",), ("Pcc..",), ("P....",), ("Pcc", "P..")], ids=str)
-@pytest.mark.parametrize("rows_apart", [False, True])
+@pytest.mark.parametrize("one_sequence_per_row", [False, True])
 def test_where_nothing_is_encoded_each_row_has_a_copy_that_nobody_looks_at(
-    rows: tuple[str, ...], rows_apart: bool
+    rows: tuple[str, ...], one_sequence_per_row: bool
 ) -> None:
-    layout = Batch(rows).plan(rows_apart)
-    assert layout.plain
+    layout = Batch(rows).plan(one_sequence_per_row)
+    assert layout.is_plain_causal
     assert layout.streams[1] == 1
     assert not any(documents.encoded.any() for documents in layout.groups)
-    if rows_apart:
+    if one_sequence_per_row:
         assert not layout.groups[0].single_call_mask(layout.tokens)[..., :-1, layout.tokens].any()
     else:
         states = states_for(layout)
@@ -339,16 +348,16 @@ def test_where_nothing_is_encoded_each_row_has_a_copy_that_nobody_looks_at(
 def test_a_row_with_nothing_to_encode_finds_its_place_among_others(text: str) -> None:
     batch = Batch(("PPPcc", text))
     layout = batch.plan()
-    assert not layout.plain
+    assert not layout.is_plain_causal
     assert layout.streams[1] == 2
     assert torch.equal(
         layout.restore(layout.lengthen(batch.ids))[batch.attention_mask], batch.ids[batch.attention_mask]
     )
 
 
-@pytest.mark.parametrize("rows_apart", [False, True])
-def test_a_batch_that_is_all_padding_has_no_layout(rows_apart: bool) -> None:
-    assert Batch(("...", "...")).plan(rows_apart) is None
+@pytest.mark.parametrize("one_sequence_per_row", [False, True])
+def test_a_batch_that_is_all_padding_has_no_layout(one_sequence_per_row: bool) -> None:
+    assert Batch(("...", "...")).plan(one_sequence_per_row) is None
 
 
 # --- By example -------------------------------------------------------------------------------------------------------
@@ -375,7 +384,7 @@ def test_the_last_prompt_token_opens_the_answer(text: str, lengthened: list[int]
 def test_three_arrangements_of_the_same_documents() -> None:
     batch = Batch(("PPcc", "PPc."))
     assert batch.plan().source.tolist() == [[0, 1, 2, 3, 4, 5, 6, 0, 4]]
-    assert batch.plan(rows_apart=True).source.tolist() == [[0, 1, 2, 3, 0], [4, 5, 6, 0, 4]]
+    assert batch.plan(one_sequence_per_row=True).source.tolist() == [[0, 1, 2, 3, 0], [4, 5, 6, 0, 4]]
     assert Batch(("PPcc", "PPcc")).plan().source.tolist() == [[0, 1, 2, 3, 0], [4, 5, 6, 7, 4]]
 
 
@@ -401,7 +410,7 @@ def test_positions_of_completions(text: str, positions: list[int]) -> None:
 
 @given(batches, st.booleans())
 def test_integers_mean_the_same_as_bools_and_what_masks_say_of_padding_means_nothing(
-    batch: Batch, rows_apart: bool
+    batch: Batch, one_sequence_per_row: bool
 ) -> None:
     padding = ~batch.attention_mask
     other = plan(
@@ -409,9 +418,9 @@ def test_integers_mean_the_same_as_bools_and_what_masks_say_of_padding_means_not
         batch.attention_mask.long(),
         batch.completion_index.masked_fill(padding, 9) if batch.several_completions else None,
         batch.starts | padding,
-        rows_apart,
+        one_sequence_per_row,
     )
-    assert_same(other, batch.plan(rows_apart))
+    assert_same(other, batch.plan(one_sequence_per_row))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32], ids=str)
@@ -438,10 +447,10 @@ def test_the_inputs_are_left_as_they_were(batch: Batch) -> None:
 # --- On another device ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows_apart", [False, True])
+@pytest.mark.parametrize("one_sequence_per_row", [False, True])
 @pytest.mark.parametrize("rows", [("PPPc", "PPPc"), ("PPPc", "PPcc"), ("PPP1", "PP12")], ids=str)
-def test_a_layout_moves_to_another_device_as_a_whole(rows: tuple[str, ...], rows_apart: bool) -> None:
-    layout = Batch(rows).plan(rows_apart)
+def test_a_layout_moves_to_another_device_as_a_whole(rows: tuple[str, ...], one_sequence_per_row: bool) -> None:
+    layout = Batch(rows).plan(one_sequence_per_row)
     assert layout.to("cpu") is layout
     moved = layout.to("meta")
     assert moved is layout.to("meta")

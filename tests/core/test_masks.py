@@ -66,9 +66,9 @@ def expected(document: Document, local: LocalAttention | None, causal: bool) -> 
 @example(QUESTIONS, SlidingWindow(3), False, False)
 @example(ALIKE_QUESTIONS, SlidingWindow(2), False, False)
 def test_every_token_sees_what_it_would_see_in_a_batch_of_its_own(
-    batch: Batch, local: LocalAttention | None, causal: bool, rows_apart: bool
+    batch: Batch, local: LocalAttention | None, causal: bool, one_sequence_per_row: bool
 ) -> None:
-    for group, held in groups(batch, batch.plan(rows_apart)):
+    for group, held in groups(batch, batch.plan(one_sequence_per_row)):
         patterns = group.patterns(local, causal)
         for row, document in enumerate(held):
             keys = keys_in_slots(group, document)
@@ -81,9 +81,9 @@ def test_every_token_sees_what_it_would_see_in_a_batch_of_its_own(
 @example(RAGGED, SlidingWindow(2), False, False)
 @example(PACKED, None, False, False)
 def test_packed_attention_is_told_the_same(
-    batch: Batch, local: LocalAttention | None, causal: bool, rows_apart: bool
+    batch: Batch, local: LocalAttention | None, causal: bool, one_sequence_per_row: bool
 ) -> None:
-    for group, held in groups(batch, batch.plan(rows_apart)):
+    for group, held in groups(batch, batch.plan(one_sequence_per_row)):
         for part, pattern in enumerate(group.patterns(local, causal)):
             if pattern.causal is None:
                 assert (part, group.completion_index is None) == (2, False)
@@ -105,14 +105,14 @@ def test_packed_attention_is_told_the_same(
 @example(PACKED, SlidingWindow(2), False, True)
 @example(QUESTIONS, SlidingWindow(1), False, True)
 def test_no_query_is_left_without_a_key(
-    batch: Batch, local: LocalAttention | None, causal: bool, rows_apart: bool
+    batch: Batch, local: LocalAttention | None, causal: bool, one_sequence_per_row: bool
 ) -> None:
-    layout = batch.plan(rows_apart)
+    layout = batch.plan(one_sequence_per_row)
     for group in layout.groups:
         assert all(
             pattern.dense().any(dim=-1).all() for pattern in group.patterns(local, causal) if pattern.keys.numel()
         )
-    if rows_apart:
+    if one_sequence_per_row:
         assert layout.groups[0].single_call_mask(layout.tokens, local, causal).any(dim=-1).all()
 
 
@@ -126,7 +126,7 @@ def test_no_query_is_left_without_a_key(
 def test_the_joint_mask_says_the_same_of_lengthened_rows(
     batch: Batch, local: LocalAttention | None, causal: bool
 ) -> None:
-    layout = batch.plan(rows_apart=True)
+    layout = batch.plan(one_sequence_per_row=True)
     tokens, copies = layout.streams
     size = layout.length
     mask = (
@@ -155,7 +155,7 @@ def test_the_joint_mask_says_the_same_of_lengthened_rows(
 
 def test_documents_that_are_alike_share_one_mask_and_need_none_for_the_prompt() -> None:
     group = group_of("PPPcc", "PPPcc", "PPPcc")
-    assert group.alike
+    assert group.uniform
     assert group.prefix_mask() is None
     assert group.bidirectional_mask() is None
     assert group.answer_mask().shape == (1, 1, 3, 5)
@@ -304,14 +304,14 @@ def no_collector() -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("local", [None, SlidingWindow(2), Chunk(2)], ids=str)
-@pytest.mark.parametrize("rows_apart", [False, True])
-def test_masks_go_with_their_documents(local: LocalAttention | None, rows_apart: bool) -> None:
-    layout = RAGGED.plan(rows_apart)
+@pytest.mark.parametrize("one_sequence_per_row", [False, True])
+def test_masks_go_with_their_documents(local: LocalAttention | None, one_sequence_per_row: bool) -> None:
+    layout = RAGGED.plan(one_sequence_per_row)
     held: list[weakref.ref] = [weakref.ref(layout)]
     for group in layout.groups:
         patterns = group.patterns(local, False)
         masks = [pattern.dense() for pattern in patterns] + (
-            [group.single_call_mask(layout.tokens, local)] if rows_apart else []
+            [group.single_call_mask(layout.tokens, local)] if one_sequence_per_row else []
         )
         held += map(weakref.ref, (group, *patterns, *masks))
     del layout, group, patterns, masks

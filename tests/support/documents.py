@@ -118,14 +118,14 @@ class Batch:
     def completion_index(self) -> Tensor:
         return torch.tensor([[int(letter) if letter.isdigit() else 0 for letter in row] for row in self.letters])
 
-    def plan(self, rows_apart: bool = False) -> PromptLayout:
+    def plan(self, one_sequence_per_row: bool = False) -> PromptLayout:
         """Its layout, of no more than it takes to say what it is."""
         return plan(
             self.prompt_mask,
             self.attention_mask if "." in "".join(self.rows) else None,
             self.completion_index if self.several_completions else None,
             self.starts if self.packed else None,
-            rows_apart,
+            one_sequence_per_row,
         )
 
 
@@ -160,8 +160,8 @@ def questions(draw: st.DrawFn) -> str:
 @st.composite
 def batches_of(draw: st.DrawFn, rows: st.SearchStrategy[str]) -> Batch:
     """Rows of one length, padded anywhere; often all alike, and without padding."""
-    alike = draw(st.booleans())
-    drawn = [draw(rows)] * draw(st.integers(1, 3)) if alike else draw(st.lists(rows, min_size=1, max_size=4))
+    uniform = draw(st.booleans())
+    drawn = [draw(rows)] * draw(st.integers(1, 3)) if uniform else draw(st.lists(rows, min_size=1, max_size=4))
     size = max(1, *(len(row.replace("|", "")) for row in drawn)) + draw(st.sampled_from([0, 0, 1, 2]))
     return Batch(tuple(draw(padded(row, size)) for row in drawn))
 
