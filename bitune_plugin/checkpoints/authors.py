@@ -24,7 +24,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import Tensor
 
 from ..core.mixing import MIXING
-from ..errors import first
+from ..errors import shorten
 from ..json_files import read_object
 from ..plugins import mixings
 from ..tuner.config import NO_MIXING, BituneConfig
@@ -267,4 +267,4 @@ def _rounded(values: Tensor) -> list[float]:
 
 def _raise_if_any(folder: Path, problems: list[str]) -> None:
     if problems:
-        raise ValueError(f"{folder} is not as the authors' code saves Bitune: {'; '.join(first(problems))}.")
+        raise ValueError(f"{folder} is not as the authors' code saves Bitune: {'; '.join(shorten(problems))}.")

@@ -20,7 +20,7 @@ from peft.utils import CONFIG_NAME, PeftType
 from torch import Tensor
 
 from ..core.mixing import MIXING
-from ..errors import first
+from ..errors import shorten
 from ..json_files import read_object
 from ..plugins import mixings
 from ..tuner.config import BituneConfig
@@ -201,7 +201,7 @@ class SavedAdapter:
         problems = problems_of(self.config, self.weights)
         if problems:
             raise ValueError(
-                f"The weights in {self.folder} are not those of its config: {'; '.join(first(problems))}. Copy the "
+                f"The weights in {self.folder} are not those of its config: {'; '.join(shorten(problems))}. Copy the "
                 "adapter again."
             )
 

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..core.mixing import MIXING
-from ..errors import first
+from ..errors import shorten
 from .adapter_layers import bidirectional
 from .config import BituneConfig
 from .full import embeddings_and_head
@@ -98,7 +98,7 @@ class SavesBothStreams(BaseTuner):
         if problems:
             raise ValueError(
                 f"The saved Bitune adapter {adapter_name!r} does not fit this model, or is damaged:\n  "
-                + "\n  ".join(first(problems))
+                + "\n  ".join(shorten(problems))
                 + "\nCheck that the base model is the one it was trained on, or copy the adapter again."
             )
         return remapped
