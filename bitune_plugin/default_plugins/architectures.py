@@ -61,7 +61,7 @@ class GPTNeoAttention(SingleCallAttention):
     """GPT-Neo: has its causal mask, and that of its local layers, in a buffer."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self, MIXING).is_on and getattr(cache_in(kwargs), "is_compileable", False):
+        if getattr(self, MIXING).is_enabled and getattr(cache_in(kwargs), "is_compileable", False):
             raise ValueError(
                 "GPT-Neo takes the end of a static cache for the end of the text (transformers 5.23). Leave "
                 "`cache_implementation` unset."

@@ -26,7 +26,7 @@ from .latent_attention import LatentAttention
 def active_adapter(architecture: Architecture) -> str | None:
     """The Bitune adapter that is switched on, if any."""
     mixing = getattr(architecture.attentions[0], MIXING)
-    return mixing.active_adapters[0] if mixing.is_on else None
+    return mixing.active_adapters[0] if mixing.is_enabled else None
 
 
 def takes_several_completions(architecture: Architecture) -> bool:

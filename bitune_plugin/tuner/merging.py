@@ -44,7 +44,7 @@ class MergesCausalAdapter(BaseTuner):
             ValueError: another adapter than the active one, or a layer that cannot be merged.
         """
         (active,) = self.active_adapters
-        if not all(mixing.is_on for mixing in self._mixing_layers()):
+        if not all(mixing.is_enabled for mixing in self._mixing_layers()):
             raise ValueError("The adapter is switched off (`disable_adapter`). Merge it when it is on again.")
         if adapter_names is not None and list(adapter_names) != [active]:
             raise ValueError(

@@ -54,7 +54,7 @@ class MixingLayer(nn.Module, BaseTunerLayer):
         self._shared = (self if shared is None else shared,)
 
     @property
-    def is_on(self) -> bool:
+    def is_enabled(self) -> bool:
         """Whether a Bitune adapter is switched on."""
         return not self.disable_adapters and bool(self.active_adapters)
 
