@@ -12,7 +12,7 @@ from ..errors import LayoutError
 from .gather import Gather
 from .layout import PromptLayout
 from .masks import SequenceGroup
-from .prompts import _with_first_of_rows
+from .prompts import with_first_of_rows
 
 
 @torch.compiler.disable
@@ -43,7 +43,7 @@ def plan(
     device, shape = prompt_mask.device, tuple(prompt_mask.shape)
     # On the host, in one transfer, as Python must know the lengths anyhow.
     attended = torch.ones_like(prompt_mask) if attention_mask is None else attention_mask.bool()
-    masks = torch.stack([prompt_mask, attended, _with_first_of_rows(starts, attended)])
+    masks = torch.stack([prompt_mask, attended, with_first_of_rows(starts, attended)])
     prompt_mask, attended, starts = masks.cpu().unbind()
     tokens = _Tokens.of(prompt_mask, attended, starts)
     if len(tokens.present) == 0:

@@ -47,7 +47,7 @@ def prompt_from_labels(labels: Tensor, attention_mask: Tensor | None = None, sta
         LayoutError: a document whose first token carries a label, and so has no prompt.
     """
     attended = torch.ones_like(labels, dtype=torch.bool) if attention_mask is None else attention_mask.to(torch.bool)
-    starts = _with_first_of_rows(starts, attended)
+    starts = with_first_of_rows(starts, attended)
     labelled = (labels != IGNORED) & attended
     so_far = labelled.cumsum(dim=1)
     in_sequences_before = torch.where(starts, so_far - labelled.long(), 0).cummax(dim=1).values
@@ -64,7 +64,7 @@ def prompt_from_labels(labels: Tensor, attention_mask: Tensor | None = None, sta
     return prompt
 
 
-def _with_first_of_rows(starts: Tensor | None, attended: Tensor) -> Tensor:
+def with_first_of_rows(starts: Tensor | None, attended: Tensor) -> Tensor:
     """bool `[B, T]`: where documents begin, the first token of every row among them."""
     first = attended & (attended.cumsum(dim=1) == 1)
     return first if starts is None else (starts.bool().expand(attended.shape) & attended) | first

@@ -22,14 +22,14 @@ from .prompts import (
     Call,
     Generation,
     Prompts,
-    _call,
-    _check_plain,
-    _check_unread,
-    _has,
-    _holds_tokens,
-    _plan,
-    _planned,
-    _tokens,
+    active_call,
+    check_cache_is_empty,
+    check_plain_call,
+    holds_tokens,
+    is_given,
+    layout_made_ahead,
+    plan_call,
+    tokens_in,
 )
 
 PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "per_layer_inputs")
@@ -60,12 +60,12 @@ class TwoWayBackbone(TakesCache):
         if "bitune_architecture" not in self.__dict__:  # a new model of this class
             return super().forward(*args, **kwargs)
         kwargs = translate_cache(by_name(super().forward, args, kwargs), self.cache_keyword)
-        call = _call.value or Call()
+        call = active_call.value or Call()
         call.reached_backbone = True
         prompts = Prompts.taken_from(kwargs, otherwise=call.prompts)
         context = _start_context(self.bitune_architecture, prompts, call.generation, kwargs)
         if context is None:
-            _check_plain(prompts)
+            check_plain_call(prompts)
             return super().forward(**kwargs)
         if self.training:
             patch_checkpoint_wrappers(self)
@@ -87,14 +87,14 @@ def _start_context(
     # A static cache is asked for its length once, and not in every step, where it would break a compiled graph.
     if past is not None and generation is not None and generation.cache is past:
         return None
-    if _holds_tokens(past):
+    if holds_tokens(past):
         if prompts.prompt_mask is not None:
-            _check_unread(past)
+            check_cache_is_empty(past)
         return None
     if prompts.prompt_layout is None:
-        layout = _plan(architecture, prompts, generation, kwargs)
+        layout = plan_call(architecture, prompts, generation, kwargs)
     else:
-        layout = _planned(prompts, kwargs)
+        layout = layout_made_ahead(prompts, kwargs)
     if layout is None or (layout.is_plain_causal and not _must_read(prompts, past)):
         if generation is not None:
             generation.cache = past
@@ -189,10 +189,10 @@ def _use_attention_of_bitune(architecture: Architecture) -> None:
 def _lengthen(architecture: Architecture, context: ForwardContext, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the backbone for lengthened rows; the cache is taken out, the attention function fills it."""
     layout = context.layout
-    lengthened = {name: layout.lengthen(kwargs[name]) for name in PER_TOKEN if _has(kwargs, name)}
+    lengthened = {name: layout.lengthen(kwargs[name]) for name in PER_TOKEN if is_given(kwargs, name)}
     # The attention modules get masks of their own in a reading. transformers hands 4-D masks on as they are, which
     # spares it making another.
-    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=_tokens(kwargs).device)
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens_in(kwargs).device)
     lengthened["attention_mask"] = None if architecture.bypasses_attention_interface else mask
     if "logits_to_keep" in kwargs:  # counted from the end of the row, where the copy is now
         lengthened["logits_to_keep"] = 0
@@ -209,7 +209,7 @@ def _positions(architecture: Architecture, context: ForwardContext, kwargs: dict
     """Positions for lengthened rows, `[R or 1, M]`: those of the caller. Without them every document starts at 0, as if
     it were alone; but if a cache is filled, tokens are numbered as the model will number those that come after it."""
     layout = context.layout
-    if _has(kwargs, "position_ids"):
+    if is_given(kwargs, "position_ids"):
         return layout.lengthen(kwargs["position_ids"])
     if context.cache is None or architecture.numbers_by_mask:
         return layout.positions

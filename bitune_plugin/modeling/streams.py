@@ -21,10 +21,10 @@ class SeparateStreams(Patch):
         context = active_context.value
         if context is None or context.share_adapter:
             return super().forward(tokens, *args, **kwargs)
-        return _join(*_on_each_part(super().forward, context, tokens, *args, **kwargs), rows=tokens.shape[0])
+        return _join(*on_each_stream(super().forward, context, tokens, *args, **kwargs), rows=tokens.shape[0])
 
 
-def _on_each_part(
+def on_each_stream(
     run: Callable[..., Any], context: ForwardContext, tokens: Tensor, *args: Any, **kwargs: Any
 ) -> Iterator[Any]:
     """What `run` makes of each stream."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core.autocast import concatenate
 from ..modeling.context import Stream, active_context
 from ..modeling.extension import Patch, with_attributes
-from ..modeling.streams import _on_each_part
+from ..modeling.streams import on_each_stream
 from .plain_lora import both_loras, is_plain_lora
 
 UNMERGED = "_bitune_unmerged"
@@ -67,7 +67,7 @@ class TwoAdapterLayer(Patch):
             )
         if tokens.dim() == 3 and plain:
             return both_loras(self, tokens, layout.tokens, context.adapter, second_name)
-        return concatenate(list(_on_each_part(self.forward, context, tokens, *args, **kwargs)), dim=1)
+        return concatenate(list(on_each_stream(self.forward, context, tokens, *args, **kwargs)), dim=1)
 
 
 def _is_behind_heads(tokens: Tensor, length: int) -> bool:
