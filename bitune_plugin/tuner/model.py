@@ -37,14 +37,14 @@ from .mixing_layer import MixingLayer
 from .names import check_targets, check_whole_modules, warn_of_unmatched
 from .requirements import (
     AdapterConfigs,
-    _check_bare,
-    _check_new_adapter,
-    _check_no_shared_weights,
-    _check_not_compiled,
-    _check_not_offloaded,
-    _leave_out_copies,
-    _leave_out_unadaptable,
-    _without_note_if_refused,
+    check_bare,
+    check_new_adapter,
+    check_no_shared_weights,
+    check_not_compiled,
+    check_not_offloaded,
+    leave_out_copies,
+    leave_out_unadaptable,
+    without_note_if_refused,
 )
 from .state_dict import SavesBothStreams
 from .transformers_methods import AdaptedCausalModel
@@ -82,15 +82,15 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         check_untried_versions()
-        with _without_note_if_refused(model), all_or_nothing(model):
+        with without_note_if_refused(model), all_or_nothing(model):
             # All that may be refused is refused before the model is changed.
-            _check_not_compiled(model)
-            _check_bare(model, adapter_name)
+            check_not_compiled(model)
+            check_bare(model, adapter_name)
             if isinstance(peft_config, BituneConfig):  # no PeftModel around it
-                _check_no_shared_weights(peft_config)
+                check_no_shared_weights(peft_config)
             configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
             if not low_cpu_mem_usage and not configs[adapter_name].unused:
-                _check_not_offloaded(model)
+                check_not_offloaded(model)
             # Not submodules: the inner tuner wraps the same model again, and must not be saved a second time.
             self.__dict__.update(self._state_of(model))
             super().__init__(model, AdapterConfigs(configs), adapter_name, low_cpu_mem_usage, state_dict)
@@ -125,7 +125,7 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
         """
         options = {"low_cpu_mem_usage": low_cpu_mem_usage, "state_dict": state_dict}
         config = self.peft_config.pop(adapter_name)  # entered by PEFT, which takes it out after an Exception only
-        _check_new_adapter(self.model, self.peft_config, adapter_name, config)
+        check_new_adapter(self.model, self.peft_config, adapter_name, config)
         check_whole_modules(config.adapter, model)
         if self.inner is not None:
             self.unmerge_for("add_adapter")
@@ -141,8 +141,8 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
         autocast_adapter_dtype: bool,
         options: dict[str, Any],
     ) -> None:
-        _leave_out_unadaptable(config.causal_config(), self.architecture.unadaptable, self.model)
-        _leave_out_copies(config.causal_config(), model)
+        leave_out_unadaptable(config.causal_config(), self.architecture.unadaptable, self.model)
+        leave_out_copies(config.causal_config(), model)
         # Remembered for `unload`: the inner tuner freezes the model.
         if self.inner is None:
             self.__dict__["trained_before"] = [p for p in model.parameters() if p.requires_grad]

@@ -35,7 +35,7 @@ class AdapterConfigs(dict[str, BituneConfig]):
 
 
 @contextmanager
-def _without_note_if_refused(model: nn.Module) -> Iterator[None]:
+def without_note_if_refused(model: nn.Module) -> Iterator[None]:
     """Removes the note that transformers' `add_adapter` makes on a model before it asks PEFT, if the block fails: with
     the note alone, without an adapter, `save_pretrained` of the model fails (transformers 5.23)."""
     try:
@@ -46,7 +46,7 @@ def _without_note_if_refused(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _check_bare(model: nn.Module, adapter_name: str) -> None:
+def check_bare(model: nn.Module, adapter_name: str) -> None:
     """Raises ValueError if another PEFT method, or an adapter of this name, is already on `model`."""
     configs = getattr(model, "peft_config", None)
     if isinstance(configs, AdapterConfigs) and adapter_name not in configs:
@@ -64,7 +64,7 @@ def _check_bare(model: nn.Module, adapter_name: str) -> None:
         )
 
 
-def _leave_out_copies(config: PeftConfig, model: nn.Module) -> None:
+def leave_out_copies(config: PeftConfig, model: nn.Module) -> None:
     """Puts names in place of "all-linear" on a model with modules trained whole: PEFT 0.21.2 takes each adapter's copy
     of a linear layer for another linear layer, adapts it, and freezes it with that."""
     wrappers = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
@@ -74,7 +74,7 @@ def _leave_out_copies(config: PeftConfig, model: nn.Module) -> None:
         config.target_modules = {name for name in config.target_modules if not name.startswith(inside)}
 
 
-def _check_not_compiled(model: nn.Module) -> None:
+def check_not_compiled(model: nn.Module) -> None:
     """Raises ValueError for what `torch.compile` returns."""
     if hasattr(model, "_orig_mod"):
         raise ValueError(
@@ -83,7 +83,7 @@ def _check_not_compiled(model: nn.Module) -> None:
         )
 
 
-def _check_no_shared_weights(config: BituneConfig) -> None:
+def check_no_shared_weights(config: BituneConfig) -> None:
     """Raises ValueError for methods that keep weights beside the model's layers: transformers leaves them behind."""
     tuner_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.adapter.peft_type]
     if tuner_cls.uses_shared_state or issubclass(tuner_cls, RandLoraModel):  # PEFT 0.21.2 forgets RandLoRA
@@ -94,7 +94,7 @@ def _check_no_shared_weights(config: BituneConfig) -> None:
         )
 
 
-def _check_not_offloaded(model: nn.Module) -> None:
+def check_not_offloaded(model: nn.Module) -> None:
     """Raises ValueError if accelerate keeps weights of `model` off its device: a new adapter would be made without
     memory beside them."""
     for name, module in model.named_modules():
@@ -107,7 +107,7 @@ def _check_not_offloaded(model: nn.Module) -> None:
             )
 
 
-def _check_new_adapter(
+def check_new_adapter(
     model: nn.Module, others: Mapping[str, BituneConfig], adapter_name: str, config: BituneConfig
 ) -> None:
     """Raises ValueError if an adapter cannot stand beside `others` on `model`."""
@@ -127,7 +127,7 @@ def _check_new_adapter(
         )
 
 
-def _leave_out_unadaptable(config: PeftConfig, names: Iterable[str], model: nn.Module) -> None:
+def leave_out_unadaptable(config: PeftConfig, names: Iterable[str], model: nn.Module) -> None:
     """Takes the layers that PEFT cannot adapt out of "all-linear".
 
     Args:
