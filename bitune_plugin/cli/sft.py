@@ -142,9 +142,9 @@ class BituneArguments:
             config = BituneConfig(**{**given, "adapter": adapter})
         except TypeError as error:
             raise ValueError(f"`adapter={adapter!r}`: {error}") from error
-        unknown = sorted(set(adapter) - set(config.adapter.to_dict())) if isinstance(adapter, dict) else []
+        unknown = sorted(set(adapter) - set(config.inner.to_dict())) if isinstance(adapter, dict) else []
         if unknown:  # which PEFT would only warn of
-            raise ValueError(f"`adapter` has settings that {type(config.adapter).__name__} does not know: {unknown}.")
+            raise ValueError(f"`adapter` has settings that {type(config.inner).__name__} does not know: {unknown}.")
         return config
 
 

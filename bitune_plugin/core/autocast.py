@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ ALWAYS_KNOWN = (torch.float32, torch.float64)
 """Dtypes of which `torch.cat` makes one under any autocast."""
 
 
-def concatenate(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+def concatenate(parts: list[Tensor] | tuple[Tensor, ...], dim: int = 0) -> Tensor:
     """`torch.cat` of tensors in any floating dtypes, under any autocast. By itself `torch.cat` knows float32 and
     autocast's own dtype there, and raises RuntimeError for parts of a model in float16 that is trained in bfloat16."""
     device = parts[0].device.type

@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 class Gather(NamedTuple):
-    """Where tokens are taken from: `index`, int64 `[n]`; those whose number is in `zero` are zero instead."""
+    """A gather, int64 `[n]` and `[z]`: `out[i] = states[source[i]]`, and 0 for every `i` in `zero`."""
 
-    index: Tensor
+    source: Tensor
     zero: Tensor
 
     def to(self, device: torch.device) -> Gather:
@@ -19,7 +19,7 @@ class Gather(NamedTuple):
 
 
 class _PermutedTokens(torch.autograd.Function):
-    """`permute_tokens`, whose gradient is the way back; torch's own adds up, token by token, what has one source anyhow."""
+    """`permute_tokens`. Its backward gathers too, because every token has one source; torch's own would scatter-add."""
 
     generate_vmap_rule = True
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +48,8 @@ class PromptLayout:
     Attributes:
         shape: `(B, T)`, rows and tokens as the caller gave them.
         packed: some row holds several documents.
-        is_plain_causal: nothing is read twice, no row holds several documents or completions, and all padding is on the right:
-            an ordinary forward pass says the same.
+        is_plain_causal: an ordinary forward pass gives the same result, because no prompt is encoded, no row holds
+            several sequences or completions, and all padding is on the right.
         tokens: length of the causal stream in a lengthened row; the bidirectional one lies behind it.
         source: int64 `[R, M]`, which of the caller's `B * T` tokens is in each place of the lengthened rows.
         positions: int64 `[R or 1, M]`, how many tokens of its document each has before it, those of other completions
@@ -91,7 +91,9 @@ class PromptLayout:
         return self if self.source.device == device else memoized(self._memo, device, lambda: self._moved_to(device))
 
     def _moved_to(self, device: torch.device) -> PromptLayout:
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Gather)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Gather)
+        }
         groups = tuple(group.to(device) for group in self.groups)
         return replace(self, **moved, groups=groups, _memo={})
 
@@ -124,7 +126,7 @@ class PromptLayout:
     def segments(self, states: Tensor) -> list[Segments]:
         """Takes documents out of lengthened rows: `[R, heads, M, size]` to `[D, heads, slots, size]` for each of
         `groups`. Not where rows were asked for that are not alike (`one_sequence_per_row`)."""
-        if self.to_slots is None:
+        if self.to_slots is None or self.to_tokens is None:
             encoded, answers = self.groups[0].slots
             return [Segments(*states.split([encoded, answers, encoded], dim=2))]
         slots = permute_tokens(states.transpose(1, 2).flatten(0, 1), self.to_slots, self.to_tokens)
@@ -136,7 +138,7 @@ class PromptLayout:
     def joined(self, segments: Sequence[Segments]) -> Tensor:
         """Puts documents back into lengthened rows: `[D, slots, heads, size]` for each of `groups` to
         `[R, M, heads, size]`."""
-        if self.to_slots is None:
+        if self.to_slots is None or self.to_tokens is None:
             return concatenate(segments[0], dim=1)
         slots = concatenate([piece.flatten(0, 1) for each in segments for piece in each])
         return permute_tokens(slots, self.to_tokens, self.to_slots)[None]

@@ -117,7 +117,7 @@ class SequenceGroup:
 
     def to(self, device: torch.device) -> SequenceGroup:
         """The same on another device."""
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **tensors, _memo={})
 
     def __len__(self) -> int:

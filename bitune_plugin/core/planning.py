@@ -40,7 +40,7 @@ def plan(
         LayoutError: a document in which a prompt token follows a completion token, or whose completions are not in
             order.
     """
-    device, shape = prompt_mask.device, tuple(prompt_mask.shape)
+    device, shape = prompt_mask.device, (prompt_mask.shape[0], prompt_mask.shape[1])
     # On the host, in one transfer, as Python must know the lengths anyhow.
     attended = torch.ones_like(prompt_mask) if attention_mask is None else attention_mask.bool()
     masks = torch.stack([prompt_mask, attended, with_first_of_rows(starts, attended)])

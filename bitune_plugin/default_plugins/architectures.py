@@ -165,9 +165,9 @@ def _quirks_of_attention(model: PreTrainedModel) -> dict[str, Any]:
         if name in ONCE_BYPASSING and attends_through_interface(module):
             return {}
         if name in PATCHES:
-            return {"is_attention": partial(_is_called, name), "attention_extension": PATCHES[name]}
+            return {"is_attention": partial(_is_called, name), "attention_patch": PATCHES[name]}
         if hasattr(module, "expand_kv"):
-            return {"attention_extension": LatentAttention}
+            return {"attention_patch": LatentAttention}
     return {}
 
 

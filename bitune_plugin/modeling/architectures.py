@@ -6,9 +6,11 @@ Most decoders of transformers need nothing special. A model that does is describ
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -113,7 +115,7 @@ class Architecture:
             return config.num_attention_heads
         if multi_query:
             return 1
-        project = getattr(attention, "k_proj", None)
+        project: Any = getattr(attention, "k_proj", None)
         project = getattr(project, "base_layer", project)
         if hasattr(project, "out_features") and hasattr(attention, "head_dim"):
             return project.out_features // attention.head_dim
@@ -126,6 +128,7 @@ def decoder(
     attention_patch: type[Patch] | None = None,
     flattened: Iterable[str] = (),
     unadaptable: Iterable[str] = (),
+    attention_extension: type[Patch] | None = None,
 ) -> Architecture:
     """Describes a causal language model of transformers; plugins call it with what they know better.
 
@@ -134,6 +137,7 @@ def decoder(
         is_attention: tells which modules are the attention of a decoder layer. By default those with a `layer_idx`
             that say whether they are causal.
         attention_patch, flattened, unadaptable: see `Architecture`.
+        attention_extension: the name of `attention_patch` in 0.2.
 
     Raises:
         UnsupportedModelError: Bitune cannot be applied to it.
@@ -144,6 +148,9 @@ def decoder(
             f"Bitune works on causal language models of transformers (PreTrainedModel), got {name}. For another kind "
             "of model, write a plugin with the hook `bitune_architecture`."
         )
+    if attention_extension is not None:
+        warnings.warn("`decoder(attention_extension=...)` is `decoder(attention_patch=...)` now.", FutureWarning, 2)
+        attention_patch = attention_extension
     _check_config(name, model.config)
     backbone = _backbone(model)
     layers = _layers(backbone)

@@ -23,9 +23,9 @@ def attach(model: PreTrainedModel, architecture: Architecture, causal_model: typ
     if not architecture.bypasses_attention_interface:
         model.set_attn_implementation(implementation_for(model.config._attn_implementation))
     patch(model, causal_model)
-    model.bitune_architecture = architecture
+    vars(model)["bitune_architecture"] = architecture
     patch(architecture.backbone, TwoWayBackbone)
-    architecture.backbone.bitune_architecture = architecture
+    vars(architecture.backbone)["bitune_architecture"] = architecture
     for layer in architecture.layers:
         patch(layer, CheckpointedLayer)
     if architecture.attention_patch is not None:

@@ -121,8 +121,8 @@ def _attend_in_groups(
     keys_kept = [segments._replace(prefix=mixed) for segments, mixed in zip(keys, keys_mixed, strict=True)]
     values_kept = [segments._replace(prefix=mixed) for segments, mixed in zip(values, values_mixed, strict=True)]
     if context.cache is not None and not shares_keys(module):
-        kept = (in_token_order(layout, segments) for segments in (keys_kept, values_kept))
-        context.cache.update(*kept, module.layer_idx)
+        key_kept, value_kept = (in_token_order(layout, segments) for segments in (keys_kept, values_kept))
+        context.cache.update(key_kept, value_kept, module.layer_idx)
 
     attended = []
     for group, *segments in zip(layout.groups, queries, keys, values, keys_kept, values_kept, strict=True):
@@ -160,7 +160,7 @@ def local_attention_of(module: nn.Module, kwargs: dict[str, Any]) -> LocalAttent
     Raises:
         RuntimeError: the layer has a sliding window, but does not tell its attention function; its own mask would have.
     """
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     types = getattr(config, "layer_types", None)
     if types and types[module.layer_idx] == "chunked_attention":
         return Chunk(config.attention_chunk_size)

@@ -94,7 +94,7 @@ def _start_context(
     if prompts.prompt_layout is None:
         layout = plan_call(architecture, prompts, generation, kwargs)
     else:
-        layout = layout_made_ahead(prompts, kwargs)
+        layout = layout_made_ahead(prompts.prompt_layout, kwargs)
     if layout is None or (layout.is_plain_causal and not _must_read(prompts, past)):
         if generation is not None:
             generation.cache = past
@@ -189,7 +189,7 @@ def _use_attention_of_bitune(architecture: Architecture) -> None:
 def _lengthen(architecture: Architecture, context: ForwardContext, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the backbone for lengthened rows; the cache is taken out, the attention function fills it."""
     layout = context.layout
-    lengthened = {name: layout.lengthen(kwargs[name]) for name in PER_TOKEN if is_given(kwargs, name)}
+    lengthened: dict[str, Any] = {name: layout.lengthen(kwargs[name]) for name in PER_TOKEN if is_given(kwargs, name)}
     # The attention modules get masks of their own in a reading. transformers hands 4-D masks on as they are, which
     # spares it making another.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens_in(kwargs).device)

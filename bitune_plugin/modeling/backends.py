@@ -1,8 +1,8 @@
-"""How each attention implementation of transformers is asked, for one group of queries.
+"""Backends: one call of each attention implementation of transformers, for the queries of one segment.
 
-A kernel takes the attention module, the keywords that the module gave, query `[B, heads, Q, head size]`, key and value
-`[B, key/value heads, K, head size]`, and either a `AttentionPattern` or, outside a reading, the mask that transformers made. It
-returns what attention functions of transformers return: attended values `[B, Q, heads, head size]`, and weights.
+A backend takes the attention module, the module's keywords, a query `[B, heads, Q, head size]`, key and value `[B,
+key/value heads, K, head size]`, and an `AttentionPattern`, or outside a forward context the mask of transformers. It
+returns the same as an attention function of transformers: the output `[B, Q, heads, head size]`, and weights or `None`.
 """
 
 from __future__ import annotations
@@ -32,30 +32,28 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def sdpa(module: nn.Module, kwargs: dict[str, Any], *states: Any) -> Attended:
     """torch's scaled dot product attention: takes masks, or none where `is_causal` says it all."""
-    *states, pattern = states
+    *inputs, pattern = states
     function = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if not isinstance(pattern, AttentionPattern):
-        return function(module, *states, pattern, **kwargs)
+        return function(module, *inputs, pattern, **kwargs)
     if pattern.mask is None:
-        return function(module, *states, None, is_causal=pattern.causal, **kwargs)
+        return function(module, *inputs, None, is_causal=pattern.causal, **kwargs)
     # Bool masks would be made additive in every layer anew.
-    return function(module, *states, _additive(pattern, states[0].dtype), is_causal=False, **kwargs)
+    return function(module, *inputs, _additive(pattern, inputs[0].dtype), is_causal=False, **kwargs)
 
 
 def eager(module: nn.Module, kwargs: dict[str, Any], *states: Any) -> Attended:
     """The matrix products of the model's own modelling file: takes additive masks."""
-    *states, pattern = states
-    if isinstance(pattern, AttentionPattern):
-        pattern = _additive(pattern, states[0].dtype)
-    return _eager_function(module)(module, *states, pattern, **kwargs)
+    *inputs, pattern = states
+    mask = _additive(pattern, inputs[0].dtype) if isinstance(pattern, AttentionPattern) else pattern
+    return _eager_function(module)(module, *inputs, mask, **kwargs)
 
 
 def flex_attention(module: nn.Module, kwargs: dict[str, Any], *states: Any) -> Attended:
     """torch's flex attention: takes block masks."""
-    *states, pattern = states
-    if isinstance(pattern, AttentionPattern):
-        pattern = pattern.form(BlockMask, lambda: _block_mask(pattern))
-    return ALL_ATTENTION_FUNCTIONS["flex_attention"](module, *states, pattern, **kwargs)
+    *inputs, pattern = states
+    mask = pattern.form(BlockMask, lambda: _block_mask(pattern)) if isinstance(pattern, AttentionPattern) else pattern
+    return ALL_ATTENTION_FUNCTIONS["flex_attention"](module, *inputs, mask, **kwargs)
 
 
 class Packing(NamedTuple):
@@ -135,7 +133,7 @@ def _take(states: Tensor, index: Tensor) -> Tensor:
     return states.transpose(1, 2).flatten(0, 1)[index].transpose(0, 1)[None]
 
 
-def _configured(module: nn.Module, base: str) -> nn.Module:
+def _configured(module: Any, base: str) -> nn.Module:
     """The module with a config that names `base`: flash attention asks it which of its versions to use."""
     return with_attributes(module, config=with_attention(module.config, base))
 

@@ -6,14 +6,36 @@ import inspect
 import types
 from collections.abc import Callable
 from functools import cache
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
 from .host import cache_keyword
 
+if TYPE_CHECKING:
 
-class Patch:
+    class _Base(nn.Module):
+        """The class that a patch is put in front of, for type checkers: it depends on the module."""
+
+        disable_adapters: Any
+        enable_adapters: Any
+        expand_kv: Any
+        forward: Any
+        generate: Any
+        generate_batch: Any
+        init_continuous_batching: Any
+        prepare_inputs_for_generation: Any
+        set_adapter: Any
+        _load_pretrained_model: Any
+        _prefill: Any
+
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    _Base = object
+
+
+class Patch(_Base):
     """What Bitune adds to the `forward` of a module that is already built; see `patch`."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -34,20 +56,21 @@ class TakesCache(Patch):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        base = cls.__bases__[-1]
+        base: Any = cls.__bases__[-1]
         if not issubclass(base, Patch):  # the class of a module, in front of which this one stands
             cls.cache_keyword = cache_keyword(base.forward)
 
 
 def with_attributes(module: nn.Module, **attributes: Any) -> Any:
     """A module that shares everything with `module` but these attributes."""
-    view = object.__new__(_class_of_views(type(module)))
+    cls: Any = type(module)
+    view = object.__new__(_class_of_views(cls))
     view.__dict__ = {**module.__dict__, **attributes}
     return view
 
 
 @cache
-def _class_of_views(cls: type) -> type:
+def _class_of_views(cls: Any) -> Any:
     """`cls` itself, unless its instances clean up when they go: what a view shares is not its own to clean up."""
     return type(cls.__name__, (cls,), {"__del__": lambda view: None}) if hasattr(cls, "__del__") else cls
 
@@ -74,7 +97,7 @@ def unpatch(module: nn.Module, patch_class: type[Patch]) -> None:
         _set_class(module, _without(type(module), patch_class))
 
 
-def _without(cls: type, patch_class: type[Patch]) -> type:
+def _without(cls: type, patch_class: type[Patch]) -> Any:
     """The class that `patch_class` was put in front of; what was put in front of both since, as by FSDP2, stays."""
     if patch_class in cls.__bases__:
         return cls.__bases__[1]
@@ -85,13 +108,13 @@ def _without(cls: type, patch_class: type[Patch]) -> type:
 
 
 @cache
-def _patched(base: type, patch_class: type[Patch]) -> type:
+def _patched(base: Any, patch_class: Any) -> Any:  # `Any`, because mypy takes no class for Hashable
     # Name and module stay: FSDP's wrapping policies, `device_map` and saving go by them.
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (patch_class, base), names)
 
 
-def _set_class(module: nn.Module, cls: type) -> None:
+def _set_class(module: nn.Module, cls: Any) -> None:
     methods = {base.__dict__.get("forward") for base in type(module).__mro__}
     module.__class__ = cls
     # accelerate's hooks keep the `forward` they found on the instance, and leave it there when they are taken off.

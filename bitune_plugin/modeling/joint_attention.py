@@ -57,8 +57,8 @@ class MixingCache:
         key_kept = concatenate([torch.where(encoded, key_mixed, key_encoded), key_rest], dim=2)
         value_kept = concatenate([torch.where(encoded, value_mixed, value_encoded), value_rest], dim=2)
         if self.context.cache is not None:
-            in_token_order = (layout.restore(kept.transpose(1, 2)).transpose(1, 2) for kept in (key_kept, value_kept))
-            self.context.cache.update(*in_token_order, layer_idx)
+            keys, values = (layout.restore(kept.transpose(1, 2)).transpose(1, 2) for kept in (key_kept, value_kept))
+            self.context.cache.update(keys, values, layer_idx)
         return concatenate([key, key_kept], dim=2), concatenate([value, value_kept], dim=2)
 
     def _split(self, states: Tensor) -> tuple[Tensor, ...]:

@@ -129,9 +129,9 @@ def plan_call(
     )
 
 
-def layout_made_ahead(prompts: Prompts, kwargs: dict[str, Any]) -> PromptLayout:
+def layout_made_ahead(layout: PromptLayout, kwargs: dict[str, Any]) -> PromptLayout:
     """The layout that was made ahead. Raises LayoutError if it is for a batch of another shape."""
-    tokens, layout = tokens_in(kwargs), prompts.prompt_layout
+    tokens = tokens_in(kwargs)
     if layout.shape != tuple(tokens.shape[:2]):
         raise LayoutError(
             f"`prompt_layout` is for {list(layout.shape)} rows and tokens, but the input has "
@@ -156,9 +156,10 @@ def starts_in(prompts: Prompts, kwargs: dict[str, Any], attention_mask: Tensor |
             f"`position_ids` has shape {list(position_ids.shape)}; Bitune supports one position per token, [rows, "
             "tokens]."
         )
-    if position_ids.shape[1] != tokens_in(kwargs).shape[1]:
+    tokens = tokens_in(kwargs).shape[1]
+    if position_ids.shape[1] != tokens:
         raise LayoutError(
-            f"`position_ids` has shape {list(position_ids.shape)}, but the input has {tokens_in(kwargs).shape[1]} tokens "
+            f"`position_ids` has shape {list(position_ids.shape)}, but the input has {tokens} tokens "
             "in a row. Pass one position per token."
         )
     return sequence_starts(position_ids, attention_mask)

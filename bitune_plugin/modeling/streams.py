@@ -21,7 +21,8 @@ class SeparateStreams(Patch):
         context = active_context.value
         if context is None or context.share_adapter:
             return super().forward(tokens, *args, **kwargs)
-        return _join(*on_each_stream(super().forward, context, tokens, *args, **kwargs), rows=tokens.shape[0])
+        causal, bidirectional = on_each_stream(super().forward, context, tokens, *args, **kwargs)
+        return _join(causal, bidirectional, tokens.shape[0])
 
 
 def on_each_stream(

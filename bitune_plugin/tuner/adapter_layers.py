@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..core.autocast import concatenate
@@ -13,6 +12,15 @@ from ..modeling.context import Stream, active_context
 from ..modeling.extension import Patch, with_attributes
 from ..modeling.streams import on_each_stream
 from .plain_lora import both_loras, is_plain_lora
+
+if TYPE_CHECKING:
+    from .host import PeftLayer
+
+    class PeftPatch(Patch, PeftLayer):  # type: ignore[misc]
+        """A patch that is put in front of the class of a PEFT layer."""
+
+else:
+    PeftPatch = Patch
 
 UNMERGED = "_bitune_unmerged"
 """Attribute of a merged PEFT layer (see `merging.py`): the parameters of its base layer from before, by name."""
@@ -23,7 +31,7 @@ def bidirectional(adapter_name: str) -> str:
     return f"{adapter_name}__bidirectional"
 
 
-class TwoAdapterLayer(Patch):
+class TwoAdapterLayer(PeftPatch):
     """A PEFT layer: the causal adapter on the causal stream of a reading, the bidirectional one on the other."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -52,7 +60,7 @@ class TwoAdapterLayer(Patch):
             if self.merged and plain:
                 flat = tokens.reshape(1, -1, tokens.shape[-1])
                 return both_loras(self, flat, 0, context.adapter, second_name).view(*tokens.shape[:-1], -1)
-            second = with_active_adapter(unmerged(self), second_name)
+            second: Any = with_active_adapter(unmerged(self), second_name)
             return super(TwoAdapterLayer, second).forward(tokens, *args, **kwargs)
         layout = context.layout
         if tokens.dim() == 4 and tokens.shape[1] == 1:  # states of latent attention, in the shape of a cache
@@ -102,13 +110,13 @@ class ParameterAdapter(TwoAdapterLayer):
             return super().forward(tokens, *args, **kwargs)
 
 
-def with_active_adapter(layer: BaseTunerLayer, adapter_name: str) -> BaseTunerLayer:
+def with_active_adapter(layer: PeftLayer, adapter_name: str) -> PeftLayer:
     """The same PEFT layer with another active adapter, sharing everything else; the layer itself is not touched, so
     that other threads may use it meanwhile."""
     return with_attributes(layer, _active_adapter=[adapter_name])
 
 
-def unmerged(layer: BaseTunerLayer) -> BaseTunerLayer:
+def unmerged(layer: PeftLayer) -> PeftLayer:
     """The same PEFT layer with the weights from before it was merged, if it was; the layer itself is not touched."""
     if not layer.merged:
         return layer

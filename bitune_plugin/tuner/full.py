@@ -129,8 +129,8 @@ class FullLayer(nn.Module, BaseTunerLayer):
     def _of_active(self, name: str) -> Any:
         """An attribute of `active`. Raises RuntimeError for a weight where both streams are together."""
         value, context = getattr(self.active, name), current_context()
-        together = context is not None and context.stream is None and bidirectional(context.adapter) in self.bitune_full
-        if isinstance(value, Tensor) and together and not context.share_adapter:
+        together = context is not None and context.stream is None and not context.share_adapter
+        if together and isinstance(value, Tensor) and bidirectional(context.adapter) in self.bitune_full:
             raise RuntimeError(
                 f"`{name}` of a {type(self.base_layer).__name__} is used without calling it, and Bitune cannot give "
                 "each stream its own. Leave this module out of the adapter's `target_modules` (`exclude_modules=...`)."
@@ -159,7 +159,7 @@ class FullModel(BaseTuner):
             ValueError: a layer cannot be trained: it is quantised, has no weights, is part of another such layer, or
                 holds weights beside other layers.
         """
-        config = self.peft_config[adapter_name]
+        config: Any = self.peft_config[adapter_name]
         if config.target_modules == ALL:
             _name_all(config, model)
         embeddings, head = embeddings_and_head(model)
@@ -187,8 +187,8 @@ class FullModel(BaseTuner):
 
     def _check_trainable(self, layer: nn.Module, name: str) -> None:
         parts = name.split(".")
-        outer = (".".join(parts[:length]) for length in range(1, len(parts)))
-        outer = [other for other in outer if isinstance(self.model.get_submodule(other), FullLayer)]
+        before = (".".join(parts[:length]) for length in range(1, len(parts)))
+        outer = [other for other in before if isinstance(self.model.get_submodule(other), FullLayer)]
         if outer or not any(True for _ in layer.parameters()):
             raise ValueError(
                 f"`target_modules` take in {name}, which {f'is part of {outer[0]}' if outer else 'has no weights'}. "
@@ -214,7 +214,7 @@ def _name_all(config: FullConfig, model: nn.Module) -> None:
     whole = (embeddings,) if _are_tied(model) else (embeddings, head)
     once = {name for name in whole if not _is_excluded(config, name)}
     elsewhere = (embeddings, head, *(config.modules_to_save or ()), FullModel.prefix, "modules_to_save", MIXING)
-    layers = set()
+    layers: set[str] = set()
     for path, module in model.named_modules():
         name = path.removesuffix(".base_layer").removesuffix(".original_module")  # if it carries an adapter already
         own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
@@ -231,7 +231,7 @@ def _name_all(config: FullConfig, model: nn.Module) -> None:
     config.modules_to_save = sorted({*(config.modules_to_save or ()), *once})
 
 
-def _are_tied(model: nn.Module) -> bool:
+def _are_tied(model: Any) -> bool:
     return model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
@@ -241,7 +241,7 @@ def _is_part_of(name: str, modules: Iterable[str]) -> bool:
 
 def _is_excluded(config: FullConfig, name: str) -> bool:
     names = config.exclude_modules
-    return bool(names) and bool(check_target_module_exists(FullConfig(target_modules=names), name))
+    return bool(names and check_target_module_exists(FullConfig(target_modules=names), name))
 
 
 def idle_in_second_stream(architecture: Architecture) -> Iterator[nn.Module]:
@@ -262,7 +262,7 @@ def is_idle_in_second_stream(name: str, last_layer: int) -> bool:
     return numbers[0] == last_layer and bool(AFTER_KEYS & {*parts})
 
 
-def embeddings_and_head(model: nn.Module) -> tuple[str, str]:
+def embeddings_and_head(model: Any) -> tuple[str, str]:
     """Names of the embeddings and of the LM head."""
     names = {module: name for name, module in model.named_modules()}
     return names[model.get_input_embeddings()], names[model.get_output_embeddings()]

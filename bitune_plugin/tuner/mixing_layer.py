@@ -91,9 +91,10 @@ class MixingLayer(nn.Module, BaseTunerLayer):
             return None, None
         layer = self._with_theta(config)
         to_alpha = self.to_alpha[adapter_name]
-        return tuple(
+        key, value = (
             to_alpha(theta(adapter_name).float(), config.theta_init) for theta in (layer.theta_key, layer.theta_value)
         )
+        return key, value
 
     def _find_alpha_functions(self) -> None:
         # Once, and not whenever they are called: torch.compile cannot look into the plugin system.

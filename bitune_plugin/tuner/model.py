@@ -126,7 +126,7 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
         options = {"low_cpu_mem_usage": low_cpu_mem_usage, "state_dict": state_dict}
         config = self.peft_config.pop(adapter_name)  # entered by PEFT, which takes it out after an Exception only
         check_new_adapter(self.model, self.peft_config, adapter_name, config)
-        check_whole_modules(config.adapter, model)
+        check_whole_modules(config.inner, model)
         if self.inner is not None:
             self.unmerge_for("add_adapter")
         with all_or_nothing(self, self.inner):
@@ -149,7 +149,7 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
         if self.inner is not None and not self.active_adapters:
             # The last adapter was deleted. PEFT 0.21.2 cannot add one beside modules trained whole if none is active.
             self.inner.active_adapter = self.active_adapter = [adapter_name]
-        given = copy.deepcopy(config.adapter)  # PEFT puts names into it, for models that transformers has changed
+        given = copy.deepcopy(config.inner)  # PEFT puts names into it, for models that transformers has changed
         self._inject_stream(adapter_name, config.causal_config(), autocast_adapter_dtype, options)
         if not config.unused:  # of an adapter that is loaded, the weights tell whether it fits
             self._check_names(config, given)
@@ -320,7 +320,7 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
 
     def _check_names(self, config: BituneConfig, given: PeftConfig) -> None:
         """Raises ValueError if the inner config, as it was `given`, names what PEFT has not found."""
-        adapter, names = config.adapter, self.inner.targeted_module_names
+        adapter, names = config.inner, self.inner.targeted_module_names
         modules = [name for name in names if self.inner._check_target_module_exists(adapter, name)]
         check_targets(given, self.model, modules, self.inner.targeted_parameter_names)
         warn_of_unmatched(adapter, self.model, self.architecture.unadaptable)

@@ -12,13 +12,16 @@ import difflib
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft.config import PeftConfig
 from peft.tuners import TrainableTokensConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+
+if TYPE_CHECKING:
+    from .host import MethodConfig
 
 LISTS = ("target_modules", "exclude_modules")
 """Fields whose lists may serve several architectures."""
@@ -133,7 +136,7 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-def _check_tokens(argument: str, indices: Sequence[int], module: nn.Module) -> None:
+def _check_tokens(argument: str, indices: Sequence[int], module: Any) -> None:
     """Raises ValueError for tokens that are not in a vocabulary."""
     rows = module.weight.shape[0]
     wrong = [index for index in indices if not isinstance(index, int) or not 0 <= index < rows]
@@ -166,7 +169,7 @@ def _layer_of(module: str, config: PeftConfig) -> int | None:
     return None
 
 
-def _layers(model: nn.Module, config: PeftConfig) -> list[int]:
+def _layers(model: nn.Module, config: MethodConfig) -> list[int]:
     """Numbers of all layers that have a module of `target_modules`."""
     names = module_names(model)
     if config.target_modules is not None:

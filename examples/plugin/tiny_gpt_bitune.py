@@ -1,7 +1,7 @@
 """A Bitune plugin: what `bitune_plugin` cannot know about TinyGPT by itself.
 
 TinyGPT's attention multiplies its matrices itself instead of calling an attention function of Transformers, so Bitune
-cannot step in between. But it gives its keys and values to a cache, and takes an additive mask: a `SingleCallAttention`.
+cannot step in between. But it gives its keys and values to a cache, and takes an additive mask: `SingleCallAttention`.
 
     pip install ./examples/plugin
     model = get_peft_model(TinyGPTForCausalLM(TinyGPTConfig()), BituneConfig())

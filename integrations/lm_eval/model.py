@@ -176,7 +176,7 @@ class BituneLM(HFLM):
         return scores
 
     def _batches(self, rows: list[Row], size: int | None) -> Iterator[list[Row]]:
-        self.batch_sizes = {}
+        self.batch_sizes: dict[Any, Any] = {}
         start = 0
         while start < len(rows):
             step = size or (self._batch_scheduler(start, rows) if self.batch_size == "auto" else self.batch_size)

@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate.logging import get_logger
@@ -33,7 +33,7 @@ from bitune_plugin.integrations.trl.host import common_prefix_length
 logger = logging.getLogger(__name__)
 
 
-Samples = Dataset | IterableDataset
+Samples: TypeAlias = Dataset | IterableDataset
 
 
 PROMPT_MASK = "prompt_mask"

@@ -486,7 +486,7 @@ def _keep_theta_in_float32(model: nn.Module, accelerator: Accelerator) -> None:
 
 
 def _alpha_summary(model: BituneModel) -> dict[str, float]:
-    summary = {}
+    summary: dict[str, float] = {}
     for kind, by_layer in model.alphas().items():
         if by_layer:
             values = torch.cat([alpha.detach().flatten() for alpha in by_layer])

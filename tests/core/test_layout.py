@@ -669,15 +669,15 @@ def moves(draw: st.DrawFn) -> tuple[Gather, Gather]:
 
 
 def slow_rearrange(states: Tensor, there: Gather) -> Tensor:
-    empty = set(there.empty.tolist())
-    taken = [0 * states[0] if place in empty else states[source] for place, source in enumerate(there.index.tolist())]
+    empty = set(there.zero.tolist())
+    taken = [0 * states[0] if place in empty else states[source] for place, source in enumerate(there.source.tolist())]
     return torch.stack(taken)
 
 
 @given(moves())
 def test_rearranging_and_its_gradient_are_those_of_plain_indices(there_and_back: tuple[Gather, Gather]) -> None:
     there, back = there_and_back
-    states = torch.randn(len(back.index), 2, dtype=torch.float64, requires_grad=True)
+    states = torch.randn(len(back.source), 2, dtype=torch.float64, requires_grad=True)
     got, expected = permute_tokens(states, there, back), slow_rearrange(states, there)
     assert torch.equal(got, expected)
     weight = torch.randn_like(got)
@@ -687,7 +687,7 @@ def test_rearranging_and_its_gradient_are_those_of_plain_indices(there_and_back:
 @given(moves())
 def test_rearranging_can_be_derived_twice(there_and_back: tuple[Gather, Gather]) -> None:
     there, back = there_and_back
-    states = torch.randn(len(back.index), 1, dtype=torch.float64, requires_grad=True)
+    states = torch.randn(len(back.source), 1, dtype=torch.float64, requires_grad=True)
 
     def squared(states: Tensor) -> Tensor:
         return permute_tokens(states.square(), there, back).square()

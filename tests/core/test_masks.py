@@ -225,7 +225,7 @@ def test_on_another_device_everything_is_made_there_anew() -> None:
     ids=str,
 )
 def test_how_far_the_fifth_token_reaches(local: LocalAttention, keys: list[int]) -> None:
-    assert local.local_attentions(torch.tensor(4), torch.arange(9)).nonzero().flatten().tolist() == keys
+    assert local.allows(torch.tensor(4), torch.arange(9)).nonzero().flatten().tolist() == keys
 
 
 def test_the_masks_of_a_document() -> None:
