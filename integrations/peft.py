@@ -45,7 +45,8 @@ def register() -> None:
     register_post_import_hook(_wrap_optimizers, "peft.optimizers")
     register_post_import_hook(_wrap_hotswapping, "peft.utils.hotswap")
     if peft_model.get_layer_status.__module__ == peft_model.__name__:
-        peft.get_layer_status = peft_model.get_layer_status = with_streams_joined(peft_model.get_layer_status)
+        joined: Any = with_streams_joined(peft_model.get_layer_status)
+        peft.get_layer_status = peft_model.get_layer_status = joined
 
 
 def _wrap_optimizers(optimizers: ModuleType) -> None:

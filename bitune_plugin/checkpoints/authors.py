@@ -119,9 +119,9 @@ def convert(folder: Path, chosen: Mapping[str, Any]) -> tuple[BituneConfig, dict
     return config, weights
 
 
-def _inner_config(folder: Path) -> PeftConfig:
+def _inner_config(folder: Path) -> MethodConfig:
     """The config of both adapters."""
-    config = read_config(folder, PeftConfig)
+    config: Any = read_config(folder, PeftConfig)
     if isinstance(config, BituneConfig):
         raise ValueError(f"{folder} holds a Bitune adapter already. Load it with `PeftModel.from_pretrained`.")
     if not (folder / SECOND).is_dir():

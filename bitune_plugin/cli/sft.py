@@ -148,7 +148,7 @@ class BituneArguments:
         return config
 
 
-DATACLASSES = (BituneArguments, BituneSFTConfig, ScriptArguments, ModelConfig, DatasetMixtureConfig)
+DATACLASSES: Any = (BituneArguments, BituneSFTConfig, ScriptArguments, ModelConfig, DatasetMixtureConfig)
 
 _OF_TRL = {f.name for theirs in (SFTConfig, *DATACLASSES[2:]) for f in dataclasses.fields(theirs)}
 
@@ -357,7 +357,7 @@ def _split(dataset: DatasetDict | IterableDatasetDict, name: str, settings: Sett
     return apply_templates(samples, *settings.templates, num_proc=settings.training.dataset_num_proc)
 
 
-def _farewell(model: str, adapter: str) -> str:
+def _farewell(model: str | None, adapter: str) -> str:
     arguments = shlex.quote(f"pretrained={model},peft={adapter}")
     return (
         f"The adapter is in {adapter}. To evaluate it:\nlm_eval --model bitune --model_args {arguments} --tasks TASKS"

@@ -41,7 +41,8 @@ def _gathered(states: Tensor, index: Tensor, zero: Tensor) -> Tensor:
     gathered = states.flatten(1).index_select(0, index)  # three times as fast in two dimensions
     if len(zero):
         gathered.index_fill_(0, zero, 0)
-    return gathered.unflatten(1, states.shape[1:])
+    result: Tensor = gathered.unflatten(1, states.shape[1:])
+    return result
 
 
 def permute_tokens(states: Tensor, there: Gather, back: Gather) -> Tensor:
@@ -51,4 +52,5 @@ def permute_tokens(states: Tensor, there: Gather, back: Gather) -> Tensor:
         there: from where each place is filled.
         back: the same for the way back.
     """
-    return _PermutedTokens.apply(states, *there, *back)
+    permuted: Tensor = _PermutedTokens.apply(states, *there, *back)
+    return permuted

@@ -110,7 +110,8 @@ class PromptLayout:
         states = states[:, : self.tokens]
         if self.target is None:
             return states
-        return states.flatten(0, 1).index_select(0, self.target).unflatten(0, self.shape)
+        restored: Tensor = states.flatten(0, 1).index_select(0, self.target).unflatten(0, self.shape)
+        return restored
 
     def answers_of(self, states: Tensor) -> Tensor:
         """The answers in lengthened rows, one document after the other: `[R, M, ...]` to `[1, n, ...]`."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,18 +44,22 @@ class Chunk:
 
 
 LocalAttention = SlidingWindow | Chunk
-"""How far the tokens of a layer see."""
+"""Local attention of a layer: the keys near a query, of those that the causal or full mask allows."""
+
+
+V = TypeVar("V")
 
 
 Memo = dict[Hashable, Any]
 """What is derived from an object that never changes."""
 
 
-def memoized(memo: Memo, name: Hashable, make: Callable[[], Any]) -> Any:
+def memoized(memo: Memo, name: Hashable, make: Callable[[], V]) -> V:
     """What is called `name`, made when it is first asked for."""
     if name not in memo:
         memo[name] = make()
-    return memo[name]
+    value: V = memo[name]
+    return value
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class AttentionPattern:
         mask = torch.ones(self.queries.shape[1], self.keys.shape[1], dtype=torch.bool, device=self.queries.device)
         return (mask.tril() if self.causal else mask)[None, None]
 
-    def form(self, name: Hashable, make: Callable[[], Any]) -> Any:
+    def form(self, name: Hashable, make: Callable[[], V]) -> V:
         """The form of all this that an attention implementation wants, made once."""
         return memoized(self._memo, name, make)
 

@@ -122,7 +122,7 @@ def _attend_in_groups(
     values_kept = [segments._replace(prefix=mixed) for segments, mixed in zip(values, values_mixed, strict=True)]
     if context.cache is not None and not shares_keys(module):
         key_kept, value_kept = (in_token_order(layout, segments) for segments in (keys_kept, values_kept))
-        context.cache.update(key_kept, value_kept, module.layer_idx)
+        context.cache.update(key_kept, value_kept, module.layer_idx)  # type: ignore[arg-type]
 
     attended = []
     for group, *segments in zip(layout.groups, queries, keys, values, keys_kept, values_kept, strict=True):

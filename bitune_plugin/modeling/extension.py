@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 from collections.abc import Callable
-from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import nn
 
@@ -31,8 +31,13 @@ if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any: ...
 
+    _F = TypeVar("_F", bound=Callable[..., Any])
+
+    def cache(function: _F) -> _F:  # mypy 2.4 takes no class for Hashable, and so for no argument of a cached function
+        ...
+
 else:
-    _Base = object
+    _Base, cache = object, functools.cache
 
 
 class Patch(_Base):
@@ -63,8 +68,7 @@ class TakesCache(Patch):
 
 def with_attributes(module: nn.Module, **attributes: Any) -> Any:
     """A module that shares everything with `module` but these attributes."""
-    cls: Any = type(module)
-    view = object.__new__(_class_of_views(cls))
+    view: Any = object.__new__(_class_of_views(type(module)))
     view.__dict__ = {**module.__dict__, **attributes}
     return view
 
@@ -108,7 +112,7 @@ def _without(cls: type, patch_class: type[Patch]) -> Any:
 
 
 @cache
-def _patched(base: Any, patch_class: Any) -> Any:  # `Any`, because mypy takes no class for Hashable
+def _patched(base: Any, patch_class: Any) -> Any:
     # Name and module stay: FSDP's wrapping policies, `device_map` and saving go by them.
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (patch_class, base), names)

@@ -16,7 +16,6 @@ or an attribute, and never by comparing version numbers.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
 import sys
 from collections.abc import Callable, Mapping
@@ -80,8 +79,8 @@ def translate_cache(arguments: dict[str, Any], keyword: str) -> dict[str, Any]:
 
 def put_cache(outputs: ModelOutput, past: Cache) -> None:
     """Gives the outputs of a backbone their cache."""
-    names = {field.name for field in dataclasses.fields(outputs)}
-    outputs["cache" if "cache" in names else "past_key_values"] = past
+    fields: dict[str, Any] = getattr(type(outputs), "__dataclass_fields__", {})
+    outputs["cache" if "cache" in fields else "past_key_values"] = past
 
 
 def drops_cache(backbone: PreTrainedModel) -> bool:

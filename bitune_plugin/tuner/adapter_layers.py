@@ -16,7 +16,7 @@ from .plain_lora import both_loras, is_plain_lora
 if TYPE_CHECKING:
     from .host import PeftLayer
 
-    class PeftPatch(Patch, PeftLayer):  # type: ignore[misc]
+    class PeftPatch(Patch, PeftLayer):
         """A patch that is put in front of the class of a PEFT layer."""
 
 else:
@@ -41,7 +41,7 @@ class TwoAdapterLayer(PeftPatch):
             and active_context.value is None
             and not (self._forward_hooks or self._forward_pre_hooks)
         ):
-            return self._modules["base_layer"](*args, **kwargs)
+            return self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]
         return super().__call__(*args, **kwargs)
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -115,7 +115,7 @@ class FullLayer(nn.Module, BaseTunerLayer):
         return self._of_active("weight")
 
     @property
-    def bias(self) -> Tensor | None:
+    def bias(self) -> Any:  # a tensor or `None`
         return self._of_active("bias")
 
     def __getattr__(self, name: str) -> Any:
@@ -129,8 +129,9 @@ class FullLayer(nn.Module, BaseTunerLayer):
     def _of_active(self, name: str) -> Any:
         """An attribute of `active`. Raises RuntimeError for a weight where both streams are together."""
         value, context = getattr(self.active, name), current_context()
-        together = context is not None and context.stream is None and not context.share_adapter
-        if together and isinstance(value, Tensor) and bidirectional(context.adapter) in self.bitune_full:
+        if context is None or context.stream is not None or context.share_adapter or not isinstance(value, Tensor):
+            return value
+        if bidirectional(context.adapter) in self.bitune_full:
             raise RuntimeError(
                 f"`{name}` of a {type(self.base_layer).__name__} is used without calling it, and Bitune cannot give "
                 "each stream its own. Leave this module out of the adapter's `target_modules` (`exclude_modules=...`)."
@@ -168,12 +169,13 @@ class FullModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: FullConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
+        parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, FullLayer):
             layer = target

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         peft_type: Any
 
         def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
     class PeftLayer(nn.Module, tuners_utils.BaseTunerLayer):
         """A layer of any PEFT method; most of its attributes depend on the method."""

@@ -11,7 +11,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -50,6 +50,10 @@ from .state_dict import SavesBothStreams
 from .transformers_methods import AdaptedCausalModel
 from .undo import all_or_nothing, switched_or_as_before
 
+if TYPE_CHECKING:
+    from ..modeling.architectures import Architecture
+    from .host import MethodConfig
+
 
 class BituneModel(MergesCausalAdapter, SavesBothStreams):
     """A transformers model that reads its prompts both ways. Usually made by `get_peft_model`.
@@ -69,6 +73,12 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
         ValueError: `model` already carries another PEFT method, the inner configs of two adapters do not go together,
             or a config names what the model lacks.
     """
+
+    architecture: Architecture
+    inner: Any  # the inner tuner; `None` before the first adapter
+    model: Any
+    peft_config: Any
+    trained_before: list[nn.Parameter]
 
     prefix = "theta_"
     tuner_layer_cls = BaseTunerLayer
@@ -93,11 +103,12 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
                 check_not_offloaded(model)
             # Not submodules: the inner tuner wraps the same model again, and must not be saved a second time.
             self.__dict__.update(self._state_of(model))
-            super().__init__(model, AdapterConfigs(configs), adapter_name, low_cpu_mem_usage, state_dict)
+            noting: Any = AdapterConfigs(configs)
+            super().__init__(model, noting, adapter_name, low_cpu_mem_usage, state_dict)
             vars(model)["bitune_tuner"] = self  # no submodule either
 
     @staticmethod
-    def _state_of(model: nn.Module) -> dict[str, Any]:
+    def _state_of(model: Any) -> dict[str, Any]:
         """What a tuner knows of its model: from the one before it, if transformers adds a further adapter."""
         before: BituneModel | None = vars(model).get("bitune_tuner")
         if before is not None:
@@ -135,7 +146,7 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
 
     def _inject(
         self,
-        model: nn.Module,
+        model: Any,
         adapter_name: str,
         config: BituneConfig,
         autocast_adapter_dtype: bool,
@@ -249,7 +260,7 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
     def _mixing_layers(self) -> list[MixingLayer]:
         return [getattr(attention, MIXING) for attention in self.architecture.attentions if hasattr(attention, MIXING)]
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
             raise ValueError(
                 "A Bitune adapter cannot be merged into the model for good: the prompt is read with two different sets "
@@ -272,7 +283,8 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
         for attention in self.architecture.attentions:
             delattr(attention, MIXING)
         # PEFT's general way: LN tuning's own (PEFT 0.21.2) leaves modules that are trained whole where they are.
-        model = BaseTuner._unload_and_optionally_merge(self.inner, False, *args, **kwargs)
+        unload: Any = BaseTuner._unload_and_optionally_merge  # which is annotated to return nothing
+        model = unload(self.inner, False, *args, **kwargs)
         for parameter in self.trained_before:
             parameter.requires_grad_(True)
         return model
@@ -303,15 +315,15 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
     def _inject_stream(
         self,
         name: str,
-        config: PeftConfig,
+        config: MethodConfig,
         autocast_adapter_dtype: bool,
         options: dict[str, Any],
     ) -> None:
         if self.inner is None:
-            tuner_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
-            self.__dict__["inner"] = tuner_cls(self.model, {name: config}, name, **options)
+            tuner_cls: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+            inner = self.__dict__["inner"] = tuner_cls(self.model, {name: config}, name, **options)
             # What all layers share is the inner tuner's own, as VeRA's projections. Of ours, PEFT saves and loads it.
-            for shared, module in self.inner.named_children():
+            for shared, module in inner.named_children():
                 if shared != "model":
                     self.add_module(shared, module)
             return
@@ -359,5 +371,5 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
             if any(isinstance(module, TwoAdapterLayer) for module in block.modules()):
                 patch(block, SeparateStreams)
 
-    def _tuner_layers(self) -> list[BaseTunerLayer]:
+    def _tuner_layers(self) -> list[Any]:
         return [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]

@@ -12,7 +12,7 @@ import difflib
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft.config import PeftConfig
 from peft.tuners import TrainableTokensConfig
@@ -20,14 +20,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-if TYPE_CHECKING:
-    from .host import MethodConfig
-
 LISTS = ("target_modules", "exclude_modules")
 """Fields whose lists may serve several architectures."""
 
 
-def check_whole_modules(config: PeftConfig, model: nn.Module) -> None:
+def check_whole_modules(config: PeftConfig, model: Any) -> None:
     """Checks what `config` trains beside its adapters, before the model is changed.
 
     Raises:
@@ -169,7 +166,7 @@ def _layer_of(module: str, config: PeftConfig) -> int | None:
     return None
 
 
-def _layers(model: nn.Module, config: MethodConfig) -> list[int]:
+def _layers(model: nn.Module, config: Any) -> list[int]:
     """Numbers of all layers that have a module of `target_modules`."""
     names = module_names(model)
     if config.target_modules is not None:
