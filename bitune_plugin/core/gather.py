@@ -1,4 +1,4 @@
-"""Takes tokens from one arrangement to another, without a scatter in the backward pass."""
+"""Permutes tokens without a scatter in the backward pass."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _PermutedTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        # Not by this function again, which torch.compile (2.13) cannot trace inside of itself.
+        # Not `apply`, because torch.compile (2.13) cannot trace a function inside itself.
         return _gathered(gradient, *ctx.saved_tensors), None, None, None, None
 
 
@@ -46,11 +46,11 @@ def _gathered(states: Tensor, index: Tensor, zero: Tensor) -> Tensor:
 
 
 def permute_tokens(states: Tensor, there: Gather, back: Gather) -> Tensor:
-    """Takes each of some states, `[m, ...]`, to at most one place, `[n, ...]`.
+    """Moves states `[m, ...]` to `[n, ...]`, each to one place at most.
 
     Args:
-        there: from where each place is filled.
-        back: the same for the way back.
+        there: the gather of the forward pass, `[n]`.
+        back: its inverse `[m]`, the gather of the backward pass.
     """
     permuted: Tensor = _PermutedTokens.apply(states, *there, *back)
     return permuted
