@@ -22,7 +22,7 @@ export MALLOC_TRIM_THRESHOLD_ = 68719476736
 # Where it is set, every process would compile all that it imports anew: packages are installed without bytecode.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help quickstart evaluate test test-oldest test-newest lint format docs benchmarks lock dist clean
+.PHONY: help quickstart evaluate check test test-oldest test-newest lint types format docs benchmarks lock dist clean
 
 help:                          ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | while read -r name text; do printf '%-12s %s\n' "$$name" "$$text"; done
@@ -52,9 +52,19 @@ test-newest:                   ## the core of the suite, with the newest version
 	.venv-newest/bin/python -m pip freeze | grep -E '^(accelerate|datasets|lm_eval|peft|torch|transformers|trl)=='
 	.venv-newest/$(PYTEST) $(SUBSET)
 
+# The method on tensors, and what needs no model of its own: about half a minute on two cores.
+FAST = tests/core tests/modeling/test_host.py tests/test_imports.py tests/test_kinds.py tests/test_versions.py \
+       tests/test_reference.py tests/tuner/test_config.py tests/tuner/test_names.py
+
+check: lint types              ## style, types and the fast tests, before a commit
+	$(VENV)/$(PYTEST) -m "not slow" $(FAST)
+
 lint: $(VENV)/installed        ## check the style of the code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed       ## check the types (mypy; core/ strictly)
+	$(BIN)/mypy
 
 format: $(VENV)/installed      ## repair the style of the code
 	$(BIN)/ruff check --fix .

@@ -13,7 +13,7 @@ class UnsupportedModelError(ValueError):
     """Bitune cannot be applied to this model; the message says why and what to do."""
 
 
-def first(problems: Sequence[str], number: int = 8) -> list[str]:
+def shorten(problems: Sequence[str], number: int = 8) -> list[str]:
     """The first few of `problems`, for a message, and how many more there are."""
     more = [f"and {len(problems) - number} more"] if len(problems) > number else []
     return [*problems[:number], *more]

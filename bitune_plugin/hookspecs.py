@@ -49,3 +49,4 @@ def bitune_architecture(model: nn.Module) -> Architecture | None:
 @hookspec
 def bitune_mixings() -> dict[str, AlphaFunction]:
     """Further choices for `BituneConfig.mixing`: name -> function from theta to alpha."""
+    return {}

@@ -1,4 +1,4 @@
-"""Modules of 0.1 that are elsewhere now: `from bitune_plugin.full import FullConfig` still works, with a warning."""
+"""Modules of 0.2 that are elsewhere now: `from bitune_plugin.full import FullConfig` still works, with a warning."""
 
 from __future__ import annotations
 
@@ -18,16 +18,51 @@ MOVED = {
     "full": ("tuner.full",),
     "joint_attention": ("modeling.joint_attention",),
     "latent_attention": ("modeling.latent_attention",),
-    "layout": ("core.layout", "core.planning", "core.prompts", "errors"),
+    "layout": ("core.layout", "core.planning", "core.prompts", "core.gather", "errors"),
     "masks": ("core.masks",),
     "methods": ("tuner.methods",),
     "mixing": ("core.mixing",),
-    "routing": ("modeling.extension", "modeling.context", "tuner.adapter_layers"),
+    "routing": (
+        "modeling.extension",
+        "modeling.context",
+        "modeling.checkpointing",
+        "modeling.streams",
+        "tuner.adapter_layers",
+    ),
     "saved": ("checkpoints.saved",),
     "weights": ("tuner.weights",),
     "writing": ("checkpoints.writing",),
 }
 """Old module -> the modules that have its names now."""
+
+RENAMED = {
+    "Documents": "SequenceGroup",
+    "Extension": "Patch",
+    "FollowingLayer": "CheckpointedLayer",
+    "JointAttention": "SingleCallAttention",
+    "KEYWORD": "CONTEXT_KEYWORD",
+    "Made": "Memo",
+    "Move": "Gather",
+    "NO_READING": "NO_CONTEXT",
+    "Parts": "Segments",
+    "Reach": "LocalAttention",
+    "Reading": "ForwardContext",
+    "RecomputedLayer": "CheckpointWrapperPatch",
+    "Sealed": "ContextArgument",
+    "Sight": "AttentionPattern",
+    "Window": "SlidingWindow",
+    "WindowInConfig": "SlidingWindowInConfig",
+    "current_reading": "current_context",
+    "document_starts": "sequence_starts",
+    "extend": "patch",
+    "follow_into_checkpoints": "patch_checkpoint_wrappers",
+    "once": "memoized",
+    "reach_of": "local_attention_of",
+    "reading_in_progress": "forward_context",
+    "rearrange": "permute_tokens",
+    "restore": "unpatch",
+}
+"""Old name in an old module -> its name now."""
 
 
 class MovedModule(ModuleType):
@@ -37,11 +72,12 @@ class MovedModule(ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         package, _, old = self.__name__.rpartition(".")
+        now = RENAMED.get(name, name)
         for new in MOVED[old]:
             module = import_module(f"{package}.{new}")
-            if hasattr(module, name):
-                warnings.warn(f"`{self.__name__}.{name}` is `{module.__name__}.{name}` now.", FutureWarning, 2)
-                return getattr(module, name)
+            if hasattr(module, now):
+                warnings.warn(f"`{self.__name__}.{name}` is `{module.__name__}.{now}` now.", FutureWarning, 2)
+                return getattr(module, now)
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
 

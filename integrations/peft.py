@@ -37,14 +37,16 @@ def register() -> None:
         config.PEFT_TYPE: (config.BituneConfig, BituneModel),
         full.PEFT_TYPE: (full.FullConfig, full.FullModel),
     }
+    configs: dict[Any, Any] = mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+    tuners: dict[Any, Any] = mapping.PEFT_TYPE_TO_TUNER_MAPPING
+    prefixes: dict[Any, str] = mapping.PEFT_TYPE_TO_PREFIX_MAPPING
     for name, (config_class, tuner_class) in methods.items():
-        mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name] = config_class
-        mapping.PEFT_TYPE_TO_TUNER_MAPPING[name] = tuner_class
-        mapping.PEFT_TYPE_TO_PREFIX_MAPPING[name] = tuner_class.prefix
+        configs[name], tuners[name], prefixes[name] = config_class, tuner_class, tuner_class.prefix
     register_post_import_hook(_wrap_optimizers, "peft.optimizers")
     register_post_import_hook(_wrap_hotswapping, "peft.utils.hotswap")
     if peft_model.get_layer_status.__module__ == peft_model.__name__:
-        peft.get_layer_status = peft_model.get_layer_status = with_streams_joined(peft_model.get_layer_status)
+        joined: Any = with_streams_joined(peft_model.get_layer_status)
+        peft.get_layer_status = peft_model.get_layer_status = joined
 
 
 def _wrap_optimizers(optimizers: ModuleType) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import bitune_plugin
-from bitune_plugin.moved import MOVED
+from bitune_plugin.moved import MOVED, RENAMED
 
 ROOT = Path(bitune_plugin.__file__).parent
 LEAVES = ("errors", "versions", "self_check", "moved", "kinds", "json_files")
@@ -89,6 +89,32 @@ def test_modules_of_the_first_version_can_still_be_imported() -> None:
     assert FullConfig is bitune_plugin.FullConfig
     with pytest.raises(ImportError, match="unknown"):
         from bitune_plugin.forward import unknown  # noqa: F401
+
+
+OLD_NAMES = {
+    "architectures": ["UnsupportedModelError"],
+    "attention": ["WindowInConfig", "reach_of"],
+    "joint_attention": ["JointAttention"],
+    "layout": ["LayoutError", "Move", "Parts", "document_starts", "rearrange"],
+    "masks": ["Documents", "Made", "Reach", "Sight", "Window", "once"],
+    "routing": [
+        *["Extension", "extend", "restore", "KEYWORD", "NO_READING", "Reading", "Sealed", "current_reading"],
+        *["reading_in_progress", "FollowingLayer", "RecomputedLayer", "follow_into_checkpoints", "SeparateStreams"],
+    ],
+}
+"""Names of 0.2 that are called otherwise now, or lie in a module that an old one does not name."""
+
+
+@pytest.mark.parametrize(("module", "name"), [(module, name) for module in OLD_NAMES for name in OLD_NAMES[module]])
+def test_old_names_are_found_in_old_modules(module: str, name: str) -> None:
+    old = import_module(f"bitune_plugin.{module}")
+    with pytest.warns(FutureWarning, match=rf"`bitune_plugin.{module}.{name}` is `.*\.{RENAMED.get(name, name)}` now"):
+        found = getattr(old, name)
+    assert getattr(found, "__name__", RENAMED.get(name, name)) in (RENAMED.get(name, name), "dict")
+
+
+def test_every_renamed_name_is_looked_for() -> None:
+    assert set(RENAMED) <= {name for names in OLD_NAMES.values() for name in names}
 
 
 @pytest.mark.parametrize("new", sorted({new for modules in MOVED.values() for new in modules}))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from peft import PeftConfig
@@ -24,7 +24,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import Tensor
 
 from ..core.mixing import MIXING
-from ..errors import first
+from ..errors import shorten
 from ..json_files import read_object
 from ..plugins import mixings
 from ..tuner.config import NO_MIXING, BituneConfig
@@ -32,6 +32,9 @@ from ..tuner.state_dict import BIDIRECTIONAL
 from ..tuner.weights import not_finite, read_weights
 from .integrity import ROOT
 from .saved import read_config
+
+if TYPE_CHECKING:
+    from ..tuner.host import MethodConfig
 
 Weights = Mapping[str, Tensor]
 
@@ -116,9 +119,9 @@ def convert(folder: Path, chosen: Mapping[str, Any]) -> tuple[BituneConfig, dict
     return config, weights
 
 
-def _inner_config(folder: Path) -> PeftConfig:
+def _inner_config(folder: Path) -> MethodConfig:
     """The config of both adapters."""
-    config = read_config(folder, PeftConfig)
+    config: Any = read_config(folder, PeftConfig)
     if isinstance(config, BituneConfig):
         raise ValueError(f"{folder} holds a Bitune adapter already. Load it with `PeftModel.from_pretrained`.")
     if not (folder / SECOND).is_dir():
@@ -146,13 +149,13 @@ def _split(folder: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Mixer
     return mixing, {key: value for key, value in weights.items() if not key.startswith(tuple(prefixes.values()))}
 
 
-def _lacking(inner: PeftConfig, theta: dict[str, Mixer]) -> list[str]:
+def _lacking(inner: MethodConfig, theta: dict[str, Mixer]) -> list[str]:
     """Mixers that the config says were trained, and of which there is no theta."""
     trained = inner.modules_to_save or ()
     return [mixer for kind, mixer in MIXERS.items() if mixer in trained and "weight" not in theta[kind]]
 
 
-def _check_adapters(folder: Path, inner: PeftConfig, causal: Weights, second: Weights) -> None:
+def _check_adapters(folder: Path, inner: MethodConfig, causal: Weights, second: Weights) -> None:
     """Raises ValueError unless both are adapters of the same modules, and nothing else."""
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[inner.peft_type]
     both = [*causal.items(), *((f"{SECOND}: {key}", value) for key, value in second.items())]
@@ -175,7 +178,7 @@ def _told_by_weights(folder: Path, theta: dict[str, Mixer], layers: int) -> dict
     shapes = {tuple(mixer["weight"].shape) if "weight" in mixer else None for mixer in theta.values()}
     shape = shapes.pop()
     if shapes or shape is None:
-        _raise_if_any(folder, ["theta of keys and of values have different shapes, or one is missing"])
+        _raise(folder, ["theta of keys and of values have different shapes, or one is missing"])
     if shape == (layers,):
         return {"mixing_granularity": "layer"}
     if shape == (1,):
@@ -255,7 +258,7 @@ def _thetas(config: BituneConfig, theta: dict[str, Mixer], layers: int) -> dict[
     }
 
 
-def _second_key(key: str, inner: PeftConfig) -> str:
+def _second_key(key: str, inner: MethodConfig) -> str:
     """The key of the bidirectional stream's weight: after the name of the adapter's part stands that of the stream."""
     prefix = re.escape(PEFT_TYPE_TO_PREFIX_MAPPING[inner.peft_type])
     return re.sub(rf"(\.{prefix}[^.]*)", rf"\1.{BIDIRECTIONAL}", key, count=1)
@@ -265,6 +268,10 @@ def _rounded(values: Tensor) -> list[float]:
     return [round(value, 3) for value in values.tolist()]
 
 
+def _raise(folder: Path, problems: list[str]) -> NoReturn:
+    raise ValueError(f"{folder} is not as the authors' code saves Bitune: {'; '.join(shorten(problems))}.")
+
+
 def _raise_if_any(folder: Path, problems: list[str]) -> None:
     if problems:
-        raise ValueError(f"{folder} is not as the authors' code saves Bitune: {'; '.join(first(problems))}.")
+        _raise(folder, problems)

@@ -19,7 +19,7 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:  # Windows, where two processes must not write to one folder at once
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager

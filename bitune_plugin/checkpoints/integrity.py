@@ -47,7 +47,7 @@ def problems_of(config: BituneConfig, weights: Mapping[str, Tensor]) -> list[str
     found = _Weights(config, weights)
     return [
         *not_finite(weights),
-        *lacking_whole(config.adapter, weights),
+        *lacking_whole(config.inner, weights),
         *found.wrong_theta(),
         *found.wrong_streams(),
         *found.wrong_parts(),
@@ -61,7 +61,7 @@ class _Weights:
     """The weights of an adapter by stream and module."""
 
     def __init__(self, config: BituneConfig, weights: Mapping[str, Tensor]) -> None:
-        self.config, self.inner = config, config.adapter
+        self.config, self.inner = config, config.inner
         self.prefix = PEFT_TYPE_TO_PREFIX_MAPPING[self.inner.peft_type]
         self.theta = {key: value for key, value in weights.items() if MIXING in key.split(".")}
         self.causal: dict[str, Parts] = {}
@@ -164,7 +164,7 @@ class _Weights:
 
     def _rank_of(self, module: str) -> int:
         patterns = self.inner.rank_pattern or {}
-        return patterns.get(get_pattern_key(patterns.keys(), module), self.inner.r)
+        return patterns.get(get_pattern_key([*patterns], module), self.inner.r)
 
     def unknown(self) -> Iterator[str]:
         """Adapters of modules that `target_modules` does not name."""

@@ -20,7 +20,7 @@ from peft.utils import CONFIG_NAME, PeftType
 from torch import Tensor
 
 from ..core.mixing import MIXING
-from ..errors import first
+from ..errors import shorten
 from ..json_files import read_object
 from ..plugins import mixings
 from ..tuner.config import BituneConfig
@@ -96,7 +96,7 @@ class SavedAdapter:
     @property
     def method(self) -> str:
         """PEFT's name of the inner method."""
-        return peft_type_of(self.config.adapter)
+        return peft_type_of(self.config.inner)
 
     @cached_property
     def theta(self) -> dict[str, Tensor]:
@@ -124,7 +124,7 @@ class SavedAdapter:
         return {key: value for key, value in self.weights.items() if key not in second and key not in self.theta}
 
     def _is_adapter(self, key: str) -> bool:
-        prefix = PEFT_TYPE_TO_PREFIX_MAPPING[self.config.adapter.peft_type]
+        prefix = PEFT_TYPE_TO_PREFIX_MAPPING[self.config.inner.peft_type]
         return key in self.bidirectional or any(part.startswith(prefix) for part in key.split("."))
 
     @property
@@ -193,7 +193,7 @@ class SavedAdapter:
 
     def _modules(self, weights: Mapping[str, Tensor]) -> set[str]:
         """Names of the modules that have an adapter in `weights`."""
-        prefix = PEFT_TYPE_TO_PREFIX_MAPPING[self.config.adapter.peft_type]
+        prefix = PEFT_TYPE_TO_PREFIX_MAPPING[self.config.inner.peft_type]
         return {key.split(f".{prefix}")[0].removeprefix(ROOT) for key in weights if f".{prefix}" in key}
 
     def _check(self) -> None:
@@ -201,7 +201,7 @@ class SavedAdapter:
         problems = problems_of(self.config, self.weights)
         if problems:
             raise ValueError(
-                f"The weights in {self.folder} are not those of its config: {'; '.join(first(problems))}. Copy the "
+                f"The weights in {self.folder} are not those of its config: {'; '.join(shorten(problems))}. Copy the "
                 "adapter again."
             )
 
@@ -222,8 +222,9 @@ def find_adapters(name: str) -> list[Path]:
         OSError: there is nothing of the kind.
     """
     folder = local_folder(name)
-    steps = {path: CHECKPOINT.fullmatch(path.name) for path in folder.iterdir() if path.is_dir()}
-    checkpoints = sorted((path for path, match in steps.items() if match), key=lambda path: int(steps[path][1]))
+    matches = {path: CHECKPOINT.fullmatch(path.name) for path in folder.iterdir() if path.is_dir()}
+    steps = {path: int(match[1]) for path, match in matches.items() if match}
+    checkpoints = sorted(steps, key=lambda path: steps[path])
     if not checkpoints or (folder / CONFIG_NAME).is_file():
         return [*checkpoints, folder]
     return checkpoints

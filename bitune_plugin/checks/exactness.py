@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,10 +131,10 @@ def _gradients(subject: Subject, kind: str) -> float:
     expected = {name: subject.literal.trained[name] for name in got}
     losses = (_loss(subject), completion_loss(subject.expected, subject.samples))
     # A parameter that the loss does not depend on has none: the bidirectional adapter's last linear layers.
-    options = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
+    options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
     gradients = [
-        torch.autograd.grad(loss, list(parameters.values()), **options)
-        for loss, parameters in zip(losses, (got, expected), strict=True)
+        torch.autograd.grad(loss, parameters, **options)
+        for loss, parameters in ((losses[0], [*got.values()]), (losses[1], [*expected.values()]))
     ]
     return difference(*(torch.cat([gradient.flatten() for gradient in each]) for each in gradients))
 
@@ -156,11 +157,12 @@ def _decoded(subject: Subject, step: int) -> float:
     return difference(torch.cat(got), subject.expected[0])
 
 
-def _with(subject: Subject, cache: DynamicCache) -> dict[str, object]:
+def _with(subject: Subject, cache: DynamicCache) -> dict[str, Any]:
     """The arguments under which the installed transformers takes a cache."""
     return {cache_keyword(type(subject.base).forward): cache, "use_cache": True}
 
 
 def _contents(cache: DynamicCache) -> Tensor:
     """All keys and values in a cache, `[layers, 2, 1, heads, tokens, head size]`."""
-    return torch.stack([torch.stack([layer.keys, layer.values]) for layer in cache.layers])
+    layers: list[Any] = cache.layers
+    return torch.stack([torch.stack([layer.keys, layer.values]) for layer in layers])

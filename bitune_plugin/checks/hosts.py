@@ -86,7 +86,7 @@ def saving_and_loading(folder: Path) -> float:
     subject = Subject()
     ids, prompt = subject.samples[0]
     subject.base.save_pretrained(folder / "base")
-    subject.model.save_pretrained(folder / "adapter")
+    subject.model.save_pretrained(str(folder / "adapter"))
     batch = padded([(ids, prompt)])
     save_file({name: batch[name] for name in ("input_ids", "prompt_mask")}, folder / "inputs.safetensors")
     run_python(f"import bitune_plugin\n{LOADING}" if _autoload_is_off() else LOADING, folder)

@@ -61,7 +61,8 @@ class Literal:
             # An additive mask of zeros: every token attends to every other.
             full = torch.zeros(1, 1, len(encoded), len(encoded), dtype=self.base.dtype, device=tokens.device)
             self._run("bidirectional", encoded, bidirectional, attention_mask=full)
-            for layer, (c, b) in enumerate(zip(causal.layers, bidirectional.layers, strict=True)):
+            pairs: list[tuple[Any, Any]] = list(zip(causal.layers, bidirectional.layers, strict=True))
+            for layer, (c, b) in enumerate(pairs):
                 keys = self._mix(c.keys, b.keys, "theta_key", layer)
                 mixed.update(keys, self._mix(c.values, b.values, "theta_value", layer), layer)
         return self._run("causal", rest, mixed), mixed

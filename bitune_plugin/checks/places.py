@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import transformers.utils
 
-from bitune_plugin.modeling.backends import KERNELS
+from bitune_plugin.modeling.backends import BACKENDS
 
 FLASH = "flash_attention_"
 
@@ -38,7 +38,7 @@ class Place:
 def places() -> Iterator[Place]:
     """Every device here, with each attention implementation and dtype that runs on it."""
     for device in devices():
-        for attention in KERNELS:
+        for attention in BACKENDS:
             if attention.startswith(FLASH) and not (device.startswith("cuda") and flash_is_installed(attention)):
                 continue
             if not attention.startswith(FLASH):

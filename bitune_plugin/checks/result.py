@@ -33,7 +33,8 @@ class Result:
     @property
     def ok(self) -> bool:
         """Whether nothing is wrong. A difference that is not a number is wrong."""
-        return self.error is None and (self.difference is None or self.difference <= self.tolerance)
+        within = self.difference is None or self.tolerance is None or self.difference <= self.tolerance
+        return self.error is None and within
 
     @property
     def title(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -37,9 +38,10 @@ class Subject:
     attention: str = "sdpa"
 
     @cached_property
-    def base(self) -> LlamaForCausalLM:
+    def base(self) -> Any:  # a LlamaForCausalLM
         """The model without an adapter."""
-        return tiny_model().to(device=self.device, dtype=self.dtype)
+        model: nn.Module = tiny_model()
+        return model.to(device=self.device, dtype=self.dtype)
 
     @cached_property
     def model(self) -> PeftModel:
@@ -47,7 +49,8 @@ class Subject:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             model = get_peft_model(copy.deepcopy(self.base), bitune_config()).eval()
         fill(model)
-        model.get_base_model().set_attn_implementation(self.attention)
+        base: Any = model.get_base_model()
+        base.set_attn_implementation(self.attention)
         return model
 
     @cached_property
@@ -91,7 +94,8 @@ def tiny_model() -> LlamaForCausalLM:
         tie_word_embeddings=False,
     )
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        model = LlamaForCausalLM(config).to(torch.float32).eval()
+        model: Any = LlamaForCausalLM(config).eval()
+        model = model.to(torch.float32)
     fill(model)
     return model
 

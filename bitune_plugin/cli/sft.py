@@ -142,13 +142,13 @@ class BituneArguments:
             config = BituneConfig(**{**given, "adapter": adapter})
         except TypeError as error:
             raise ValueError(f"`adapter={adapter!r}`: {error}") from error
-        unknown = sorted(set(adapter) - set(config.adapter.to_dict())) if isinstance(adapter, dict) else []
+        unknown = sorted(set(adapter) - set(config.inner.to_dict())) if isinstance(adapter, dict) else []
         if unknown:  # which PEFT would only warn of
-            raise ValueError(f"`adapter` has settings that {type(config.adapter).__name__} does not know: {unknown}.")
+            raise ValueError(f"`adapter` has settings that {type(config.inner).__name__} does not know: {unknown}.")
         return config
 
 
-DATACLASSES = (BituneArguments, BituneSFTConfig, ScriptArguments, ModelConfig, DatasetMixtureConfig)
+DATACLASSES: Any = (BituneArguments, BituneSFTConfig, ScriptArguments, ModelConfig, DatasetMixtureConfig)
 
 _OF_TRL = {f.name for theirs in (SFTConfig, *DATACLASSES[2:]) for f in dataclasses.fields(theirs)}
 
@@ -357,7 +357,7 @@ def _split(dataset: DatasetDict | IterableDatasetDict, name: str, settings: Sett
     return apply_templates(samples, *settings.templates, num_proc=settings.training.dataset_num_proc)
 
 
-def _farewell(model: str, adapter: str) -> str:
+def _farewell(model: str | None, adapter: str) -> str:
     arguments = shlex.quote(f"pretrained={model},peft={adapter}")
     return (
         f"The adapter is in {adapter}. To evaluate it:\nlm_eval --model bitune --model_args {arguments} --tasks TASKS"

@@ -1,4 +1,4 @@
-"""Takes tokens from one arrangement to another, without a scatter in the backward pass."""
+"""Permutes tokens without a scatter in the backward pass."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import torch
 from torch import Tensor
 
 
-class Move(NamedTuple):
-    """Where tokens are taken from: `index`, int64 `[n]`; those whose number is in `empty` are zero instead."""
+class Gather(NamedTuple):
+    """A gather, int64 `[n]` and `[z]`: `out[i] = states[source[i]]`, and 0 for every `i` in `zero`."""
 
-    index: Tensor
-    empty: Tensor
+    source: Tensor
+    zero: Tensor
 
-    def to(self, device: torch.device) -> Move:
-        return Move(*(tensor.to(device) for tensor in self))
+    def to(self, device: torch.device) -> Gather:
+        return Gather(*(tensor.to(device) for tensor in self))
 
 
-class _Rearranged(torch.autograd.Function):
-    """`rearrange`, whose gradient is the way back; torch's own adds up, token by token, what has one source anyhow."""
+class _PermutedTokens(torch.autograd.Function):
+    """`permute_tokens`. Its backward gathers too, because every token has one source; torch's own would scatter-add."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(states: Tensor, index: Tensor, empty: Tensor, *back: Tensor) -> Tensor:
-        return _moved(states, index, empty)
+    def forward(states: Tensor, index: Tensor, zero: Tensor, *back: Tensor) -> Tensor:
+        return _gathered(states, index, zero)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -33,22 +33,24 @@ class _Rearranged(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        # Not by this function again, which torch.compile (2.13) cannot trace inside of itself.
-        return _moved(gradient, *ctx.saved_tensors), None, None, None, None
+        # Not `apply`, because torch.compile (2.13) cannot trace a function inside itself.
+        return _gathered(gradient, *ctx.saved_tensors), None, None, None, None
 
 
-def _moved(states: Tensor, index: Tensor, empty: Tensor) -> Tensor:
-    moved = states.flatten(1).index_select(0, index)  # three times as fast in two dimensions
-    if len(empty):
-        moved.index_fill_(0, empty, 0)
-    return moved.unflatten(1, states.shape[1:])
+def _gathered(states: Tensor, index: Tensor, zero: Tensor) -> Tensor:
+    gathered = states.flatten(1).index_select(0, index)  # three times as fast in two dimensions
+    if len(zero):
+        gathered.index_fill_(0, zero, 0)
+    result: Tensor = gathered.unflatten(1, states.shape[1:])
+    return result
 
 
-def rearrange(states: Tensor, there: Move, back: Move) -> Tensor:
-    """Takes each of some states, `[m, ...]`, to at most one place, `[n, ...]`.
+def permute_tokens(states: Tensor, there: Gather, back: Gather) -> Tensor:
+    """Moves states `[m, ...]` to `[n, ...]`, each to one place at most.
 
     Args:
-        there: from where each place is filled.
-        back: the same for the way back.
+        there: the gather of the forward pass, `[n]`.
+        back: its inverse `[m]`, the gather of the backward pass.
     """
-    return _Rearranged.apply(states, *there, *back)
+    permuted: Tensor = _PermutedTokens.apply(states, *there, *back)
+    return permuted

@@ -1,131 +1,135 @@
-"""Who sees whom: attention masks of documents. Tensors only, no model.
+"""Attention masks: which keys each query may attend to. Tensors only, no model.
 
-A document is a prompt and its completion. Its tokens stand in *slots*, in order, free slots behind them:
+The tokens of a sequence are in *slots*, in order; slots behind the last token are padding. There are three segments:
 
-* the *encoded prompt* in `E` slots, which is read twice: causally, and, as a *copy*, with full attention;
-* the *answer* in `A` slots: the last prompt token, whose hidden state predicts the first token of the completion, and
-  the completion.
+* *prefix*, `E` slots: the encoded prompt in the causal stream, with causal attention;
+* *bidirectional*, `E` slots: the encoded prompt in the bidirectional stream, with full attention;
+* *answer*, `A` slots: the last prompt token, because its hidden state predicts the first token of the completion, and
+  the completion. It attends to the mixture of the other two, and causally to itself.
 
-A prompt may have several completions, one behind the other, as the choices of a question: each sees the prompt and
-itself, and none of the others.
+A prompt may have several completions, one behind the other, such as the choices of a question. Each attends to the
+prompt and to itself, and to no other completion.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Window:
-    """Sliding window attention: of all that a token may see, only what is less than `size` tokens away, behind or
-    ahead."""
+class SlidingWindow:
+    """Sliding window attention: keys less than `size` tokens away from the query, on either side."""
 
     size: int
 
-    def reaches(self, query: Tensor, key: Tensor) -> Tensor:
-        """bool, from the places of queries and keys in their documents, broadcast."""
+    def allows(self, query: Tensor, key: Tensor) -> Tensor:
+        """bool, broadcast from the positions of queries and keys in their sequences."""
         return (query - key).abs() < self.size
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Chunked attention: of all that a token may see, only what is in the same chunk of `size` tokens."""
+    """Chunked attention: keys in the same chunk of `size` tokens as the query."""
 
     size: int
 
-    def reaches(self, query: Tensor, key: Tensor) -> Tensor:
-        """bool, from the places of queries and keys in their documents, broadcast."""
+    def allows(self, query: Tensor, key: Tensor) -> Tensor:
+        """bool, broadcast from the positions of queries and keys in their sequences."""
         return query // self.size == key // self.size
 
 
-Reach = Window | Chunk
-"""How far the tokens of a layer see."""
+LocalAttention = SlidingWindow | Chunk
+"""Local attention of a layer: the keys near a query, of those that the causal or full mask allows."""
 
 
-Made = dict[Hashable, Any]
-"""What is derived from an object that never changes."""
+V = TypeVar("V")
 
 
-def once(made: Made, name: Hashable, make: Callable[[], Any]) -> Any:
-    """What is called `name`, made when it is first asked for."""
-    if name not in made:
-        made[name] = make()
-    return made[name]
+Memo = dict[Hashable, Any]
+"""Values derived from an immutable object, by name."""
+
+
+def memoized(memo: Memo, name: Hashable, make: Callable[[], V]) -> V:
+    """Returns the value called `name`, and makes it at the first call."""
+    if name not in memo:
+        memo[name] = make()
+    value: V = memo[name]
+    return value
 
 
 @dataclass(frozen=True)
-class Sight:
-    """What one group of queries sees, in the terms of dense and of packed attention.
+class AttentionPattern:
+    """The keys that the queries of one segment attend to, for backends with masks and for those with packed rows.
 
     Attributes:
         queries, keys: bool `[D, Q]` and `[D, K]`, True where a slot holds a token.
-        causal: of the tokens of a document, in order, the last query sees all keys, the one before it all but the
-            last, ...; if False, each sees all. `None` where it is neither.
-        reach: how far queries see; `mask` has it in it, `causal` has not.
-        make_mask: makes `mask`, which not every kernel wants.
+        causal: True if the last query of a sequence attends to all keys, the one before it to all but the last, and so
+            on; False if each query attends to all keys; `None` if neither holds.
+        local: the local attention of the layer. `mask` includes it, `causal` does not.
+        make_mask: makes `mask`, because not every backend needs one.
     """
 
     queries: Tensor
     keys: Tensor
     causal: bool | None
-    reach: Reach | None
+    local: LocalAttention | None
     make_mask: Callable[[], Tensor | None]
-    _made: Made = field(default_factory=dict, repr=False, compare=False)
+    _memo: Memo = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def mask(self) -> Tensor | None:
-        """bool `[D or 1, 1, Q or 1, K]`, True where a query sees a key; `None` where `causal` says it all."""
+        """bool `[D or 1, 1, Q or 1, K]`, True where a query attends to a key; `None` if `causal` says the same."""
         return self.form("mask", self.make_mask)
 
     def dense(self) -> Tensor:
-        """The mask, written out where `causal` says it all: bool `[D or 1, 1, Q or 1, K]`."""
+        """The mask, made of `causal` if it is `None`: bool `[D or 1, 1, Q or 1, K]`."""
         if self.mask is not None:
             return self.mask
         mask = torch.ones(self.queries.shape[1], self.keys.shape[1], dtype=torch.bool, device=self.queries.device)
         return (mask.tril() if self.causal else mask)[None, None]
 
-    def form(self, name: Hashable, make: Callable[[], Any]) -> Any:
-        """The form of all this that an attention implementation wants, made once."""
-        return once(self._made, name, make)
+    def form(self, name: Hashable, make: Callable[[], V]) -> V:
+        """The pattern in the form of one backend, made at the first call."""
+        return memoized(self._memo, name, make)
 
 
 @dataclass(frozen=True)
-class Documents:
-    """Documents in slots of the same number.
+class SequenceGroup:
+    """Sequences with the same number of slots.
 
     Attributes:
         encoded: bool `[D, E]`, True where a slot holds a token of an encoded prompt.
-        answer: bool `[D, A]`, the same of answers.
-        places: int64 `[D or 1, A]`, how many tokens of its document each token of an answer has before it, those of
-            other completions of its prompt not counted.
-        completion_index: `[D, A]`, which completion the token in each slot of `answer` is part of, 0 for what all of
-            them share; `None` where every prompt has one completion.
-        alike: no slot is free.
+        answer: bool `[D, A]`, True where a slot holds a token of an answer.
+        places: int64 `[D or 1, A]`, the position of each token of an answer in its sequence, without the other
+            completions of its prompt.
+        completion_index: `[D, A]`, the completion of the token in each slot of `answer`, 0 for tokens that all
+            completions share; `None` if every prompt has one completion.
+        uniform: no slot is padding.
     """
 
     encoded: Tensor
     answer: Tensor
     places: Tensor
     completion_index: Tensor | None
-    alike: bool
-    _made: Made = field(default_factory=dict, repr=False, compare=False)
+    uniform: bool
+    _memo: Memo = field(default_factory=dict, repr=False, compare=False)
 
-    def to(self, device: torch.device) -> Documents:
+    def to(self, device: torch.device) -> SequenceGroup:
         """The same on another device."""
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **tensors, _made={})
+        tensors: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **tensors, _memo={})
 
     def __len__(self) -> int:
         return len(self.encoded)
 
     @property
-    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The filled slots of encoded prompts, answers and copies."""
+    def segments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The slots with a token, of prefix, answer and bidirectional: `[D, E]`, `[D, A]`, `[D, E]`."""
         return self.encoded, self.answer, self.encoded
 
     @property
@@ -133,112 +137,120 @@ class Documents:
         """`E` and `A`."""
         return self.encoded.shape[1], self.answer.shape[1]
 
-    def sights(self, reach: Reach | None = None, causal: bool = False) -> tuple[Sight, Sight, Sight]:
-        """What encoded prompt, copy and answer see: their own keys; the answer those of the encoded prompt, mixed, and
-        behind them its own.
+    def patterns(
+        self, local: LocalAttention | None = None, causal: bool = False
+    ) -> tuple[AttentionPattern, AttentionPattern, AttentionPattern]:
+        """The patterns of prefix, bidirectional and answer. The keys of the first two are their own; those of the
+        answer are the mixture, `E` slots, and its own behind them, `A` slots.
 
         Args:
-            reach: how far the layer sees.
-            causal: the ablation whose second reading is causal too.
+            local: the local attention of the layer.
+            causal: the bidirectional stream is causal too (ablation).
         """
-        return once(self._made, ("sights", reach, causal), lambda: self._sights(reach, causal))
+        return memoized(self._memo, ("patterns", local, causal), lambda: self._patterns(local, causal))
 
-    def encoded_mask(self, reach: Reach | None = None) -> Tensor | None:
-        """Causal stream: encoded prompt to encoded prompt, causally.
+    def prefix_mask(self, local: LocalAttention | None = None) -> Tensor | None:
+        """Prefix to prefix, causally.
 
         Returns:
-            bool `[1, 1, E, E]`, or `None` when it is the plain causal mask.
+            bool `[1, 1, E, E]`, or `None` for the plain causal mask.
         """
-        if reach is None or reach.size >= self.encoded.shape[1]:
+        if local is None or local.size >= self.encoded.shape[1]:
             return None
-        return once(self._made, ("encoded", reach), lambda: self._encoded_mask(reach))
+        return memoized(self._memo, ("prefix", local), lambda: self._prefix_mask(local))
 
-    def copy_mask(self, reach: Reach | None = None, causal: bool = False) -> Tensor | None:
-        """Bidirectional stream: copy to copy, fully; within a sliding window, as far back as ahead.
+    def bidirectional_mask(self, local: LocalAttention | None = None, causal: bool = False) -> Tensor | None:
+        """Bidirectional to bidirectional, fully; with a sliding window, as far ahead as back.
 
         Args:
-            reach, causal: as in `sights`.
+            local, causal: as in `patterns`.
 
         Returns:
-            bool `[D or 1, 1, E or 1, E]`, or `None` when every token sees all the others.
+            bool `[D or 1, 1, E or 1, E]`, or `None` if every token attends to every other.
         """
         if causal:
-            return self.encoded_mask(reach)
-        if reach is not None and reach.size >= self.encoded.shape[1]:
-            reach = None
-        if reach is None and self.alike:
+            return self.prefix_mask(local)
+        if local is not None and local.size >= self.encoded.shape[1]:
+            local = None
+        if local is None and self.uniform:
             return None
-        return once(self._made, ("copy", reach), lambda: self._copy_mask(reach))
+        return memoized(self._memo, ("bidirectional", local), lambda: self._bidirectional_mask(local))
 
-    def answer_mask(self, reach: Reach | None = None) -> Tensor:
-        """Answer to `[mixed encoded prompt | answer]`: all of its prompt, and causally itself.
+    def answer_mask(self, local: LocalAttention | None = None) -> Tensor:
+        """Answer to `[mixture | answer]`: fully to the mixture, causally to itself.
 
         Returns:
             bool `[D or 1, 1, A, E + A]`.
         """
-        if reach is not None and reach.size >= sum(self.slots):
-            reach = None
-        return once(self._made, ("answer", reach), lambda: self._answer_mask(reach))
+        if local is not None and local.size >= sum(self.slots):
+            local = None
+        return memoized(self._memo, ("answer", local), lambda: self._answer_mask(local))
 
-    def joint_mask(self, length: int, reach: Reach | None = None, causal: bool = False) -> Tensor:
-        """All three masks in one, for attention that cannot be asked three times; for documents that each have a row
-        of `L` tokens, from the left, and behind it the copy.
+    def single_call_mask(self, length: int, local: LocalAttention | None = None, causal: bool = False) -> Tensor:
+        """All three masks in one, for attention modules that are called once; each sequence has a row of its own, its
+        `L` causal places from the left and the bidirectional segment behind them.
 
         Args:
             length: `L`.
-            reach, causal: as in `sights`.
+            local, causal: as in `patterns`.
 
         Returns:
-            bool `[D or 1, 1, L + E, 2L + E]`: the queries of a row and its copy, to their own keys and, behind them, to
-            keys that are mixed in the encoded prompt. Padding sees itself.
+            bool `[D or 1, 1, L + E, 2L + E]`: queries of a lengthened row to its own keys and, behind them, to the
+            keys of its causal places with the mixture in place of the prefix. Padding attends to itself.
         """
-        return once(self._made, ("joint", length, reach, causal), lambda: self._joint_mask(length, reach, causal))
+        return memoized(
+            self._memo, ("single_call", length, local, causal), lambda: self._single_call_mask(length, local, causal)
+        )
 
-    def _sights(self, reach: Reach | None, causal: bool) -> tuple[Sight, Sight, Sight]:
+    def _patterns(
+        self, local: LocalAttention | None, causal: bool
+    ) -> tuple[AttentionPattern, AttentionPattern, AttentionPattern]:
         both = torch.cat([self.encoded, self.answer], dim=1)
         one_completion = True if self.completion_index is None else None
-        # A twin that keeps masks and no sights, because a cycle of references would hold the masks of every batch until
-        # Python's collector runs.
-        twin = once(self._made, "twin", lambda: replace(self, _made={}))
+        # A twin that keeps masks and no patterns, because a cycle of references would keep the masks of every batch
+        # alive until Python's collector runs.
+        twin = memoized(self._memo, "twin", lambda: replace(self, _memo={}))
         return (
-            Sight(self.encoded, self.encoded, True, reach, lambda: twin.encoded_mask(reach)),
-            Sight(self.encoded, self.encoded, causal, reach, lambda: twin.copy_mask(reach, causal)),
-            Sight(self.answer, both, one_completion, reach, lambda: twin.answer_mask(reach)),
+            AttentionPattern(self.encoded, self.encoded, True, local, lambda: twin.prefix_mask(local)),
+            AttentionPattern(self.encoded, self.encoded, causal, local, lambda: twin.bidirectional_mask(local, causal)),
+            AttentionPattern(self.answer, both, one_completion, local, lambda: twin.answer_mask(local)),
         )
 
     def _filled(self, slots: Tensor) -> Tensor:
-        """bool `[D or 1, slots]`: of one document where all are alike."""
-        return slots[:1] if self.alike else slots
+        """bool `[D or 1, slots]`: of one sequence if the group is uniform."""
+        return slots[:1] if self.uniform else slots
 
-    def _encoded_mask(self, reach: Reach) -> Tensor:
+    def _prefix_mask(self, local: LocalAttention) -> Tensor:
         query, key = _pairs(self.encoded.shape[1], self.encoded.device)
-        return ((query >= key) & reach.reaches(query, key))[None, None]
+        return ((query >= key) & local.allows(query, key))[None, None]
 
-    def _copy_mask(self, reach: Reach | None) -> Tensor:
+    def _bidirectional_mask(self, local: LocalAttention | None) -> Tensor:
         mask = _at_least_one(self._filled(self.encoded))[:, None, None, :]
-        if reach is None:
+        if local is None:
             return mask
         query, key = _pairs(self.encoded.shape[1], self.encoded.device)
-        # A free slot keeps sight of itself: no query may be left without any key.
-        return (mask & reach.reaches(query, key)) | (query == key)
+        # Padding attends to itself, because a query without any key would give NaN.
+        return (mask & local.allows(query, key)) | (query == key)
 
-    def _answer_mask(self, reach: Reach | None) -> Tensor:
+    def _answer_mask(self, local: LocalAttention | None) -> Tensor:
         encoded, answers = self.slots
         query, key = _pairs(answers, self.answer.device)
-        # Free slots come last, so the causal mask hides them from the answer and leaves each one itself.
+        # Padding comes last, so the causal mask hides it from the answer and leaves each padded slot itself.
         own = (query >= key)[None]
         if self.completion_index is not None:
             own = own & _same_completion(self.completion_index)
         prompt = self._filled(self.encoded)[:, None, :].expand(-1, answers, -1)
-        if reach is not None:
+        if local is not None:
             place = self.places
-            own = own & reach.reaches(place[:, :, None], place[:, None, :])
-            prompt = prompt & reach.reaches(place[:, :, None], torch.arange(encoded, device=place.device))
-        documents = max(own.shape[0], prompt.shape[0])
-        return torch.cat([prompt.expand(documents, -1, -1), own.expand(documents, -1, -1)], dim=2)[:, None]
+            own = own & local.allows(place[:, :, None], place[:, None, :])
+            prompt = prompt & local.allows(place[:, :, None], torch.arange(encoded, device=place.device))
+        rows = max(own.shape[0], prompt.shape[0])
+        return torch.cat([prompt.expand(rows, -1, -1), own.expand(rows, -1, -1)], dim=2)[
+            :, None
+        ]  # [D or 1, 1, A, E + A]
 
-    def _joint_mask(self, length: int, reach: Reach | None, causal: bool) -> Tensor:
-        rows = 1 if self.alike and self.completion_index is None else len(self)
+    def _single_call_mask(self, length: int, local: LocalAttention | None, causal: bool) -> Tensor:
+        rows = 1 if self.uniform and self.completion_index is None else len(self)
         size = self.encoded.shape[1]
         encoded_length = self.encoded[:rows].sum(dim=1, keepdim=True)
         lengths = encoded_length + self.answer[:rows].sum(dim=1, keepdim=True)
@@ -251,12 +263,12 @@ class Documents:
             place = torch.where(answer, self.places.gather(1, slot), key)
             own = own & _same_completion(torch.where(answer, self.completion_index.gather(1, slot), 0))
         near = (
-            torch.ones_like(encoded[:, None]) if reach is None else reach.reaches(place[:, :, None], place[:, None, :])
+            torch.ones_like(encoded[:, None]) if local is None else local.allows(place[:, :, None], place[:, None, :])
         )
         causally = encoded[:, :, None] & encoded[:, None, :] & (query >= key) & near
         padding = (key >= lengths)[:, :, None] & (query == key)
         from_mixture = answer[:, :, None] & (encoded[:, None, :] | own) & near
-        copy = self.sights(reach, causal)[1].dense().expand(rows, 1, size, size)[:, 0]
+        copy = self.patterns(local, causal)[1].dense().expand(rows, 1, size, size)[:, 0]
         first = torch.cat([causally | padding, causally.new_zeros(rows, length, size), from_mixture], dim=2)
         return torch.cat([first, nn.functional.pad(copy, (length, length))], dim=1)[:, None]
 
@@ -268,12 +280,12 @@ def _pairs(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _same_completion(index: Tensor) -> Tensor:
-    """bool `[D, A, A]`: the key is part of the same completion as the query, or of what all completions share."""
+    """bool `[D, A, A]`: the key belongs to the completion of the query, or to all completions."""
     key = index[:, None, :]
     return (key == index[:, :, None]) | (key == 0)
 
 
 def _at_least_one(filled: Tensor) -> Tensor:
-    """Fills the first slot of documents that have none filled."""
+    """Marks the first slot of sequences without a token: `[D or 1, E]` to the same shape."""
     empty = ~filled.any(dim=1)
     return torch.cat([filled[:, :1] | empty[:, None], filled[:, 1:]], dim=1)

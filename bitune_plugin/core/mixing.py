@@ -1,9 +1,7 @@
-"""From theta to alpha to the mixed keys and values (arXiv 2405.14862).
+"""mixed = (1 - alpha) * causal + alpha * bidirectional,    alpha = |theta| / (|theta| + theta_init)
 
-    alpha = |theta| / (|theta| + theta_init)
-    mixed = (1 - alpha) * causal + alpha * bidirectional
-
-`theta` starts at `theta_init`, so `alpha` starts at one half. It never reaches one: the larger `theta`, the closer.
+The mixing of keys and of values of the encoded prompt (arXiv 2405.14862). `theta` starts at `theta_init`, so `alpha`
+starts at 1/2. 0 is causal only; 1, bidirectional only, is a limit that `alpha` never reaches.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ def alpha_from_abs(theta: Tensor, theta_init: float) -> Tensor:
 
 
 def alpha_from_relu(theta: Tensor, theta_init: float) -> Tensor:
-    """`relu(theta) / (relu(theta) + theta_init)`: the paper's simplified mixing; a negative theta is plain causal."""
+    """`relu(theta) / (relu(theta) + theta_init)`: the paper's simplified mixing; causal only if theta is negative."""
     return theta.relu() / (theta.relu() + theta_init)
 
 
@@ -32,7 +30,7 @@ def mix(causal: Tensor, bidirectional: Tensor, alpha: Tensor | None) -> Tensor:
 
     Args:
         causal, bidirectional: `[D, key/value heads, E, head size]`.
-        alpha: `[1]` or `[key/value heads]`; `None` keeps only the bidirectional features.
+        alpha: `[1]` or `[key/value heads]`; `None` for bidirectional only.
 
     Returns:
         The mixture, in the shape and dtype of `causal`.

@@ -1,4 +1,4 @@
-"""Prompts told from labels, and documents from position ids. Tensors only."""
+"""Prompts from labels, and sequences from position ids. Tensors only."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from ..errors import LayoutError
 
 IGNORED = -100
-"""Label of a token that does not count for the loss."""
+"""The label of tokens without a loss."""
 
 
-def document_starts(position_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Where the documents of packed rows begin: where positions do not rise.
+def sequence_starts(position_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Finds where the sequences of packed rows begin: where positions do not increase.
 
     Args:
         position_ids: `[B or 1, T]`.
@@ -26,14 +26,14 @@ def document_starts(position_ids: Tensor, attention_mask: Tensor | None = None) 
     """
     attended = torch.ones_like(position_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     place = torch.arange(attended.shape[1], device=attended.device).expand(attended.shape)
-    # The token before, padding left out: where it is, and then its position.
+    # The place of the token before, without padding, and then its position.
     before = nn.functional.pad(torch.where(attended, place, -1).cummax(dim=1).values[:, :-1], (1, 0), value=-1)
     position_ids = position_ids.expand(attended.shape)
     return attended & ((before < 0) | (position_ids <= position_ids.gather(1, before.clamp(min=0))))
 
 
 def prompt_from_labels(labels: Tensor, attention_mask: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
-    """The prompt of each document: its leading ignored labels.
+    """Finds the prompt of each sequence: its leading ignored labels.
 
     Args:
         labels: `[B, T]`; padding is ignored too.
@@ -41,17 +41,17 @@ def prompt_from_labels(labels: Tensor, attention_mask: Tensor | None = None, sta
         starts: as in `plan`.
 
     Returns:
-        bool `[B, T]`, True on prompt tokens; a document whose labels are all ignored is all prompt.
+        bool `[B, T]`, True on prompt tokens; a sequence whose labels are all ignored is all prompt.
 
     Raises:
-        LayoutError: a document whose first token carries a label, and so has no prompt.
+        LayoutError: the first token of a sequence has a label, so there is no prompt.
     """
     attended = torch.ones_like(labels, dtype=torch.bool) if attention_mask is None else attention_mask.to(torch.bool)
-    starts = _with_first_of_rows(starts, attended)
+    starts = with_first_of_rows(starts, attended)
     labelled = (labels != IGNORED) & attended
     so_far = labelled.cumsum(dim=1)
-    in_documents_before = torch.where(starts, so_far - labelled.long(), 0).cummax(dim=1).values
-    prompt = attended & (so_far == in_documents_before)
+    in_sequences_before = torch.where(starts, so_far - labelled.long(), 0).cummax(dim=1).values
+    prompt = attended & (so_far == in_sequences_before)
     if (attended & ~labelled & ~prompt & _comes_before_another(labelled, starts)).any():
         _warn_ignored_within()
     without = (starts & labelled).any(dim=1).nonzero().flatten().tolist()
@@ -64,17 +64,17 @@ def prompt_from_labels(labels: Tensor, attention_mask: Tensor | None = None, sta
     return prompt
 
 
-def _with_first_of_rows(starts: Tensor | None, attended: Tensor) -> Tensor:
-    """bool `[B, T]`: where documents begin, the first token of every row among them."""
+def with_first_of_rows(starts: Tensor | None, attended: Tensor) -> Tensor:
+    """bool `[B, T]`: where sequences begin, including the first token of every row."""
     first = attended & (attended.cumsum(dim=1) == 1)
     return first if starts is None else (starts.bool().expand(attended.shape) & attended) | first
 
 
 def _comes_before_another(labelled: Tensor, starts: Tensor) -> Tensor:
-    """bool `[B, T]`: a labelled token of the same document is here or further on."""
-    document = starts.cumsum(dim=1)
-    next_labelled = torch.where(labelled, document, document.shape[1] + 1).flip(1).cummin(dim=1).values.flip(1)
-    return next_labelled == document
+    """bool `[B, T]`: this token, or a later one of the same sequence, has a label."""
+    sequence = starts.cumsum(dim=1)
+    next_labelled = torch.where(labelled, sequence, sequence.shape[1] + 1).flip(1).cummin(dim=1).values.flip(1)
+    return next_labelled == sequence
 
 
 @cache

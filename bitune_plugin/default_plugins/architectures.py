@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core.layout import PromptLayout
-from ..core.masks import Reach, Window
+from ..core.masks import LocalAttention, SlidingWindow
 from ..core.mixing import MIXING
 from ..errors import UnsupportedModelError
 from ..hookspecs import hookimpl
 from ..modeling.architectures import Architecture, decoder
-from ..modeling.attention import PlacedQueries, WindowInConfig
-from ..modeling.extension import Extension, with_attributes
+from ..modeling.attention import PlacedQueries, SlidingWindowInConfig
+from ..modeling.extension import Patch, with_attributes
 from ..modeling.host import attends_through_interface, cache_in
-from ..modeling.joint_attention import JointAttention
+from ..modeling.joint_attention import SingleCallAttention
 from ..modeling.latent_attention import LatentAttention
 
 UNSUPPORTED = {
@@ -57,26 +57,26 @@ class TemperedAttention(PlacedQueries):
         return torch.log1p(torch.floor((place.float() + 1) / self.floor_scale)) * self.attn_scale + 1
 
 
-class GPTNeoAttention(JointAttention):
+class GPTNeoAttention(SingleCallAttention):
     """GPT-Neo: has its causal mask, and that of its local layers, in a buffer."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self, MIXING).is_on and getattr(cache_in(kwargs), "is_compileable", False):
+        if getattr(self, MIXING).is_enabled and getattr(cache_in(kwargs), "is_compileable", False):
             raise ValueError(
                 "GPT-Neo takes the end of a static cache for the end of the text (transformers 5.23). Leave "
                 "`cache_implementation` unset."
             )
         return super().forward(*args, **kwargs)
 
-    def reach(self) -> Reach | None:
-        return Window(self.config.window_size) if self.attention_type == "local" else None
+    def local_attention(self) -> LocalAttention | None:
+        return SlidingWindow(self.config.window_size) if self.attention_type == "local" else None
 
-    def unmasked(self, visible: Tensor) -> JointAttention:
+    def unmasked(self, visible: Tensor) -> SingleCallAttention:
         everything = visible.new_ones(1, 1, visible.shape[3], visible.shape[3])
         return with_attributes(self, _buffers={**self._buffers, "bias": everything})
 
 
-class BloomAttention(JointAttention):
+class BloomAttention(SingleCallAttention):
     """Bloom: adds a bias to the scores that grows with the position of the key (ALiBi)."""
 
     def mask_arguments(self, kwargs: dict[str, Any], visible: Tensor, layout: PromptLayout) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class BloomAttention(JointAttention):
         return {**super().mask_arguments(kwargs, visible, layout), "alibi": alibi.flatten(0, 1)}
 
 
-class FalconAttention(JointAttention):
+class FalconAttention(SingleCallAttention):
     """Falcon: some of its models have rotary embeddings, some ALiBi, which is then part of the mask too."""
 
     def mask_arguments(self, kwargs: dict[str, Any], visible: Tensor, layout: PromptLayout) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class FalconAttention(JointAttention):
         return {"attention_mask": mask, "alibi": alibi.flatten(0, 1)}
 
 
-class MptAttention(JointAttention):
+class MptAttention(SingleCallAttention):
     """MPT: a bias as Bloom's, but the same for all rows, which leaves place for one completion in each; and a mask that
     is True where nothing is to be seen."""
 
@@ -116,22 +116,22 @@ def _at_positions(alibi: Tensor, layout: PromptLayout, heads: int) -> Tensor:
     return by_position.gather(3, positions[:, None, None, :].expand(*by_position.shape[:3], -1))
 
 
-EXTENSIONS: dict[str, type[Extension]] = {
+PATCHES: dict[str, type[Patch]] = {
     "BloomAttention": BloomAttention,
-    "CodeGenAttention": JointAttention,
-    "DiffLlamaAttention": JointAttention,  # attends twice, to two halves of the values
+    "CodeGenAttention": SingleCallAttention,
+    "DiffLlamaAttention": SingleCallAttention,  # attends twice, to two halves of the values
     "FalconAttention": FalconAttention,
-    "GPTJAttention": JointAttention,
+    "GPTJAttention": SingleCallAttention,
     "GPTNeoSelfAttention": GPTNeoAttention,
     "Llama4TextAttention": TemperedAttention,
     "MptAttention": MptAttention,
-    "PhimoeAttention": WindowInConfig,
-    "Qwen2MoeAttention": WindowInConfig,
+    "PhimoeAttention": SlidingWindowInConfig,
+    "Qwen2MoeAttention": SlidingWindowInConfig,
 }
 """Attention modules that need more than the others, by the name of their class."""
 
 
-ONCE_OWN_ARITHMETIC = ("CodeGenAttention", "GPTJAttention")
+ONCE_BYPASSING = ("CodeGenAttention", "GPTJAttention")
 """Those that call an attention function like all others in later versions of transformers."""
 
 
@@ -162,12 +162,12 @@ def bitune_architecture(model: nn.Module) -> Architecture | None:
 def _quirks_of_attention(model: PreTrainedModel) -> dict[str, Any]:
     for module in model.modules():
         name = type(module).__name__
-        if name in ONCE_OWN_ARITHMETIC and attends_through_interface(module):
+        if name in ONCE_BYPASSING and attends_through_interface(module):
             return {}
-        if name in EXTENSIONS:
-            return {"is_attention": partial(_is_called, name), "attention_extension": EXTENSIONS[name]}
+        if name in PATCHES:
+            return {"is_attention": partial(_is_called, name), "attention_patch": PATCHES[name]}
         if hasattr(module, "expand_kv"):
-            return {"attention_extension": LatentAttention}
+            return {"attention_patch": LatentAttention}
     return {}
 
 

@@ -6,9 +6,11 @@ Most decoders of transformers need nothing special. A model that does is describ
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -17,23 +19,23 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..core.mixing import MIXING
 from ..errors import UnsupportedModelError
 from .attention import base_of, shares_keys
-from .extension import Extension
+from .extension import Patch
 from .host import takes_mask
-from .joint_attention import JointAttention
+from .joint_attention import SingleCallAttention
 from .latent_attention import LatentAttention
 
 
 def active_adapter(architecture: Architecture) -> str | None:
     """The Bitune adapter that is switched on, if any."""
     mixing = getattr(architecture.attentions[0], MIXING)
-    return mixing.active_adapters[0] if mixing.is_on else None
+    return mixing.active_adapters[0] if mixing.is_enabled else None
 
 
 def takes_several_completions(architecture: Architecture) -> bool:
     """Whether a row may hold several completions of its prompt (`completion_index`)."""
     implementation = base_of(architecture.backbone.config._attn_implementation)
-    extension = architecture.attention_extension
-    return not implementation.startswith("flash") and getattr(extension, "takes_several_completions", True)
+    patch_class = architecture.attention_patch
+    return not implementation.startswith("flash") and getattr(patch_class, "takes_several_completions", True)
 
 
 KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -60,9 +62,9 @@ class Architecture:
     Attributes:
         backbone: the decoder without its language-model head; its `forward` takes the tokens of a batch.
         layers: the decoder layers, in order.
-        attentions: their attention modules, in order. Without an `attention_extension`, they call the function that
+        attentions: their attention modules, in order. Without an `attention_patch`, they call the function that
             `AttentionInterface` holds for `config._attn_implementation`.
-        attention_extension: what Bitune adds to attention modules that do not, or that do more than that.
+        attention_patch: what Bitune adds to attention modules that do not, or that do more than that.
         flattened: names of the layers that get their tokens as `[B * T, ...]`, row by row.
         unadaptable: names of linear layers that PEFT cannot adapt, because they return more than one tensor.
     """
@@ -70,19 +72,19 @@ class Architecture:
     backbone: PreTrainedModel
     layers: list[nn.Module]
     attentions: list[nn.Module]
-    attention_extension: type[Extension] | None = None
+    attention_patch: type[Patch] | None = None
     flattened: frozenset[str] = frozenset()
     unadaptable: frozenset[str] = frozenset()
 
     @property
     def expands_latent_states(self) -> bool:
         """Whether what the attention modules cache by themselves is no keys and values."""
-        return self.attention_extension is not None and issubclass(self.attention_extension, LatentAttention)
+        return self.attention_patch is not None and issubclass(self.attention_patch, LatentAttention)
 
     @property
-    def does_own_arithmetic(self) -> bool:
+    def bypasses_attention_interface(self) -> bool:
         """Whether the attention modules attend by themselves, and not by the function of `AttentionInterface`."""
-        return self.attention_extension is not None and issubclass(self.attention_extension, JointAttention)
+        return self.attention_patch is not None and issubclass(self.attention_patch, SingleCallAttention)
 
     @cached_property
     def numbers_by_mask(self) -> bool:
@@ -113,7 +115,7 @@ class Architecture:
             return config.num_attention_heads
         if multi_query:
             return 1
-        project = getattr(attention, "k_proj", None)
+        project: Any = getattr(attention, "k_proj", None)
         project = getattr(project, "base_layer", project)
         if hasattr(project, "out_features") and hasattr(attention, "head_dim"):
             return project.out_features // attention.head_dim
@@ -123,9 +125,10 @@ class Architecture:
 def decoder(
     model: nn.Module,
     is_attention: Callable[[nn.Module], bool] | None = None,
-    attention_extension: type[Extension] | None = None,
+    attention_patch: type[Patch] | None = None,
     flattened: Iterable[str] = (),
     unadaptable: Iterable[str] = (),
+    attention_extension: type[Patch] | None = None,
 ) -> Architecture:
     """Describes a causal language model of transformers; plugins call it with what they know better.
 
@@ -133,7 +136,8 @@ def decoder(
         model: the model, with its head.
         is_attention: tells which modules are the attention of a decoder layer. By default those with a `layer_idx`
             that say whether they are causal.
-        attention_extension, flattened, unadaptable: see `Architecture`.
+        attention_patch, flattened, unadaptable: see `Architecture`.
+        attention_extension: the name of `attention_patch` in 0.2.
 
     Raises:
         UnsupportedModelError: Bitune cannot be applied to it.
@@ -144,6 +148,9 @@ def decoder(
             f"Bitune works on causal language models of transformers (PreTrainedModel), got {name}. For another kind "
             "of model, write a plugin with the hook `bitune_architecture`."
         )
+    if attention_extension is not None:
+        warnings.warn("`decoder(attention_extension=...)` is `decoder(attention_patch=...)` now.", FutureWarning, 2)
+        attention_patch = attention_extension
     _check_config(name, model.config)
     backbone = _backbone(model)
     layers = _layers(backbone)
@@ -155,7 +162,7 @@ def decoder(
             "model: load it with `is_decoder=True`, or without `use_bidirectional_attention`."
         )
     architecture = Architecture(
-        backbone, layers, attentions, attention_extension, frozenset(flattened), frozenset(unadaptable)
+        backbone, layers, attentions, attention_patch, frozenset(flattened), frozenset(unadaptable)
     )
     _check_attention_functions(name, architecture)
     return architecture
@@ -183,7 +190,7 @@ def _check_config(name: str, config: PreTrainedConfig) -> None:
 def _check_attention_functions(name: str, architecture: Architecture) -> None:
     """Raises UnsupportedModelError unless the keys and values of every layer can be seen, and their cache filled."""
     attentions, config = architecture.attentions, architecture.backbone.config
-    if architecture.does_own_arithmetic:
+    if architecture.bypasses_attention_interface:
         implementation = config._attn_implementation
         if implementation not in ("eager", "sdpa"):
             raise UnsupportedModelError(

@@ -8,8 +8,8 @@ from .architectures import Architecture
 from .attention import base_of, implementation_for
 from .backbone import TwoWayBackbone
 from .causal_lm import CausalModel
-from .checkpointing import FollowingLayer
-from .extension import extend, restore
+from .checkpointing import CheckpointedLayer
+from .extension import patch, unpatch
 
 
 def attach(model: PreTrainedModel, architecture: Architecture, causal_model: type[CausalModel] = CausalModel) -> None:
@@ -20,28 +20,28 @@ def attach(model: PreTrainedModel, architecture: Architecture, causal_model: typ
     """
     if isinstance(architecture.backbone, TwoWayBackbone):
         return
-    if not architecture.does_own_arithmetic:
+    if not architecture.bypasses_attention_interface:
         model.set_attn_implementation(implementation_for(model.config._attn_implementation))
-    extend(model, causal_model)
-    model.bitune_architecture = architecture
-    extend(architecture.backbone, TwoWayBackbone)
-    architecture.backbone.bitune_architecture = architecture
+    patch(model, causal_model)
+    vars(model)["bitune_architecture"] = architecture
+    patch(architecture.backbone, TwoWayBackbone)
+    vars(architecture.backbone)["bitune_architecture"] = architecture
     for layer in architecture.layers:
-        extend(layer, FollowingLayer)
-    if architecture.attention_extension is not None:
+        patch(layer, CheckpointedLayer)
+    if architecture.attention_patch is not None:
         for attention in architecture.attentions:
-            extend(attention, architecture.attention_extension)
+            patch(attention, architecture.attention_patch)
 
 
 def detach(model: PreTrainedModel, architecture: Architecture, causal_model: type[CausalModel] = CausalModel) -> None:
     """Takes it off again: classes, hooks and attention implementation are as before `attach`."""
-    if not architecture.does_own_arithmetic:
+    if not architecture.bypasses_attention_interface:
         model.set_attn_implementation(base_of(model.config._attn_implementation))
-    if architecture.attention_extension is not None:
+    if architecture.attention_patch is not None:
         for attention in architecture.attentions:
-            restore(attention, architecture.attention_extension)
+            unpatch(attention, architecture.attention_patch)
     for layer in architecture.layers:
-        restore(layer, FollowingLayer)
+        unpatch(layer, CheckpointedLayer)
     del architecture.backbone.bitune_architecture, model.bitune_architecture
-    restore(architecture.backbone, TwoWayBackbone)
-    restore(model, causal_model)
+    unpatch(architecture.backbone, TwoWayBackbone)
+    unpatch(model, causal_model)

@@ -13,8 +13,8 @@ from ..core.mixing import MIXING
 from ..errors import LayoutError
 from .architectures import Architecture, active_adapter, takes_several_completions
 from .attention import PREFIX, base_of, implementation_for
-from .checkpointing import follow_into_checkpoints
-from .context import Reading, reading_in_progress
+from .checkpointing import patch_checkpoint_wrappers
+from .context import ForwardContext, forward_context
 from .extension import TakesCache, by_name
 from .host import CACHE_KEYWORDS, cache_in, drops_cache, put_cache, translate_cache
 from .prompts import (
@@ -22,14 +22,14 @@ from .prompts import (
     Call,
     Generation,
     Prompts,
-    _call,
-    _check_plain,
-    _check_unread,
-    _has,
-    _holds_tokens,
-    _plan,
-    _planned,
-    _tokens,
+    active_call,
+    check_cache_is_empty,
+    check_plain_call,
+    holds_tokens,
+    is_given,
+    layout_made_ahead,
+    plan_call,
+    tokens_in,
 )
 
 PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "per_layer_inputs")
@@ -60,25 +60,25 @@ class TwoWayBackbone(TakesCache):
         if "bitune_architecture" not in self.__dict__:  # a new model of this class
             return super().forward(*args, **kwargs)
         kwargs = translate_cache(by_name(super().forward, args, kwargs), self.cache_keyword)
-        call = _call.value or Call()
+        call = active_call.value or Call()
         call.reached_backbone = True
         prompts = Prompts.taken_from(kwargs, otherwise=call.prompts)
-        reading = _start_reading(self.bitune_architecture, prompts, call.generation, kwargs)
-        if reading is None:
-            _check_plain(prompts)
+        context = _start_context(self.bitune_architecture, prompts, call.generation, kwargs)
+        if context is None:
+            check_plain_call(prompts)
             return super().forward(**kwargs)
         if self.training:
-            follow_into_checkpoints(self)
-        with reading_in_progress(reading):
-            outputs = super().forward(**_lengthen(self.bitune_architecture, reading, kwargs))
-        _check_all_took_part(self.bitune_architecture, reading)
-        outputs = _restored(reading, outputs, prompts.answers_only)
+            patch_checkpoint_wrappers(self)
+        with forward_context(context):
+            outputs = super().forward(**_lengthen(self.bitune_architecture, context, kwargs))
+        _check_all_visited(self.bitune_architecture, context)
+        outputs = _restored(context, outputs, prompts.answers_only)
         return outputs.to_tuple() if kwargs.get("return_dict") is False else outputs
 
 
-def _start_reading(
+def _start_context(
     architecture: Architecture, prompts: Prompts, generation: Generation | None, kwargs: dict[str, Any]
-) -> Reading | None:
+) -> ForwardContext | None:
     """The reading that these arguments of the backbone ask for; `None` for a plain forward pass."""
     adapter = active_adapter(architecture)
     if adapter is None:
@@ -87,22 +87,22 @@ def _start_reading(
     # A static cache is asked for its length once, and not in every step, where it would break a compiled graph.
     if past is not None and generation is not None and generation.cache is past:
         return None
-    if _holds_tokens(past):
+    if holds_tokens(past):
         if prompts.prompt_mask is not None:
-            _check_unread(past)
+            check_cache_is_empty(past)
         return None
     if prompts.prompt_layout is None:
-        layout = _plan(architecture, prompts, generation, kwargs)
+        layout = plan_call(architecture, prompts, generation, kwargs)
     else:
-        layout = _planned(prompts, kwargs)
-    if layout is None or (layout.plain and not _must_read(prompts, past)):
+        layout = layout_made_ahead(prompts.prompt_layout, kwargs)
+    if layout is None or (layout.is_plain_causal and not _must_read(prompts, past)):
         if generation is not None:
             generation.cache = past
         return None
     _check_outputs(architecture, kwargs)
     _use_attention_of_bitune(architecture)
     cache = _cache_to_fill(architecture.backbone, kwargs)
-    if layout.documents[0].completion_index is not None:
+    if layout.groups[0].completion_index is not None:
         _check_several_completions(architecture, cache)
     if layout.packed and cache is not None:
         _check_nothing_follows(kwargs, generation)
@@ -112,7 +112,7 @@ def _start_reading(
     _check_trainable(architecture)
     settings = getattr(architecture.attentions[0], MIXING).settings[adapter]
     settings.unused = False
-    return Reading(
+    return ForwardContext(
         layout,
         adapter,
         second_pass_causal=settings.second_pass_attention == "causal",
@@ -182,51 +182,51 @@ def _asked_for(name: str, architecture: Architecture, kwargs: dict[str, Any]) ->
 def _use_attention_of_bitune(architecture: Architecture) -> None:
     """Puts Bitune on the implementation that `set_attn_implementation` chose after the adapter was put on."""
     implementation = architecture.backbone.config._attn_implementation
-    if not architecture.does_own_arithmetic and not implementation.startswith(PREFIX):
+    if not architecture.bypasses_attention_interface and not implementation.startswith(PREFIX):
         architecture.backbone.set_attn_implementation(implementation_for(implementation))
 
 
-def _lengthen(architecture: Architecture, reading: Reading, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _lengthen(architecture: Architecture, context: ForwardContext, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the backbone for lengthened rows; the cache is taken out, the attention function fills it."""
-    layout = reading.layout
-    lengthened = {name: layout.lengthen(kwargs[name]) for name in PER_TOKEN if _has(kwargs, name)}
+    layout = context.layout
+    lengthened: dict[str, Any] = {name: layout.lengthen(kwargs[name]) for name in PER_TOKEN if is_given(kwargs, name)}
     # The attention modules get masks of their own in a reading. transformers hands 4-D masks on as they are, which
     # spares it making another.
-    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=_tokens(kwargs).device)
-    lengthened["attention_mask"] = None if architecture.does_own_arithmetic else mask
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens_in(kwargs).device)
+    lengthened["attention_mask"] = None if architecture.bypasses_attention_interface else mask
     if "logits_to_keep" in kwargs:  # counted from the end of the row, where the copy is now
         lengthened["logits_to_keep"] = 0
     return {
         **{name: value for name, value in kwargs.items() if name not in (*OF_PACKED_ROWS, *CACHE_KEYWORDS)},
         **lengthened,
-        "position_ids": _positions(architecture, reading, kwargs),
+        "position_ids": _positions(architecture, context, kwargs),
         "use_cache": False,
         "return_dict": True,
     }
 
 
-def _positions(architecture: Architecture, reading: Reading, kwargs: dict[str, Any]) -> Tensor:
+def _positions(architecture: Architecture, context: ForwardContext, kwargs: dict[str, Any]) -> Tensor:
     """Positions for lengthened rows, `[R or 1, M]`: those of the caller. Without them every document starts at 0, as if
     it were alone; but if a cache is filled, tokens are numbered as the model will number those that come after it."""
-    layout = reading.layout
-    if _has(kwargs, "position_ids"):
+    layout = context.layout
+    if is_given(kwargs, "position_ids"):
         return layout.lengthen(kwargs["position_ids"])
-    if reading.cache is None or architecture.numbers_by_mask:
+    if context.cache is None or architecture.numbers_by_mask:
         return layout.positions
     return layout.lengthen(torch.arange(layout.shape[1], device=layout.source.device)[None])
 
 
-def _restored(reading: Reading, outputs: ModelOutput, answers_only: bool) -> ModelOutput:
+def _restored(context: ForwardContext, outputs: ModelOutput, answers_only: bool) -> ModelOutput:
     """Takes hidden states back to the caller's rows, or the answers out of them, and gives the caller's cache back."""
     hidden_states = outputs["last_hidden_state"]
-    layout = reading.layout.to(hidden_states.device)  # that of the last layer
+    layout = context.layout.to(hidden_states.device)  # that of the last layer
     outputs["last_hidden_state"] = (layout.answers_of if answers_only else layout.restore)(hidden_states)
     if outputs.get("hidden_states") is not None:
         outputs["hidden_states"] = tuple(
-            x if x is None else reading.layout.to(x.device).restore(x) for x in outputs["hidden_states"]
+            x if x is None else context.layout.to(x.device).restore(x) for x in outputs["hidden_states"]
         )
-    if reading.cache is not None:
-        put_cache(outputs, reading.cache)
+    if context.cache is not None:
+        put_cache(outputs, context.cache)
     return outputs
 
 
@@ -241,16 +241,16 @@ def _cache_to_fill(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> Cache |
     return DynamicCache(config=backbone.config) if past is None else past
 
 
-def _check_all_took_part(architecture: Architecture, reading: Reading) -> None:
+def _check_all_visited(architecture: Architecture, context: ForwardContext) -> None:
     name = type(architecture.backbone).__name__
-    missing = [layer for layer, module in enumerate(architecture.attentions) if module not in reading.seen]
+    missing = [layer for layer, module in enumerate(architecture.attentions) if module not in context.visited]
     if missing:
         raise RuntimeError(
             f"The attention of layer(s) {missing} of {name} never saw where the prompt ends, and would have been "
             "plainly causal: it did not call the function that transformers' AttentionInterface holds. Bitune does not "
             "support this architecture; a plugin can (hook `bitune_architecture`)."
         )
-    if max(reading.seen.values()) > 1:
+    if max(context.visited.values()) > 1:
         raise RuntimeError(
             f"{name} attends several times in a layer, and it is not clear which keys and values the cache is to hold. "
             "Bitune does not support this architecture."

@@ -1,8 +1,8 @@
-"""How each attention implementation of transformers is asked, for one group of queries.
+"""Backends: one call of each attention implementation of transformers, for the queries of one segment.
 
-A kernel takes the attention module, the keywords that the module gave, query `[B, heads, Q, head size]`, key and value
-`[B, key/value heads, K, head size]`, and either a `Sight` or, outside a reading, the mask that transformers made. It
-returns what attention functions of transformers return: attended values `[B, Q, heads, head size]`, and weights.
+A backend takes the attention module, the module's keywords, a query `[B, heads, Q, head size]`, key and value `[B,
+key/value heads, K, head size]`, and an `AttentionPattern`, or outside a forward context the mask of transformers. It
+returns the same as an attention function of transformers: the output `[B, Q, heads, head size]`, and weights or `None`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..core.masks import Chunk, Sight
+from ..core.masks import AttentionPattern, Chunk
 from ..errors import LayoutError
 from .extension import with_attributes
 from .host import attention_implementations, with_attention
@@ -32,30 +32,28 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def sdpa(module: nn.Module, kwargs: dict[str, Any], *states: Any) -> Attended:
     """torch's scaled dot product attention: takes masks, or none where `is_causal` says it all."""
-    *states, seen = states
+    *inputs, pattern = states
     function = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    if not isinstance(seen, Sight):
-        return function(module, *states, seen, **kwargs)
-    if seen.mask is None:
-        return function(module, *states, None, is_causal=seen.causal, **kwargs)
+    if not isinstance(pattern, AttentionPattern):
+        return function(module, *inputs, pattern, **kwargs)
+    if pattern.mask is None:
+        return function(module, *inputs, None, is_causal=pattern.causal, **kwargs)
     # Bool masks would be made additive in every layer anew.
-    return function(module, *states, _additive(seen, states[0].dtype), is_causal=False, **kwargs)
+    return function(module, *inputs, _additive(pattern, inputs[0].dtype), is_causal=False, **kwargs)
 
 
 def eager(module: nn.Module, kwargs: dict[str, Any], *states: Any) -> Attended:
     """The matrix products of the model's own modelling file: takes additive masks."""
-    *states, seen = states
-    if isinstance(seen, Sight):
-        seen = _additive(seen, states[0].dtype)
-    return _eager_function(module)(module, *states, seen, **kwargs)
+    *inputs, pattern = states
+    mask = _additive(pattern, inputs[0].dtype) if isinstance(pattern, AttentionPattern) else pattern
+    return _eager_function(module)(module, *inputs, mask, **kwargs)
 
 
 def flex_attention(module: nn.Module, kwargs: dict[str, Any], *states: Any) -> Attended:
     """torch's flex attention: takes block masks."""
-    *states, seen = states
-    if isinstance(seen, Sight):
-        seen = seen.form(BlockMask, lambda: _block_mask(seen))
-    return ALL_ATTENTION_FUNCTIONS["flex_attention"](module, *states, seen, **kwargs)
+    *inputs, pattern = states
+    mask = pattern.form(BlockMask, lambda: _block_mask(pattern)) if isinstance(pattern, AttentionPattern) else pattern
+    return ALL_ATTENTION_FUNCTIONS["flex_attention"](module, *inputs, mask, **kwargs)
 
 
 class Packing(NamedTuple):
@@ -77,21 +75,21 @@ def flash_attention(base: str, module: nn.Module, kwargs: dict[str, Any], *state
     Raises:
         LayoutError: the layer attends in chunks.
     """
-    query, key, value, seen = states
+    query, key, value, pattern = states
     function = partial(ALL_ATTENTION_FUNCTIONS[base], _configured(module, base))
-    if not isinstance(seen, Sight):
-        return function(query, key, value, seen, **kwargs)
-    packing = seen.form(Packing, lambda: _pack(seen))
+    if not isinstance(pattern, AttentionPattern):
+        return function(query, key, value, pattern, **kwargs)
+    packing = pattern.form(Packing, lambda: _pack(pattern))
     packed = (_take(query, packing.queries), _take(key, packing.keys), _take(value, packing.keys))
-    attended = function(*packed, None, is_causal=seen.causal, **packing.lengths, **kwargs)[0][0]
-    slots = attended.new_zeros(seen.queries.numel(), *attended.shape[1:])
-    return slots.index_copy(0, packing.queries, attended).unflatten(0, seen.queries.shape), None
+    attended = function(*packed, None, is_causal=pattern.causal, **packing.lengths, **kwargs)[0][0]
+    slots = attended.new_zeros(pattern.queries.numel(), *attended.shape[1:])
+    return slots.index_copy(0, packing.queries, attended).unflatten(0, pattern.queries.shape), None
 
 
 FLASH = attention_implementations("flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
-KERNELS: dict[str, Callable[..., Attended]] = {
+BACKENDS: dict[str, Callable[..., Attended]] = {
     "sdpa": sdpa,
     "eager": eager,
     "flex_attention": flex_attention,
@@ -100,12 +98,12 @@ KERNELS: dict[str, Callable[..., Attended]] = {
 """Attention implementations of transformers that Bitune can stand on."""
 
 
-def _additive(seen: Sight, dtype: torch.dtype) -> Tensor:
-    return seen.form(dtype, lambda: additive(seen.dense(), dtype))
+def _additive(pattern: AttentionPattern, dtype: torch.dtype) -> Tensor:
+    return pattern.form(dtype, lambda: additive(pattern.dense(), dtype))
 
 
-def _block_mask(seen: Sight) -> BlockMask:
-    (rows, queries), keys, mask = seen.queries.shape, seen.keys.shape[1], seen.dense()
+def _block_mask(pattern: AttentionPattern) -> BlockMask:
+    (rows, queries), keys, mask = pattern.queries.shape, pattern.keys.shape[1], pattern.dense()
     # Without the dimension of one head, because torch 2.6 cannot index by tensors and a number in a mask function.
     of_rows = mask.expand(rows, 1, queries, keys)[:, 0]
 
@@ -115,15 +113,15 @@ def _block_mask(seen: Sight) -> BlockMask:
     return create_block_mask(sees, mask.shape[0], None, queries, keys, device=mask.device)
 
 
-def _pack(seen: Sight) -> Packing:
-    if isinstance(seen.reach, Chunk):
+def _pack(pattern: AttentionPattern) -> Packing:
+    if isinstance(pattern.local, Chunk):
         raise LayoutError(
             "Flash attention knows no chunks, as this model's layers attend in. Call "
             "`model.set_attn_implementation('sdpa')`."
         )
-    queries, keys = (filled.flatten().nonzero().flatten() for filled in (seen.queries, seen.keys))
+    queries, keys = (filled.flatten().nonzero().flatten() for filled in (pattern.queries, pattern.keys))
     lengths: dict[str, Any] = {}
-    for side, filled in (("q", seen.queries), ("k", seen.keys)):
+    for side, filled in (("q", pattern.queries), ("k", pattern.keys)):
         per_row = filled.sum(dim=1)
         lengths[f"cu_seq_lens_{side}"] = nn.functional.pad(per_row.cumsum(0), (1, 0)).to(torch.int32)
         lengths[f"max_length_{side}"] = int(per_row.max())
@@ -135,7 +133,7 @@ def _take(states: Tensor, index: Tensor) -> Tensor:
     return states.transpose(1, 2).flatten(0, 1)[index].transpose(0, 1)[None]
 
 
-def _configured(module: nn.Module, base: str) -> nn.Module:
+def _configured(module: Any, base: str) -> nn.Module:
     """The module with a config that names `base`: flash attention asks it which of its versions to use."""
     return with_attributes(module, config=with_attention(module.config, base))
 

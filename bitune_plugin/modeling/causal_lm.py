@@ -17,10 +17,10 @@ from .host import translate_cache
 from .prompts import (
     Call,
     Prompts,
-    _call,
-    _padding_mask,
-    _plan,
-    _starts,
+    active_call,
+    padding_mask_in,
+    plan_call,
+    starts_in,
 )
 
 
@@ -47,7 +47,7 @@ class CausalModel(GeneratesFromPrompt, TakesCache):
         kwargs = translate_cache(by_name(super().forward, args, kwargs), self.cache_keyword)
         generation = kwargs.pop(GENERATION, None)
         call = Call(self.prompts_of(kwargs), generation)
-        with _call.set(call):
+        with active_call.set(call):
             outputs = super().__call__(**kwargs)
         if not call.reached_backbone:
             raise RuntimeError(
@@ -71,8 +71,8 @@ class CausalModel(GeneratesFromPrompt, TakesCache):
         given = prompts.prompt_mask is not None or prompts.prompt_layout is not None
         if given or active_adapter(self.bitune_architecture) is None:
             return prompts
-        padding_mask = _padding_mask(kwargs)
-        starts = _starts(prompts, kwargs, padding_mask)
+        padding_mask = padding_mask_in(kwargs)
+        starts = starts_in(prompts, kwargs, padding_mask)
         return replace(prompts, prompt_mask=prompt_from_labels(labels, padding_mask, starts))
 
 
@@ -89,4 +89,4 @@ def plan_ahead(model: nn.Module, **inputs: Any) -> PromptLayout | None:
         LayoutError: it cannot be told where a prompt ends.
     """
     causal_model = next(each for each in model.modules() if isinstance(each, CausalModel))
-    return _plan(causal_model.bitune_architecture, causal_model.prompts_of(inputs), None, inputs)
+    return plan_call(causal_model.bitune_architecture, causal_model.prompts_of(inputs), None, inputs)

@@ -7,38 +7,38 @@ from typing import Any
 
 from torch import nn
 
-from .context import KEYWORD, NO_READING, Sealed, _current, reading_in_progress
-from .extension import Extension, extend
+from .context import CONTEXT_KEYWORD, NO_CONTEXT, ContextArgument, active_context, forward_context
+from .extension import Patch, patch
 
 WRAPPED = "_checkpoint_wrapped_module"
 """What torch's `CheckpointWrapper` calls the module inside. Not every build of torch has the class."""
 
 
-class FollowingLayer(Extension):
+class CheckpointedLayer(Patch):
     """A decoder layer that remembers which reading it is part of: activation checkpointing runs its `forward` again,
     perhaps in another thread and after other forward passes."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # What checkpointing keeps are the arguments of `forward`.
-        if _current.value is not None and KEYWORD not in kwargs:
-            kwargs[KEYWORD] = Sealed(_current.value)
+        if active_context.value is not None and CONTEXT_KEYWORD not in kwargs:
+            kwargs[CONTEXT_KEYWORD] = ContextArgument(active_context.value)
         return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        reading = kwargs.pop(KEYWORD, NO_READING).reading
-        if reading is _current.value:
+        context = kwargs.pop(CONTEXT_KEYWORD, NO_CONTEXT).context
+        if context is active_context.value:
             return super().forward(*args, **kwargs)
-        with reading_in_progress(reading):
+        with forward_context(context):
             return super().forward(*args, **kwargs)
 
 
-class RecomputedLayer(Extension):
+class CheckpointWrapperPatch(Patch):
     """torch's `CheckpointWrapper` around a decoder layer: it calls the layer itself again, not the layer's `forward`,
     so the reading has to be among its own arguments."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _current.value is not None:
-            kwargs[KEYWORD] = Sealed(_current.value)
+        if active_context.value is not None:
+            kwargs[CONTEXT_KEYWORD] = ContextArgument(active_context.value)
         return super().__call__(*args, **kwargs)
 
     def named_modules(self, memo: set | None = None, prefix: str = "", *args: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -48,7 +48,7 @@ class RecomputedLayer(Extension):
         yield from getattr(self, WRAPPED).named_modules(memo, prefix, *args)
 
 
-def follow_into_checkpoints(backbone: nn.Module) -> None:
+def patch_checkpoint_wrappers(backbone: nn.Module) -> None:
     """Hands the reading on to decoder layers that were wrapped for activation checkpointing, as accelerate does for
     FSDP2, after the adapter was put on. They lie in a list of the backbone's."""
     for child in backbone.children():
@@ -56,5 +56,5 @@ def follow_into_checkpoints(backbone: nn.Module) -> None:
             wrapped = getattr(layer, WRAPPED, None)
             while hasattr(wrapped, WRAPPED):
                 wrapped = getattr(wrapped, WRAPPED)
-            if isinstance(wrapped, FollowingLayer):
-                extend(layer, RecomputedLayer)
+            if isinstance(wrapped, CheckpointedLayer):
+                patch(layer, CheckpointWrapperPatch)

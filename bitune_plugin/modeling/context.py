@@ -41,7 +41,7 @@ class PerThread(threading.local, Generic[T]):
             self.value = before
 
 
-KEYWORD = "bitune_reading"
+CONTEXT_KEYWORD = "bitune_context"
 """The keyword under which a decoder layer is given the reading that it is part of."""
 
 
@@ -53,7 +53,7 @@ class Stream(Enum):
 
 
 @dataclass(frozen=True)
-class Reading:
+class ForwardContext:
     """One lengthened forward pass: how the prompts of a batch are read.
 
     Attributes:
@@ -63,7 +63,7 @@ class Reading:
         share_adapter: the copy uses the causal adapter too (ablation "shared weights").
         stream: within a block that runs once on each part, the part; `None` where the parts are together.
         cache: filled with the mixed keys and values, layer by layer; `None` to keep none.
-        seen: how often each attention module took part so far.
+        visited: how often each attention module took part so far.
     """
 
     layout: PromptLayout
@@ -72,39 +72,43 @@ class Reading:
     share_adapter: bool = False
     stream: Stream | None = None
     cache: Cache | None = None
-    seen: dict[nn.Module, int] = field(default_factory=dict, compare=False)
+    visited: dict[nn.Module, int] = field(default_factory=dict, compare=False)
 
-    def take_part(self, attention: nn.Module) -> None:
+    def mark_visited(self, attention: nn.Module) -> None:
         """Notes that an attention module follows this reading."""
-        self.seen[attention] = self.seen.get(attention, 0) + 1
+        self.visited[attention] = self.visited.get(attention, 0) + 1
 
 
-class Sealed:
+class ContextArgument:
     """A reading among the arguments of a module. No dataclass: FSDP2 takes those apart, to cast tensors inside.
 
     Attributes:
-        reading: `None` outside a reading.
+        context: `None` outside a reading.
     """
 
-    def __init__(self, reading: Reading | None) -> None:
-        self.reading = reading
+    def __init__(self, context: ForwardContext | None) -> None:
+        self.context = context
 
-    def to(self, device: torch.device, **_: Any) -> Sealed:
+    def to(self, device: torch.device, **_: Any) -> ContextArgument:
         """The reading on another device: accelerate asks for it where a model is spread over several."""
-        return self if self.reading is None else Sealed(replace(self.reading, layout=self.reading.layout.to(device)))
+        return (
+            self
+            if self.context is None
+            else ContextArgument(replace(self.context, layout=self.context.layout.to(device)))
+        )
 
 
-NO_READING = Sealed(None)
+NO_CONTEXT = ContextArgument(None)
 
 
-_current: PerThread[Reading] = PerThread()
+active_context: PerThread[ForwardContext] = PerThread()
 
 
-def current_reading() -> Reading | None:
+def current_context() -> ForwardContext | None:
     """The reading that this thread is in, if any."""
-    return _current.value
+    return active_context.value
 
 
-def reading_in_progress(reading: Reading | None) -> AbstractContextManager[None]:
-    """Makes `reading` the one that attention and PEFT layers of this thread follow, for the length of the block."""
-    return _current.set(reading)
+def forward_context(context: ForwardContext | None) -> AbstractContextManager[None]:
+    """Makes `context` the one that attention and PEFT layers of this thread follow, for the length of the block."""
+    return active_context.set(context)

@@ -15,9 +15,9 @@ from ..errors import LayoutError
 from .architectures import Architecture, active_adapter
 from .attention import base_of
 from .context import PerThread
-from .extension import Extension, by_name
+from .extension import Patch, by_name
 from .host import OF_GENERATE, cache_in, translate_cache
-from .prompts import Generation, _check_per_token, _check_unread, _holds_tokens
+from .prompts import Generation, check_cache_is_empty, check_per_token, holds_tokens
 
 REFUSED_SETTINGS = {
     "guidance_scale": ((None, 1), "a second pass starts in the middle of the prompt, or from another"),
@@ -33,7 +33,7 @@ GENERATION = "bitune_generation"
 """The keyword under which a step of `generate` hands its `Generation` to the causal language model."""
 
 
-class GeneratesFromPrompt(Extension):
+class GeneratesFromPrompt(Patch):
     """What a causal language model that carries Bitune adds to `GenerationMixin` of transformers.
 
     Attributes:
@@ -61,8 +61,8 @@ class GeneratesFromPrompt(Extension):
             start = torch.ones(1, 1, device=self.device) if tokens is None else tokens
             prompt_mask = torch.ones(start.shape[:2], dtype=torch.bool, device=start.device)
         else:
-            _check_per_token("prompt_mask", prompt_mask, tokens)
-            _check_unread(cache_in(kwargs))
+            check_per_token("prompt_mask", prompt_mask, tokens)
+            check_cache_is_empty(cache_in(kwargs))
         with _generation.set(Generation(prompt_mask.bool())):
             return super().generate(**kwargs)
 
@@ -102,7 +102,7 @@ class GeneratesFromPrompt(Extension):
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         if _generation.value is not None:
             inputs[GENERATION] = _generation.value
-        if _holds_tokens(past) or active_adapter(self.bitune_architecture) is None:
+        if holds_tokens(past) or active_adapter(self.bitune_architecture) is None:
             return inputs
         return {**inputs, "attention_mask": attention_mask}
 
@@ -115,7 +115,7 @@ class GeneratesFromPrompt(Extension):
         **kwargs: Any,
     ) -> Any:
         """As in transformers; but a prompt is read in one piece, whatever `prefill_chunk_size` says."""
-        unread = not _holds_tokens(cache_in(model_kwargs))
+        unread = not holds_tokens(cache_in(model_kwargs))
         if generation_config.prefill_chunk_size is not None and unread and active_adapter(self.bitune_architecture):
             _warn_one_piece()
             generation_config = copy.copy(generation_config)

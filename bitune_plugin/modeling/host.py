@@ -62,7 +62,7 @@ def cache_in(arguments: Mapping[str, Any]) -> Cache | None:
     return caches[0] if caches else None
 
 
-def with_cache(arguments: Mapping[str, Any], keyword: str, past: Cache | None) -> dict[str, Any]:
+def with_cache(arguments: Mapping[str, Any], keyword: str, past: Any) -> dict[str, Any]:
     """`arguments` with the cache `past` under `keyword`, and under no other."""
     return {**{name: value for name, value in arguments.items() if name not in CACHE_KEYWORDS}, keyword: past}
 
@@ -79,7 +79,8 @@ def translate_cache(arguments: dict[str, Any], keyword: str) -> dict[str, Any]:
 
 def put_cache(outputs: ModelOutput, past: Cache) -> None:
     """Gives the outputs of a backbone their cache."""
-    outputs["cache" if "cache" in type(outputs).__dataclass_fields__ else "past_key_values"] = past
+    fields: dict[str, Any] = getattr(type(outputs), "__dataclass_fields__", {})
+    outputs["cache" if "cache" in fields else "past_key_values"] = past
 
 
 def drops_cache(backbone: PreTrainedModel) -> bool:

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from ..core.autocast import concatenate
 from ..core.layout import PromptLayout
-from ..core.masks import Reach
+from ..core.masks import LocalAttention
 from ..core.mixing import MIXING
 from .backends import additive
-from .context import Reading, current_reading
+from .context import ForwardContext, current_context
 from .extension import TakesCache, by_name
 from .host import with_cache
 
@@ -34,8 +34,8 @@ class MixingCache:
 
     is_compileable = False
 
-    def __init__(self, module: nn.Module, reading: Reading) -> None:
-        self.module, self.reading = module, reading
+    def __init__(self, module: nn.Module, context: ForwardContext) -> None:
+        self.module, self.context = module, context
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Mixes, and fills the cache of the reading.
@@ -45,25 +45,25 @@ class MixingCache:
             layer_idx: where the cache keeps them.
 
         Returns:
-            The keys and values that `Documents.joint_mask` is for, `2L + E` of them.
+            The keys and values that `SequenceGroup.single_call_mask` is for, `2L + E` of them.
         """
-        layout = self.reading.layout
+        layout = self.context.layout
         (key_encoded, key_rest, key_copy), (value_encoded, value_rest, value_copy) = map(self._split, (key, value))
         (key_mixed,), (value_mixed,) = getattr(self.module, MIXING)(
-            [(key_encoded, key_copy)], [(value_encoded, value_copy)], self.reading.adapter
+            [(key_encoded, key_copy)], [(value_encoded, value_copy)], self.context.adapter
         )
         # Short prompts leave slots of encoded prompts to the first tokens of their answers.
-        encoded = layout.documents[0].encoded[:, None, :, None]
+        encoded = layout.groups[0].encoded[:, None, :, None]
         key_kept = concatenate([torch.where(encoded, key_mixed, key_encoded), key_rest], dim=2)
         value_kept = concatenate([torch.where(encoded, value_mixed, value_encoded), value_rest], dim=2)
-        if self.reading.cache is not None:
-            in_token_order = (layout.restore(kept.transpose(1, 2)).transpose(1, 2) for kept in (key_kept, value_kept))
-            self.reading.cache.update(*in_token_order, layer_idx)
+        if self.context.cache is not None:
+            keys, values = (layout.restore(kept.transpose(1, 2)).transpose(1, 2) for kept in (key_kept, value_kept))
+            self.context.cache.update(keys, values, layer_idx)
         return concatenate([key, key_kept], dim=2), concatenate([value, value_kept], dim=2)
 
     def _split(self, states: Tensor) -> tuple[Tensor, ...]:
         """The first `E` tokens of each row, the others of its `L`, and the copy."""
-        tokens, size = self.reading.layout.streams
+        tokens, size = self.context.layout.streams
         return states.split([size, tokens - size, size], dim=2)
 
     def get_seq_length(self, *_: Any) -> int:
@@ -71,7 +71,7 @@ class MixingCache:
         return 0
 
 
-class JointAttention(TakesCache):
+class SingleCallAttention(TakesCache):
     """An attention module that does its own arithmetic, in a reading. Subclasses know how it takes its arguments.
 
     Attributes:
@@ -81,18 +81,18 @@ class JointAttention(TakesCache):
     takes_several_completions: ClassVar[bool] = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        reading = current_reading()
-        if reading is None:
+        context = current_context()
+        if context is None:
             return super().forward(*args, **kwargs)
-        reading.take_part(self)
+        context.mark_visited(self)
         kwargs = by_name(super().forward, args, kwargs)
-        (documents,) = reading.layout.documents
-        visible = documents.joint_mask(reading.layout.tokens, self.reach(), reading.second_pass_causal)
-        kwargs = with_cache(kwargs, self.cache_keyword, MixingCache(self, reading))
-        kwargs |= self.mask_arguments(kwargs, visible, reading.layout)
-        return super(JointAttention, self.unmasked(visible)).forward(**kwargs)
+        (group,) = context.layout.groups
+        visible = group.single_call_mask(context.layout.tokens, self.local_attention(), context.second_pass_causal)
+        kwargs = with_cache(kwargs, self.cache_keyword, MixingCache(self, context))
+        kwargs |= self.mask_arguments(kwargs, visible, context.layout)
+        return super(SingleCallAttention, self.unmasked(visible)).forward(**kwargs)
 
-    def reach(self) -> Reach | None:
+    def local_attention(self) -> LocalAttention | None:
         """How far the tokens of this layer see."""
         return None
 
@@ -106,6 +106,6 @@ class JointAttention(TakesCache):
         """
         return {"attention_mask": additive(visible, kwargs["hidden_states"].dtype)}
 
-    def unmasked(self, visible: Tensor) -> JointAttention:
+    def unmasked(self, visible: Tensor) -> SingleCallAttention:
         """The module, or one that shares everything with it, without a causal mask of its own."""
         return self

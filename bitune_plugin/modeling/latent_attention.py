@@ -41,7 +41,7 @@ class LatentAttention(TakesCache):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = by_name(super().forward, args, kwargs)
         cache = cache_in(kwargs)
-        if cache is None or not getattr(self, MIXING).is_on:
+        if cache is None or not getattr(self, MIXING).is_enabled:
             return super().forward(**kwargs)
         with _cache.set(cache):
             return super().forward(**with_cache(kwargs, self.cache_keyword, _PassThrough(cache)))

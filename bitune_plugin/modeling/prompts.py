@@ -13,7 +13,7 @@ from transformers import Cache
 
 from ..core.layout import PromptLayout
 from ..core.planning import plan
-from ..core.prompts import document_starts
+from ..core.prompts import sequence_starts
 from ..errors import LayoutError
 from .architectures import Architecture
 from .context import PerThread
@@ -96,17 +96,17 @@ class Call:
     reached_backbone: bool = False
 
 
-_call: PerThread[Call] = PerThread()
+active_call: PerThread[Call] = PerThread()
 
 
-def _plan(
+def plan_call(
     architecture: Architecture, prompts: Prompts, generation: Generation | None, kwargs: dict[str, Any]
 ) -> PromptLayout | None:
     prompt_mask, completion_index = prompts.prompt_mask, prompts.completion_index
-    tokens = _tokens(kwargs)
-    attention_mask = _padding_mask(kwargs)
+    tokens = tokens_in(kwargs)
+    attention_mask = padding_mask_in(kwargs)
     if prompt_mask is not None:
-        _check_per_token("prompt_mask", prompt_mask, tokens)
+        check_per_token("prompt_mask", prompt_mask, tokens)
     elif generation is not None:
         prompt_mask = generation.prompt_mask_for(*tokens.shape[:2])
     else:
@@ -114,7 +114,7 @@ def _plan(
             _warn_all_prompt()
         prompt_mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     if completion_index is not None:
-        _check_per_token("completion_index", completion_index, tokens)
+        check_per_token("completion_index", completion_index, tokens)
         if prompts.position_ids is not None:
             raise LayoutError(
                 "`position_ids` came with `completion_index`. Leave it out: Bitune lets the positions of every "
@@ -124,14 +124,14 @@ def _plan(
         prompt_mask.to(device=tokens.device, dtype=torch.bool),
         attention_mask,
         completion_index,
-        _starts(prompts, kwargs, attention_mask),
-        rows_apart=architecture.does_own_arithmetic,
+        starts_in(prompts, kwargs, attention_mask),
+        one_sequence_per_row=architecture.bypasses_attention_interface,
     )
 
 
-def _planned(prompts: Prompts, kwargs: dict[str, Any]) -> PromptLayout:
+def layout_made_ahead(layout: PromptLayout, kwargs: dict[str, Any]) -> PromptLayout:
     """The layout that was made ahead. Raises LayoutError if it is for a batch of another shape."""
-    tokens, layout = _tokens(kwargs), prompts.prompt_layout
+    tokens = tokens_in(kwargs)
     if layout.shape != tuple(tokens.shape[:2]):
         raise LayoutError(
             f"`prompt_layout` is for {list(layout.shape)} rows and tokens, but the input has "
@@ -140,11 +140,11 @@ def _planned(prompts: Prompts, kwargs: dict[str, Any]) -> PromptLayout:
     return layout.to(tokens.device)
 
 
-def _starts(prompts: Prompts, kwargs: dict[str, Any], attention_mask: Tensor | None) -> Tensor | None:
+def starts_in(prompts: Prompts, kwargs: dict[str, Any], attention_mask: Tensor | None) -> Tensor | None:
     """Where documents begin, bool `[B or 1, T]`, if `position_ids` tell."""
     position_ids = prompts.position_ids
     if position_ids is None:
-        given = [name for name in OF_PACKED_ROWS if _has(kwargs, name)]
+        given = [name for name in OF_PACKED_ROWS if is_given(kwargs, name)]
         if given:
             raise LayoutError(
                 f"The model was called with `{given[0]}`, for rows that hold several documents. Pass `position_ids` "
@@ -156,27 +156,28 @@ def _starts(prompts: Prompts, kwargs: dict[str, Any], attention_mask: Tensor | N
             f"`position_ids` has shape {list(position_ids.shape)}; Bitune supports one position per token, [rows, "
             "tokens]."
         )
-    if position_ids.shape[1] != _tokens(kwargs).shape[1]:
+    tokens = tokens_in(kwargs).shape[1]
+    if position_ids.shape[1] != tokens:
         raise LayoutError(
-            f"`position_ids` has shape {list(position_ids.shape)}, but the input has {_tokens(kwargs).shape[1]} tokens "
+            f"`position_ids` has shape {list(position_ids.shape)}, but the input has {tokens} tokens "
             "in a row. Pass one position per token."
         )
-    return document_starts(position_ids, attention_mask)
+    return sequence_starts(position_ids, attention_mask)
 
 
-def _holds_tokens(past: Cache | None) -> bool:
+def holds_tokens(past: Cache | None) -> bool:
     return past is not None and bool(past.get_seq_length() > 0)
 
 
-def _check_unread(past: Cache | None) -> None:
-    if _holds_tokens(past):
+def check_cache_is_empty(past: Cache | None) -> None:
+    if holds_tokens(past):
         raise LayoutError(
             f"`prompt_mask` came with a `{OF_GENERATE}` that already holds tokens. Bitune reads a prompt in one "
             "piece, before anything is in the cache: pass an empty cache, or leave `prompt_mask` out."
         )
 
 
-def _check_per_token(name: str, given: Any, tokens: Tensor | None) -> None:
+def check_per_token(name: str, given: Any, tokens: Tensor | None) -> None:
     """Raises LayoutError unless `given` holds one bool or integer for each of `tokens`, `[B, T, ...]`."""
     if not isinstance(given, Tensor):
         raise LayoutError(f"`{name}` is a {type(given).__name__}. Pass a tensor, one value per token.")
@@ -191,7 +192,7 @@ def _check_per_token(name: str, given: Any, tokens: Tensor | None) -> None:
         raise LayoutError(f"`{name}` has dtype {given.dtype}. Pass bools or integers.")
 
 
-def _check_plain(prompts: Prompts) -> None:
+def check_plain_call(prompts: Prompts) -> None:
     """Raises LayoutError for what a plain forward pass would not do: keep the completions in a row apart, or know the
     answers."""
     if prompts.completion_index is not None and (prompts.completion_index > 1).any():
@@ -206,7 +207,7 @@ def _check_plain(prompts: Prompts) -> None:
         )
 
 
-def _padding_mask(kwargs: dict[str, Any]) -> Tensor | None:
+def padding_mask_in(kwargs: dict[str, Any]) -> Tensor | None:
     """The 2-D attention mask of a call, bool `[B, T]`."""
     mask = kwargs.get("attention_mask")
     if mask is None:
@@ -217,7 +218,7 @@ def _padding_mask(kwargs: dict[str, Any]) -> Tensor | None:
             f"`attention_mask` has {shape}. Bitune makes its own masks between prompt and completion, and takes a mask "
             "of [rows, tokens] that is 0 on padding."
         )
-    return mask.to(device=_tokens(kwargs).device, dtype=torch.bool)
+    return mask.to(device=tokens_in(kwargs).device, dtype=torch.bool)
 
 
 @cache
@@ -230,9 +231,9 @@ def _warn_all_prompt() -> None:
     )
 
 
-def _tokens(kwargs: dict[str, Any]) -> Tensor:
-    return kwargs["input_ids"] if _has(kwargs, "input_ids") else kwargs["inputs_embeds"]
+def tokens_in(kwargs: dict[str, Any]) -> Tensor:
+    return kwargs["input_ids"] if is_given(kwargs, "input_ids") else kwargs["inputs_embeds"]
 
 
-def _has(kwargs: dict[str, Any], name: str) -> bool:
+def is_given(kwargs: dict[str, Any], name: str) -> bool:
     return kwargs.get(name) is not None

@@ -9,27 +9,28 @@ from typing import Any
 from torch import Tensor
 
 from ..core.autocast import concatenate
-from .context import Reading, Stream, _current, reading_in_progress
-from .extension import Extension
+from .context import ForwardContext, Stream, active_context, forward_context
+from .extension import Patch
 
 
-class SeparateStreams(Extension):
+class SeparateStreams(Patch):
     """A block of a decoder layer that flattens its tokens, as a mixture of experts does: it runs once on each part."""
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`tokens` is `[R, M, ...]` in a reading."""
-        reading = _current.value
-        if reading is None or reading.share_adapter:
+        context = active_context.value
+        if context is None or context.share_adapter:
             return super().forward(tokens, *args, **kwargs)
-        return _join(*_on_each_part(super().forward, reading, tokens, *args, **kwargs), rows=tokens.shape[0])
+        causal, bidirectional = on_each_stream(super().forward, context, tokens, *args, **kwargs)
+        return _join(causal, bidirectional, tokens.shape[0])
 
 
-def _on_each_part(
-    run: Callable[..., Any], reading: Reading, tokens: Tensor, *args: Any, **kwargs: Any
+def on_each_stream(
+    run: Callable[..., Any], context: ForwardContext, tokens: Tensor, *args: Any, **kwargs: Any
 ) -> Iterator[Any]:
     """What `run` makes of each stream."""
-    for stream, part in zip(Stream, tokens.split(reading.layout.streams, dim=1), strict=True):
-        with reading_in_progress(replace(reading, stream=stream)):
+    for stream, part in zip(Stream, tokens.split(context.layout.streams, dim=1), strict=True):
+        with forward_context(replace(context, stream=stream)):
             # Contiguous, because that is what a linear layer makes of them anyhow, and some demand.
             output = run(part.contiguous(), *args, **kwargs)
         yield output

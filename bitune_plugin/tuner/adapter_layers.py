@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..core.autocast import concatenate
-from ..modeling.context import Stream, _current
-from ..modeling.extension import Extension, with_attributes
-from ..modeling.streams import _on_each_part
+from ..modeling.context import Stream, active_context
+from ..modeling.extension import Patch, with_attributes
+from ..modeling.streams import on_each_stream
 from .plain_lora import both_loras, is_plain_lora
+
+if TYPE_CHECKING:
+    from .host import PeftLayer
+
+    class PeftPatch(Patch, PeftLayer):
+        """A patch that is put in front of the class of a PEFT layer."""
+
+else:
+    PeftPatch = Patch
 
 UNMERGED = "_bitune_unmerged"
 """Attribute of a merged PEFT layer (see `merging.py`): the parameters of its base layer from before, by name."""
@@ -23,13 +31,17 @@ def bidirectional(adapter_name: str) -> str:
     return f"{adapter_name}__bidirectional"
 
 
-class TwoAdapterLayer(Extension):
+class TwoAdapterLayer(PeftPatch):
     """A PEFT layer: the causal adapter on the causal stream of a reading, the bidirectional one on the other."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # After the prompt a merged layer is its base layer; so many calls of small modules take their time.
-        if self.merged_adapters and _current.value is None and not (self._forward_hooks or self._forward_pre_hooks):
-            return self._modules["base_layer"](*args, **kwargs)
+        if (
+            self.merged_adapters
+            and active_context.value is None
+            and not (self._forward_hooks or self._forward_pre_hooks)
+        ):
+            return self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]
         return super().__call__(*args, **kwargs)
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -39,18 +51,18 @@ class TwoAdapterLayer(Extension):
         Raises:
             RuntimeError: tokens of another shape, so that they cannot be told apart.
         """
-        reading = _current.value
-        if reading is None or reading.share_adapter or reading.stream is Stream.CAUSAL:
+        context = active_context.value
+        if context is None or context.share_adapter or context.stream is Stream.CAUSAL:
             return super().forward(tokens, *args, **kwargs)
-        second_name = bidirectional(reading.adapter)
-        plain = not args and not kwargs and is_plain_lora(self, reading.adapter, second_name)
-        if reading.stream is Stream.BIDIRECTIONAL:
+        second_name = bidirectional(context.adapter)
+        plain = not args and not kwargs and is_plain_lora(self, context.adapter, second_name)
+        if context.stream is Stream.BIDIRECTIONAL:
             if self.merged and plain:
                 flat = tokens.reshape(1, -1, tokens.shape[-1])
-                return both_loras(self, flat, 0, reading.adapter, second_name).view(*tokens.shape[:-1], -1)
-            second = with_active_adapter(unmerged(self), second_name)
+                return both_loras(self, flat, 0, context.adapter, second_name).view(*tokens.shape[:-1], -1)
+            second: Any = with_active_adapter(unmerged(self), second_name)
             return super(TwoAdapterLayer, second).forward(tokens, *args, **kwargs)
-        layout = reading.layout
+        layout = context.layout
         if tokens.dim() == 4 and tokens.shape[1] == 1:  # states of latent attention, in the shape of a cache
             return self.forward(tokens.squeeze(1), *args, **kwargs).unsqueeze(1)
         if _is_behind_heads(tokens, layout.length):
@@ -62,8 +74,8 @@ class TwoAdapterLayer(Extension):
                 "out of the adapter's `target_modules` (`exclude_modules=...`)."
             )
         if tokens.dim() == 3 and plain:
-            return both_loras(self, tokens, layout.tokens, reading.adapter, second_name)
-        return concatenate(list(_on_each_part(self.forward, reading, tokens, *args, **kwargs)), dim=1)
+            return both_loras(self, tokens, layout.tokens, context.adapter, second_name)
+        return concatenate(list(on_each_stream(self.forward, context, tokens, *args, **kwargs)), dim=1)
 
 
 def _is_behind_heads(tokens: Tensor, length: int) -> bool:
@@ -80,10 +92,10 @@ class FlattenedTokens(TwoAdapterLayer):
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Any `tokens` outside a reading and in one of its parts, `[R * M, in]` where they are together. OPT's last
         norm has the name of those in its layers, and gets rows."""
-        reading = _current.value
-        if reading is None or reading.stream is not None or tokens.dim() > 2:
+        context = active_context.value
+        if context is None or context.stream is not None or tokens.dim() > 2:
             return super().forward(tokens, *args, **kwargs)
-        return super().forward(tokens.unflatten(0, (-1, reading.layout.length)), *args, **kwargs).flatten(0, 1)
+        return super().forward(tokens.unflatten(0, (-1, context.layout.length)), *args, **kwargs).flatten(0, 1)
 
 
 _PARAMETRIZING = threading.RLock()
@@ -98,13 +110,13 @@ class ParameterAdapter(TwoAdapterLayer):
             return super().forward(tokens, *args, **kwargs)
 
 
-def with_active_adapter(layer: BaseTunerLayer, adapter_name: str) -> BaseTunerLayer:
+def with_active_adapter(layer: PeftLayer, adapter_name: str) -> PeftLayer:
     """The same PEFT layer with another active adapter, sharing everything else; the layer itself is not touched, so
     that other threads may use it meanwhile."""
     return with_attributes(layer, _active_adapter=[adapter_name])
 
 
-def unmerged(layer: BaseTunerLayer) -> BaseTunerLayer:
+def unmerged(layer: PeftLayer) -> PeftLayer:
     """The same PEFT layer with the weights from before it was merged, if it was; the layer itself is not touched."""
     if not layer.merged:
         return layer

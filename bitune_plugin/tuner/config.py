@@ -9,7 +9,7 @@ import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -22,6 +22,9 @@ from ..plugins import mixings
 from .full import FullConfig, PeftTypeName
 from .methods import check_method
 from .weights import lacking_whole, read_weights
+
+if TYPE_CHECKING:
+    from .host import MethodConfig
 
 PEFT_TYPE = "BITUNE"
 
@@ -132,7 +135,7 @@ class BituneConfig(PeftConfig):
 
     def __getattr__(self, name: str) -> Any:
         if name == "trainable_token_indices" and isinstance(self.__dict__.get("adapter"), TrainableTokensConfig):
-            return self.adapter.token_indices  # or PEFT would save the whole embeddings beside them
+            return self.inner.token_indices  # or PEFT would save the whole embeddings beside them
         if name.startswith("__") or not isinstance(adapter := self.__dict__.get("adapter"), PeftConfig):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(adapter, name)
@@ -144,13 +147,18 @@ class BituneConfig(PeftConfig):
         else:
             super().__setattr__(name, value)
 
-    def causal_config(self) -> PeftConfig:
+    @property
+    def inner(self) -> MethodConfig:
+        """The inner config: `adapter`, which is an object from `__post_init__` on."""
+        return cast("MethodConfig", self.adapter)
+
+    def causal_config(self) -> MethodConfig:
         """The inner config as a whole PEFT config, for the causal stream. The same object each time."""
         for name in SHARED_FIELDS:
             setattr(self.adapter, name, getattr(self, name))
-        return self.adapter
+        return self.inner
 
-    def bidirectional_config(self) -> PeftConfig:
+    def bidirectional_config(self) -> MethodConfig:
         """The inner config for the bidirectional stream: the adapter alone, without modules trained whole."""
         config = copy.deepcopy(self.causal_config())
         for name in ("modules_to_save", "modules_to_tie", "trainable_token_indices"):
@@ -163,7 +171,7 @@ class BituneConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """All settings, the inner config as a dict under `adapter` with its own `peft_type`; sets become lists."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "adapter"}
-        adapter = {**self.causal_config().to_dict(), "peft_type": str(self.adapter.peft_type.value)}
+        adapter = {**self.causal_config().to_dict(), "peft_type": str(self.inner.peft_type.value)}
         return {**own, "peft_type": PEFT_TYPE, "adapter": _without_sets(adapter)}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -250,7 +258,8 @@ def _config_from_dict(settings: dict[str, Any]) -> PeftConfig:
         )
     if is_too_deep(settings):
         raise ValueError("`adapter` is nested too deeply for the settings of a method.")
-    check_kinds(PEFT_TYPE_TO_CONFIG_MAPPING[peft_type], settings)
+    configs: dict[Any, type[PeftConfig]] = PEFT_TYPE_TO_CONFIG_MAPPING
+    check_kinds(configs[peft_type], settings)
     return PeftConfig.from_peft_type(**settings)
 
 
@@ -272,7 +281,7 @@ def _check_weights(folder: Path, config: BituneConfig) -> None:
                 f"{WEIGHTS_NAME}. Copy or download the adapter again."
             ) from error
         return
-    lacking = list(lacking_whole(config.adapter, keys))
+    lacking = list(lacking_whole(config.inner, keys))
     if lacking:
         raise ValueError(
             f"The weights in {folder} are damaged: {'; '.join(lacking)}. Copy or download the adapter again."

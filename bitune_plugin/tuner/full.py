@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..core.mixing import MIXING
-from ..modeling.context import Stream, current_reading
+from ..modeling.context import Stream, current_context
 from .adapter_layers import bidirectional
 
 if TYPE_CHECKING:
@@ -105,9 +105,9 @@ class FullLayer(nn.Module, BaseTunerLayer):
         """The copy of the active adapter, or the base layer where it has none or is switched off. In a block that runs
         once per stream, as experts do, the copy of the stream: such a block may use the weights of its parts itself."""
         names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.bitune_full]
-        reading = current_reading()
-        if names and reading is not None and reading.stream is Stream.BIDIRECTIONAL:
-            names = [name for name in (bidirectional(reading.adapter), *names) if name in self.bitune_full]
+        context = current_context()
+        if names and context is not None and context.stream is Stream.BIDIRECTIONAL:
+            names = [name for name in (bidirectional(context.adapter), *names) if name in self.bitune_full]
         return self.bitune_full[names[0]] if names else self.base_layer
 
     @property
@@ -115,7 +115,7 @@ class FullLayer(nn.Module, BaseTunerLayer):
         return self._of_active("weight")
 
     @property
-    def bias(self) -> Tensor | None:
+    def bias(self) -> Any:  # a tensor or `None`
         return self._of_active("bias")
 
     def __getattr__(self, name: str) -> Any:
@@ -128,9 +128,10 @@ class FullLayer(nn.Module, BaseTunerLayer):
 
     def _of_active(self, name: str) -> Any:
         """An attribute of `active`. Raises RuntimeError for a weight where both streams are together."""
-        value, reading = getattr(self.active, name), current_reading()
-        together = reading is not None and reading.stream is None and bidirectional(reading.adapter) in self.bitune_full
-        if isinstance(value, Tensor) and together and not reading.share_adapter:
+        value, context = getattr(self.active, name), current_context()
+        if context is None or context.stream is not None or context.share_adapter or not isinstance(value, Tensor):
+            return value
+        if bidirectional(context.adapter) in self.bitune_full:
             raise RuntimeError(
                 f"`{name}` of a {type(self.base_layer).__name__} is used without calling it, and Bitune cannot give "
                 "each stream its own. Leave this module out of the adapter's `target_modules` (`exclude_modules=...`)."
@@ -159,7 +160,7 @@ class FullModel(BaseTuner):
             ValueError: a layer cannot be trained: it is quantised, has no weights, is part of another such layer, or
                 holds weights beside other layers.
         """
-        config = self.peft_config[adapter_name]
+        config: Any = self.peft_config[adapter_name]
         if config.target_modules == ALL:
             _name_all(config, model)
         embeddings, head = embeddings_and_head(model)
@@ -168,12 +169,13 @@ class FullModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: FullConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
+        parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, FullLayer):
             layer = target
@@ -187,8 +189,8 @@ class FullModel(BaseTuner):
 
     def _check_trainable(self, layer: nn.Module, name: str) -> None:
         parts = name.split(".")
-        outer = (".".join(parts[:length]) for length in range(1, len(parts)))
-        outer = [other for other in outer if isinstance(self.model.get_submodule(other), FullLayer)]
+        before = (".".join(parts[:length]) for length in range(1, len(parts)))
+        outer = [other for other in before if isinstance(self.model.get_submodule(other), FullLayer)]
         if outer or not any(True for _ in layer.parameters()):
             raise ValueError(
                 f"`target_modules` take in {name}, which {f'is part of {outer[0]}' if outer else 'has no weights'}. "
@@ -214,7 +216,7 @@ def _name_all(config: FullConfig, model: nn.Module) -> None:
     whole = (embeddings,) if _are_tied(model) else (embeddings, head)
     once = {name for name in whole if not _is_excluded(config, name)}
     elsewhere = (embeddings, head, *(config.modules_to_save or ()), FullModel.prefix, "modules_to_save", MIXING)
-    layers = set()
+    layers: set[str] = set()
     for path, module in model.named_modules():
         name = path.removesuffix(".base_layer").removesuffix(".original_module")  # if it carries an adapter already
         own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
@@ -231,7 +233,7 @@ def _name_all(config: FullConfig, model: nn.Module) -> None:
     config.modules_to_save = sorted({*(config.modules_to_save or ()), *once})
 
 
-def _are_tied(model: nn.Module) -> bool:
+def _are_tied(model: Any) -> bool:
     return model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
@@ -241,7 +243,7 @@ def _is_part_of(name: str, modules: Iterable[str]) -> bool:
 
 def _is_excluded(config: FullConfig, name: str) -> bool:
     names = config.exclude_modules
-    return bool(names) and bool(check_target_module_exists(FullConfig(target_modules=names), name))
+    return bool(names and check_target_module_exists(FullConfig(target_modules=names), name))
 
 
 def idle_in_second_stream(architecture: Architecture) -> Iterator[nn.Module]:
@@ -262,7 +264,7 @@ def is_idle_in_second_stream(name: str, last_layer: int) -> bool:
     return numbers[0] == last_layer and bool(AFTER_KEYS & {*parts})
 
 
-def embeddings_and_head(model: nn.Module) -> tuple[str, str]:
+def embeddings_and_head(model: Any) -> tuple[str, str]:
     """Names of the embeddings and of the LM head."""
     names = {module: name for name, module in model.named_modules()}
     return names[model.get_input_embeddings()], names[model.get_output_embeddings()]

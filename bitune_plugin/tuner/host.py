@@ -7,10 +7,29 @@ only the methods that it knows by name: an adapter of Bitune could be trained th
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import peft
 from peft.tuners import tuners_utils
 
 from ..versions import TESTED
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    class MethodConfig(peft.PeftConfig):
+        """The config of any PEFT method; most of its fields depend on the method."""
+
+        peft_type: Any
+
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
+    class PeftLayer(nn.Module, tuners_utils.BaseTunerLayer):
+        """A layer of any PEFT method; most of its attributes depend on the method."""
+
+        def __getattr__(self, name: str) -> Any: ...
+
 
 OF_TUNERS = (
     "_get_adapter_state_dict",

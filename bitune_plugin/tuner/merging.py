@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, cast
 
 import torch
 from peft.tuners.ln_tuning.layer import LNTuningLayer
@@ -27,6 +28,9 @@ from transformers import PreTrainedModel
 from .adapter_layers import UNMERGED, bidirectional
 from .full import FullLayer
 from .plain_lora import is_plain_lora
+
+if TYPE_CHECKING:
+    from .host import PeftLayer
 
 
 class MergesCausalAdapter(BaseTuner):
@@ -44,7 +48,7 @@ class MergesCausalAdapter(BaseTuner):
             ValueError: another adapter than the active one, or a layer that cannot be merged.
         """
         (active,) = self.active_adapters
-        if not all(mixing.is_on for mixing in self._mixing_layers()):
+        if not all(mixing.is_enabled for mixing in self._mixing_layers()):
             raise ValueError("The adapter is switched off (`disable_adapter`). Merge it when it is on again.")
         if adapter_names is not None and list(adapter_names) != [active]:
             raise ValueError(
@@ -97,7 +101,7 @@ def merge(layer: BaseTunerLayer, adapter_name: str, safe_merge: bool = False) ->
         return
     names = [name for name in (adapter_name, bidirectional(adapter_name)) if name in layer._get_available_adapters()]
     # Where only unmerging needs them, they do not have to take the memory of a GPU.
-    device = "cpu" if is_plain_lora(layer, *names) else None
+    device = "cpu" if is_plain_lora(cast("PeftLayer", layer), *names) else None
     with onload_layer(layer):
         base = layer.get_base_layer()
         kept = {name: p.detach().to(device=device or p.device, copy=True) for name, p in _parameters(base)}

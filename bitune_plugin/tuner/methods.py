@@ -115,7 +115,7 @@ def check_method(adapter: PeftConfig) -> None:
             raise ValueError(f"`{setting.name}={value!r}` {setting.because}. {setting.instead}")
 
 
-def refusal(peft_type: str) -> str | None:
+def refusal(peft_type: Any) -> str | None:
     """Why a PEFT method is refused; `None` if it is not."""
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type)
     if not (isinstance(tuner, type) and issubclass(tuner, BaseTuner)):

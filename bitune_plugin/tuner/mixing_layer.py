@@ -54,7 +54,7 @@ class MixingLayer(nn.Module, BaseTunerLayer):
         self._shared = (self if shared is None else shared,)
 
     @property
-    def is_on(self) -> bool:
+    def is_enabled(self) -> bool:
         """Whether a Bitune adapter is switched on."""
         return not self.disable_adapters and bool(self.active_adapters)
 
@@ -91,9 +91,10 @@ class MixingLayer(nn.Module, BaseTunerLayer):
             return None, None
         layer = self._with_theta(config)
         to_alpha = self.to_alpha[adapter_name]
-        return tuple(
+        key, value = (
             to_alpha(theta(adapter_name).float(), config.theta_init) for theta in (layer.theta_key, layer.theta_value)
         )
+        return key, value
 
     def _find_alpha_functions(self) -> None:
         # Once, and not whenever they are called: torch.compile cannot look into the plugin system.

@@ -11,7 +11,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..core.mixing import MIXING
 from ..modeling.attach import attach, detach
 from ..modeling.attention import implementation_for
-from ..modeling.extension import extend, restore
+from ..modeling.extension import patch, unpatch
 from ..modeling.streams import SeparateStreams
 from ..plugins import describe
 from ..self_check import check_untried_versions
@@ -37,18 +37,22 @@ from .mixing_layer import MixingLayer
 from .names import check_targets, check_whole_modules, warn_of_unmatched
 from .requirements import (
     AdapterConfigs,
-    _check_bare,
-    _check_new_adapter,
-    _check_no_shared_weights,
-    _check_not_compiled,
-    _check_not_offloaded,
-    _leave_out_copies,
-    _leave_out_unadaptable,
-    _without_note_if_refused,
+    check_bare,
+    check_new_adapter,
+    check_no_shared_weights,
+    check_not_compiled,
+    check_not_offloaded,
+    leave_out_copies,
+    leave_out_unadaptable,
+    without_note_if_refused,
 )
 from .state_dict import SavesBothStreams
 from .transformers_methods import AdaptedCausalModel
 from .undo import all_or_nothing, switched_or_as_before
+
+if TYPE_CHECKING:
+    from ..modeling.architectures import Architecture
+    from .host import MethodConfig
 
 
 class BituneModel(MergesCausalAdapter, SavesBothStreams):
@@ -70,6 +74,12 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
             or a config names what the model lacks.
     """
 
+    architecture: Architecture
+    inner: Any  # the inner tuner; `None` before the first adapter
+    model: Any
+    peft_config: Any
+    trained_before: list[nn.Parameter]
+
     prefix = "theta_"
     tuner_layer_cls = BaseTunerLayer
 
@@ -82,22 +92,23 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         check_untried_versions()
-        with _without_note_if_refused(model), all_or_nothing(model):
+        with without_note_if_refused(model), all_or_nothing(model):
             # All that may be refused is refused before the model is changed.
-            _check_not_compiled(model)
-            _check_bare(model, adapter_name)
+            check_not_compiled(model)
+            check_bare(model, adapter_name)
             if isinstance(peft_config, BituneConfig):  # no PeftModel around it
-                _check_no_shared_weights(peft_config)
+                check_no_shared_weights(peft_config)
             configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
             if not low_cpu_mem_usage and not configs[adapter_name].unused:
-                _check_not_offloaded(model)
+                check_not_offloaded(model)
             # Not submodules: the inner tuner wraps the same model again, and must not be saved a second time.
             self.__dict__.update(self._state_of(model))
-            super().__init__(model, AdapterConfigs(configs), adapter_name, low_cpu_mem_usage, state_dict)
+            noting: Any = AdapterConfigs(configs)
+            super().__init__(model, noting, adapter_name, low_cpu_mem_usage, state_dict)
             vars(model)["bitune_tuner"] = self  # no submodule either
 
     @staticmethod
-    def _state_of(model: nn.Module) -> dict[str, Any]:
+    def _state_of(model: Any) -> dict[str, Any]:
         """What a tuner knows of its model: from the one before it, if transformers adds a further adapter."""
         before: BituneModel | None = vars(model).get("bitune_tuner")
         if before is not None:
@@ -125,8 +136,8 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
         """
         options = {"low_cpu_mem_usage": low_cpu_mem_usage, "state_dict": state_dict}
         config = self.peft_config.pop(adapter_name)  # entered by PEFT, which takes it out after an Exception only
-        _check_new_adapter(self.model, self.peft_config, adapter_name, config)
-        check_whole_modules(config.adapter, model)
+        check_new_adapter(self.model, self.peft_config, adapter_name, config)
+        check_whole_modules(config.inner, model)
         if self.inner is not None:
             self.unmerge_for("add_adapter")
         with all_or_nothing(self, self.inner):
@@ -135,21 +146,21 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
 
     def _inject(
         self,
-        model: nn.Module,
+        model: Any,
         adapter_name: str,
         config: BituneConfig,
         autocast_adapter_dtype: bool,
         options: dict[str, Any],
     ) -> None:
-        _leave_out_unadaptable(config.causal_config(), self.architecture.unadaptable, self.model)
-        _leave_out_copies(config.causal_config(), model)
+        leave_out_unadaptable(config.causal_config(), self.architecture.unadaptable, self.model)
+        leave_out_copies(config.causal_config(), model)
         # Remembered for `unload`: the inner tuner freezes the model.
         if self.inner is None:
             self.__dict__["trained_before"] = [p for p in model.parameters() if p.requires_grad]
         if self.inner is not None and not self.active_adapters:
             # The last adapter was deleted. PEFT 0.21.2 cannot add one beside modules trained whole if none is active.
             self.inner.active_adapter = self.active_adapter = [adapter_name]
-        given = copy.deepcopy(config.adapter)  # PEFT puts names into it, for models that transformers has changed
+        given = copy.deepcopy(config.inner)  # PEFT puts names into it, for models that transformers has changed
         self._inject_stream(adapter_name, config.causal_config(), autocast_adapter_dtype, options)
         if not config.unused:  # of an adapter that is loaded, the weights tell whether it fits
             self._check_names(config, given)
@@ -249,7 +260,7 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
     def _mixing_layers(self) -> list[MixingLayer]:
         return [getattr(attention, MIXING) for attention in self.architecture.attentions if hasattr(attention, MIXING)]
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
             raise ValueError(
                 "A Bitune adapter cannot be merged into the model for good: the prompt is read with two different sets "
@@ -265,14 +276,15 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
         detach(self.model, self.architecture, AdaptedCausalModel)
         del self.model.bitune_tuner
         for block in self.architecture.flattening_blocks():
-            restore(block, SeparateStreams)
+            unpatch(block, SeparateStreams)
         for module in self.model.modules():
             if isinstance(module, ModulesToSaveWrapper):
                 module._active_adapter = []  # so that the original comes back, and not the trained copy
         for attention in self.architecture.attentions:
             delattr(attention, MIXING)
         # PEFT's general way: LN tuning's own (PEFT 0.21.2) leaves modules that are trained whole where they are.
-        model = BaseTuner._unload_and_optionally_merge(self.inner, False, *args, **kwargs)
+        unload: Any = BaseTuner._unload_and_optionally_merge  # which is annotated to return nothing
+        model = unload(self.inner, False, *args, **kwargs)
         for parameter in self.trained_before:
             parameter.requires_grad_(True)
         return model
@@ -303,15 +315,15 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
     def _inject_stream(
         self,
         name: str,
-        config: PeftConfig,
+        config: MethodConfig,
         autocast_adapter_dtype: bool,
         options: dict[str, Any],
     ) -> None:
         if self.inner is None:
-            tuner_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
-            self.__dict__["inner"] = tuner_cls(self.model, {name: config}, name, **options)
+            tuner_cls: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+            inner = self.__dict__["inner"] = tuner_cls(self.model, {name: config}, name, **options)
             # What all layers share is the inner tuner's own, as VeRA's projections. Of ours, PEFT saves and loads it.
-            for shared, module in self.inner.named_children():
+            for shared, module in inner.named_children():
                 if shared != "model":
                     self.add_module(shared, module)
             return
@@ -320,7 +332,7 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
 
     def _check_names(self, config: BituneConfig, given: PeftConfig) -> None:
         """Raises ValueError if the inner config, as it was `given`, names what PEFT has not found."""
-        adapter, names = config.adapter, self.inner.targeted_module_names
+        adapter, names = config.inner, self.inner.targeted_module_names
         modules = [name for name in names if self.inner._check_target_module_exists(adapter, name)]
         check_targets(given, self.model, modules, self.inner.targeted_parameter_names)
         warn_of_unmatched(adapter, self.model, self.architecture.unadaptable)
@@ -346,18 +358,18 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
         idle = {*idle_in_second_stream(self.architecture)} if isinstance(self.inner, FullModel) else ()
         for layer in self._tuner_layers():
             if isinstance(layer, ParamWrapper):
-                extend(layer, ParameterAdapter)
+                patch(layer, ParameterAdapter)
             if name not in layer._get_available_adapters():
                 continue
             if layer not in inside or layer in idle:
                 layer.delete_adapter(name)
             elif inside[layer].rpartition(".")[2] in self.architecture.flattened:
-                extend(layer, FlattenedTokens)
+                patch(layer, FlattenedTokens)
             else:
-                extend(layer, TwoAdapterLayer)
+                patch(layer, TwoAdapterLayer)
         for block in self.architecture.flattening_blocks():
             if any(isinstance(module, TwoAdapterLayer) for module in block.modules()):
-                extend(block, SeparateStreams)
+                patch(block, SeparateStreams)
 
-    def _tuner_layers(self) -> list[BaseTunerLayer]:
+    def _tuner_layers(self) -> list[Any]:
         return [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]

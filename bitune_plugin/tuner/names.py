@@ -24,7 +24,7 @@ LISTS = ("target_modules", "exclude_modules")
 """Fields whose lists may serve several architectures."""
 
 
-def check_whole_modules(config: PeftConfig, model: nn.Module) -> None:
+def check_whole_modules(config: PeftConfig, model: Any) -> None:
     """Checks what `config` trains beside its adapters, before the model is changed.
 
     Raises:
@@ -133,7 +133,7 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-def _check_tokens(argument: str, indices: Sequence[int], module: nn.Module) -> None:
+def _check_tokens(argument: str, indices: Sequence[int], module: Any) -> None:
     """Raises ValueError for tokens that are not in a vocabulary."""
     rows = module.weight.shape[0]
     wrong = [index for index in indices if not isinstance(index, int) or not 0 <= index < rows]
@@ -166,7 +166,7 @@ def _layer_of(module: str, config: PeftConfig) -> int | None:
     return None
 
 
-def _layers(model: nn.Module, config: PeftConfig) -> list[int]:
+def _layers(model: nn.Module, config: Any) -> list[int]:
     """Numbers of all layers that have a module of `target_modules`."""
     names = module_names(model)
     if config.target_modules is not None:

@@ -64,7 +64,8 @@ def with_streams_apart(create: Create) -> Create:
         (group,) = optimizer.param_groups
         shared = {key: value for key, value in group.items() if key not in BY_PARAMETER}
         scaling = dict(zip(group["names"], group["scaling_factors"], strict=True))
-        return StreamsLoraFA([{**shared, **part} for part in _groups(dict(model.named_parameters()), scaling)])
+        groups: Any = [{**shared, **part} for part in _groups(dict(model.named_parameters()), scaling)]
+        return StreamsLoraFA(groups)
 
     return create_optimizer
 

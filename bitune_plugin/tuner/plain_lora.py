@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from peft.tuners import lora
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..core.autocast import concatenate
 
+if TYPE_CHECKING:
+    from .host import PeftLayer
 
-def both_loras(layer: lora.Linear, tokens: Tensor, split: int, first: str, second: str) -> Tensor:
+
+def both_loras(layer: PeftLayer, tokens: Tensor, split: int, first: str, second: str) -> Tensor:
     """`W x + scaling * B A x` with LoRA `first` before token `split` and `second` from there on.
 
     Where `first` is merged into `W`, it is taken off again for the others. Both low-rank updates are one of twice the
@@ -24,7 +28,7 @@ def both_loras(layer: lora.Linear, tokens: Tensor, split: int, first: str, secon
     Returns:
         `[R, M, out]`.
     """
-    result = layer.base_layer(tokens)
+    result: Tensor = layer.base_layer(tokens)
     first_down, first_up = layer.lora_A[first].weight, layer.lora_B[first].weight
     if layer.merged:  # what is inside the weights is not trained
         first_down, first_up = first_down.detach(), first_up.detach()
@@ -43,7 +47,7 @@ def both_loras(layer: lora.Linear, tokens: Tensor, split: int, first: str, secon
     return summed.view_as(result).to(result.dtype)
 
 
-def is_plain_lora(layer: BaseTunerLayer, *names: str) -> bool:
+def is_plain_lora(layer: PeftLayer, *names: str) -> bool:
     """Whether PEFT would add `scaling * B A x` to the base layer's output for these adapters, and do nothing else."""
     if type(layer).__bases__[-1] is not lora.Linear:
         return False

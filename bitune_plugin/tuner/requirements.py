@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -17,6 +18,9 @@ from .config import BituneConfig
 from .host import name_all_linear
 from .state_dict import BIDIRECTIONAL
 
+if TYPE_CHECKING:
+    from .host import MethodConfig
+
 
 class AdapterConfigs(dict[str, BituneConfig]):
     """The configs of a model's Bitune adapters. Other tuners add themselves here, and are told not to."""
@@ -29,13 +33,13 @@ class AdapterConfigs(dict[str, BituneConfig]):
             )
         super().__setitem__(name, config)
 
-    def update(self, configs: dict[str, PeftConfig]) -> None:
+    def update(self, configs: Mapping[str, PeftConfig]) -> None:  # type: ignore[override]
         for name, config in configs.items():
             self[name] = config
 
 
 @contextmanager
-def _without_note_if_refused(model: nn.Module) -> Iterator[None]:
+def without_note_if_refused(model: nn.Module) -> Iterator[None]:
     """Removes the note that transformers' `add_adapter` makes on a model before it asks PEFT, if the block fails: with
     the note alone, without an adapter, `save_pretrained` of the model fails (transformers 5.23)."""
     try:
@@ -46,7 +50,7 @@ def _without_note_if_refused(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _check_bare(model: nn.Module, adapter_name: str) -> None:
+def check_bare(model: nn.Module, adapter_name: str) -> None:
     """Raises ValueError if another PEFT method, or an adapter of this name, is already on `model`."""
     configs = getattr(model, "peft_config", None)
     if isinstance(configs, AdapterConfigs) and adapter_name not in configs:
@@ -64,7 +68,7 @@ def _check_bare(model: nn.Module, adapter_name: str) -> None:
         )
 
 
-def _leave_out_copies(config: PeftConfig, model: nn.Module) -> None:
+def leave_out_copies(config: MethodConfig, model: nn.Module) -> None:
     """Puts names in place of "all-linear" on a model with modules trained whole: PEFT 0.21.2 takes each adapter's copy
     of a linear layer for another linear layer, adapts it, and freezes it with that."""
     wrappers = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
@@ -74,7 +78,7 @@ def _leave_out_copies(config: PeftConfig, model: nn.Module) -> None:
         config.target_modules = {name for name in config.target_modules if not name.startswith(inside)}
 
 
-def _check_not_compiled(model: nn.Module) -> None:
+def check_not_compiled(model: nn.Module) -> None:
     """Raises ValueError for what `torch.compile` returns."""
     if hasattr(model, "_orig_mod"):
         raise ValueError(
@@ -83,18 +87,18 @@ def _check_not_compiled(model: nn.Module) -> None:
         )
 
 
-def _check_no_shared_weights(config: BituneConfig) -> None:
+def check_no_shared_weights(config: BituneConfig) -> None:
     """Raises ValueError for methods that keep weights beside the model's layers: transformers leaves them behind."""
-    tuner_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.adapter.peft_type]
+    tuner_cls: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.inner.peft_type]
     if tuner_cls.uses_shared_state or issubclass(tuner_cls, RandLoraModel):  # PEFT 0.21.2 forgets RandLoRA
         raise ValueError(
-            f"`adapter={type(config.adapter).__name__}(...)` keeps weights that all layers share beside the model, "
+            f"`adapter={type(config.inner).__name__}(...)` keeps weights that all layers share beside the model, "
             "where transformers' `add_adapter` and `load_adapter` leave them. Use `get_peft_model` and "
             "`PeftModel.from_pretrained`."
         )
 
 
-def _check_not_offloaded(model: nn.Module) -> None:
+def check_not_offloaded(model: nn.Module) -> None:
     """Raises ValueError if accelerate keeps weights of `model` off its device: a new adapter would be made without
     memory beside them."""
     for name, module in model.named_modules():
@@ -107,27 +111,27 @@ def _check_not_offloaded(model: nn.Module) -> None:
             )
 
 
-def _check_new_adapter(
+def check_new_adapter(
     model: nn.Module, others: Mapping[str, BituneConfig], adapter_name: str, config: BituneConfig
 ) -> None:
     """Raises ValueError if an adapter cannot stand beside `others` on `model`."""
     if adapter_name == BIDIRECTIONAL or bidirectional("") in adapter_name:
         raise ValueError(f"`adapter_name={adapter_name!r}` is used by Bitune itself. Choose another name.")
-    types = {type(other.adapter).__name__ for other in (config, *others.values())}
+    types = {type(other.inner).__name__ for other in (config, *others.values())}
     if len(types) > 1:
         raise ValueError(
-            f"`adapter={type(config.adapter).__name__}(...)`: all Bitune adapters on a model must have inner "
+            f"`adapter={type(config.inner).__name__}(...)`: all Bitune adapters on a model must have inner "
             f"configs of one type, got {', '.join(sorted(types))}. Load the adapter on another copy of the model."
         )
     tied = getattr(model.config, "tie_word_embeddings", False)
-    if tied and isinstance(config.adapter, TrainableTokensConfig) and not config.share_adapter:
+    if tied and isinstance(config.inner, TrainableTokensConfig) and not config.share_adapter:
         raise ValueError(
             "`adapter=TrainableTokensConfig(...)`: where embeddings are tied, PEFT can put only one such adapter "
             "on a model. Use `LoraConfig(trainable_token_indices=...)`, whose tokens serve both streams."
         )
 
 
-def _leave_out_unadaptable(config: PeftConfig, names: Iterable[str], model: nn.Module) -> None:
+def leave_out_unadaptable(config: MethodConfig, names: Iterable[str], model: nn.Module) -> None:
     """Takes the layers that PEFT cannot adapt out of "all-linear".
 
     Args:

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..core.mixing import MIXING
-from ..errors import first
+from ..errors import shorten
 from .adapter_layers import bidirectional
 from .config import BituneConfig
 from .full import embeddings_and_head
@@ -36,12 +36,12 @@ class SavesBothStreams(BaseTuner):
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: BituneConfig,
+        config: Any,
         adapter_name: str,
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        inner_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.adapter.peft_type]
+        inner_cls: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.inner.peft_type]
         second = bidirectional(adapter_name)
         of_causal = {key: value for key, value in state_dict.items() if bidirectional("") not in key}
         of_second = {key: value for key, value in state_dict.items() if second in key.split(".")}
@@ -49,7 +49,7 @@ class SavesBothStreams(BaseTuner):
         of_mixing = {key: value for key, value in state_dict.items() if MIXING in key.split(".")}
         saved = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in of_mixing.items()}
         for name, other, entries in ((adapter_name, second, of_causal), (second, adapter_name, of_second)):
-            entries = inner_cls._get_adapter_state_dict(model, config.adapter, name, entries, [*others, other])
+            entries = inner_cls._get_adapter_state_dict(model, config.inner, name, entries, [*others, other])
             for key, value in entries.items():
                 parts = [BIDIRECTIONAL if part == second else part for part in key.split(".")]
                 if name == second and BIDIRECTIONAL not in parts:  # some methods take the name out themselves
@@ -59,7 +59,7 @@ class SavesBothStreams(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: BituneConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """As in PEFT, and refuses an adapter that does not fit the model entirely, with `ignore_mismatched_sizes` too:
         of a stream that lacks some of its weights, PEFT would make an adapter that runs.
@@ -83,14 +83,14 @@ class SavesBothStreams(BaseTuner):
     def _remapped(
         model: nn.Module, config: BituneConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        inner_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.adapter.peft_type]
+        inner_cls: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.inner.peft_type]
         is_second = re.compile(rf"\.{BIDIRECTIONAL}(?=\.|$)")
         of_causal = {key: value for key, value in state_dict.items() if not is_second.search(key)}
         of_second = {is_second.sub("", key): value for key, value in state_dict.items() if is_second.search(key)}
         remapped: dict[str, Tensor] = {}
         try:
             for name, entries in ((adapter_name, of_causal), (bidirectional(adapter_name), of_second)):
-                remapped |= inner_cls._remap_adapter_state_dict_for_load(model, config.adapter, name, entries)
+                remapped |= inner_cls._remap_adapter_state_dict_for_load(model, config.inner, name, entries)
             remapped = _without_idle_copies(model, adapter_name, remapped)
             problems = _problems(model, config, adapter_name, remapped)
         except ValueError as error:  # some methods look for themselves, as VeRA for its projections
@@ -98,7 +98,7 @@ class SavesBothStreams(BaseTuner):
         if problems:
             raise ValueError(
                 f"The saved Bitune adapter {adapter_name!r} does not fit this model, or is damaged:\n  "
-                + "\n  ".join(first(problems))
+                + "\n  ".join(shorten(problems))
                 + "\nCheck that the base model is the one it was trained on, or copy the adapter again."
             )
         return remapped

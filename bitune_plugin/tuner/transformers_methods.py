@@ -10,15 +10,15 @@ from typing import Any
 
 from peft.utils.save_and_load import set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import Tensor, load, nn
+from torch import Tensor, load
 from transformers import PreTrainedModel
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from ..modeling.causal_lm import CausalModel
-from ..modeling.extension import Extension
+from ..modeling.extension import Patch
 
 
-class AdapterMethods(Extension):
+class AdapterMethods(Patch):
     """What transformers' `PeftAdapterMixin` does, for both streams and the mixing.
 
     Attributes:
@@ -52,14 +52,14 @@ class AdapterMethods(Extension):
         tuner = self.bitune_tuner
         if len(names) == len(self.peft_config):
             tuner.unload()
-            self._hf_peft_config_loaded = False
+            self._hf_peft_config_loaded: bool = False
             return
         for name in names:
             tuner.delete_adapter(name)
 
     @staticmethod
     def _load_pretrained_model(
-        model: nn.Module,
+        model: Any,
         state_dict: dict[str, Tensor] | None,
         checkpoint_files: list[str] | None,
         *args: Any,

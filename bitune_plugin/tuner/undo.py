@@ -48,8 +48,8 @@ def all_or_nothing(*roots: nn.Module | None) -> Iterator[None]:
 def switched_or_as_before(*roots: nn.Module) -> Iterator[None]:
     """As `all_or_nothing`, for a block that only switches between adapters: a fraction of the time."""
     modules = dict.fromkeys(module for root in roots for module in root.modules())
-    switches = [(vars(module), name) for module in modules for name in SWITCHES]
-    switches = [(attributes, name, attributes.get(name, _ABSENT)) for attributes, name in switches]
+    places = [(vars(module), name) for module in modules for name in SWITCHES]
+    switches = [(attributes, name, attributes.get(name, _ABSENT)) for attributes, name in places]
     train_as_before = _trained_as_now(modules)
     try:
         yield

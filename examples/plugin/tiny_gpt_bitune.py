@@ -1,7 +1,7 @@
 """A Bitune plugin: what `bitune_plugin` cannot know about TinyGPT by itself.
 
 TinyGPT's attention multiplies its matrices itself instead of calling an attention function of Transformers, so Bitune
-cannot step in between. But it gives its keys and values to a cache, and takes an additive mask: a `JointAttention`.
+cannot step in between. But it gives its keys and values to a cache, and takes an additive mask: `SingleCallAttention`.
 
     pip install ./examples/plugin
     model = get_peft_model(TinyGPTForCausalLM(TinyGPTConfig()), BituneConfig())
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def bitune_architecture(model: nn.Module) -> Architecture | None:
     """Describes a TinyGPT, and leaves every other model to others."""
     from bitune_plugin.modeling.architectures import decoder
-    from bitune_plugin.modeling.joint_attention import JointAttention
+    from bitune_plugin.modeling.joint_attention import SingleCallAttention
     from tiny_gpt import TinyAttention, TinyGPTForCausalLM
 
     if not isinstance(model, TinyGPTForCausalLM):
@@ -33,5 +33,5 @@ def bitune_architecture(model: nn.Module) -> Architecture | None:
     return decoder(
         model,
         is_attention=lambda module: isinstance(module, TinyAttention),
-        attention_extension=JointAttention,
+        attention_patch=SingleCallAttention,
     )

@@ -54,6 +54,10 @@ class BituneLM(HFLM):
             wrong kind, or something that Bitune cannot do.
     """
 
+    # Any, because lm-eval has no types.
+    _model: Any
+    batch_size_per_gpu: Any
+
     def __init__(
         self,
         pretrained: str | PeftModel,
@@ -140,7 +144,7 @@ class BituneLM(HFLM):
     def get_model_info(self) -> dict[str, Any]:
         """As lm-eval's `hf` model; under `"bitune"` what it takes to trace a result: adapter, config, alpha."""
         tuner: BituneModel = self.model.base_model
-        name = active_adapter(tuner.architecture)
+        name: Any = active_adapter(tuner.architecture)
         weights = None if self.peft is None else _weights_file(self.peft, self._adapter_revision)
         info = super().get_model_info()
         if "peft_sha" in info and self.revision != self._adapter_revision:
@@ -176,7 +180,7 @@ class BituneLM(HFLM):
         return scores
 
     def _batches(self, rows: list[Row], size: int | None) -> Iterator[list[Row]]:
-        self.batch_sizes = {}
+        self.batch_sizes: dict[Any, Any] = {}
         start = 0
         while start < len(rows):
             step = size or (self._batch_scheduler(start, rows) if self.batch_size == "auto" else self.batch_size)
@@ -366,7 +370,7 @@ def _rows_of_embedding(weights: Path | None, model: PreTrainedModel) -> int | No
 
 
 @contextmanager
-def _tied_as_it_is(model: PeftModel) -> Iterator[None]:
+def _tied_as_it_is(model: Any) -> Iterator[None]:
     """The stock model ties the weights of a model once more, which would undo embeddings that an adapter trained."""
     model.tie_weights = lambda *args, **kwargs: None
     try:

@@ -84,7 +84,8 @@ class Row:
     def predictions(self) -> list[tuple[int, int]]:
         """For every token of every continuation: the answer slot whose output predicts it, and the token."""
         last = len(self.context) - 1 - self.encoded
-        pairs, start = [], last + 1
+        pairs: list[tuple[int, int]] = []
+        start = last + 1
         for continuation in self.requests:
             slots = [last, *range(start, start + len(continuation) - 1)]
             pairs += zip(slots, continuation, strict=True)
@@ -111,14 +112,14 @@ def rows_of(requests: Sequence[Request], max_length: int, share: bool = True) ->
         _check_lengths(texts, context, continuation, max_length)
         room = max_length + 1 - len(continuation)  # the last token is scored, and never read
         cut += len(context) > room
-        context = tuple(context[-room:])
-        row = open_rows.get(context) if texts is not None else None
+        kept = tuple(context[-room:])
+        row = open_rows.get(kept) if texts is not None else None
         if row is None or not row.has_room_for(tuple(continuation), max_length):
             # A context of one token has nothing to encode, and nothing to share.
-            row = Row(context, context_is_prompt=texts is not None and len(context) > 1)
+            row = Row(kept, context_is_prompt=texts is not None and len(kept) > 1)
             rows.append(row)
             if share and row.context_is_prompt:
-                open_rows[context] = row
+                open_rows[kept] = row
         row.requests.setdefault(tuple(continuation), []).append(index)
     if cut:
         logger.warning(f"{cut} of {len(requests)} contexts lose tokens on the left: the model takes {max_length}.")

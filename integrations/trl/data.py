@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate.logging import get_logger
@@ -33,7 +33,7 @@ from bitune_plugin.integrations.trl.host import common_prefix_length
 logger = logging.getLogger(__name__)
 
 
-Samples = Dataset | IterableDataset
+Samples: TypeAlias = Dataset | IterableDataset
 
 
 PROMPT_MASK = "prompt_mask"
@@ -132,7 +132,7 @@ def keeps_its_prompt(sample: dict[str, Any], tokenizer: PreTrainedTokenizerBase,
     }
 
     def tokens(add_generation_prompt: bool) -> list[int]:
-        rendered = tokenizer.apply_chat_template(
+        rendered: Any = tokenizer.apply_chat_template(
             prompt, tokenize=True, return_dict=True, add_generation_prompt=add_generation_prompt, **settings
         )
         return rendered["input_ids"]
@@ -347,9 +347,9 @@ class PromptCollator:
         Raises:
             ValueError: the collator's batch does not show where the tokens of the samples are.
         """
-        masks = [sample.get(PROMPT_MASK) for sample in samples]
+        masks = [sample[PROMPT_MASK] for sample in samples if sample.get(PROMPT_MASK) is not None]
         batch = self._collate([{k: v for k, v in sample.items() if k != PROMPT_MASK} for sample in samples])
-        if PROMPT_MASK not in batch and all(mask is not None for mask in masks):
+        if PROMPT_MASK not in batch and len(masks) == len(samples):
             batch[PROMPT_MASK] = _placed(masks, batch["input_ids"], batch.get("attention_mask"))
         return batch
 

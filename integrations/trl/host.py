@@ -44,6 +44,6 @@ def selective_checkpointing_works() -> bool:
         return False
     methods = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
     called = next(name for name in methods if hasattr(PreTrainedModel, name))
-    model = SimpleNamespace(**dict.fromkeys(methods, print))
+    model: Any = SimpleNamespace(**dict.fromkeys(methods, print))
     enable_selective_activation_checkpointing(model)
     return getattr(model, called) is not print

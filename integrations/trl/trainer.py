@@ -112,6 +112,11 @@ class BituneSFTTrainer(SFTTrainer):
             message says what to change.
     """
 
+    # Any, where TRL declares less than it sets.
+    args: Any
+    model: Any
+    _signature_columns: Any
+
     _tag_names = ["trl", "sft", "bitune"]  # noqa: RUF012
     _name = "Bitune SFT"
     _paper = {  # noqa: RUF012
@@ -128,7 +133,7 @@ class BituneSFTTrainer(SFTTrainer):
         ),
     }
 
-    @functools.wraps(SFTTrainer.__init__)
+    @functools.wraps(SFTTrainer.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         arguments = inspect.signature(SFTTrainer.__init__).bind(self, *args, **kwargs).arguments
         del arguments["self"]
@@ -229,7 +234,7 @@ class BituneSFTTrainer(SFTTrainer):
         thetas = thetas_of(self.model if model is None else model)
         for group in optimizer.param_groups:
             group["params"] = without(thetas, group["params"])
-        settings = {"params": thetas, "weight_decay": 0.0}
+        settings: dict[str, Any] = {"params": thetas, "weight_decay": 0.0}
         if getattr(self.args, "theta_learning_rate", None) is not None:
             settings["lr"] = self.args.theta_learning_rate
         optimizer.add_param_group(settings)
@@ -486,7 +491,7 @@ def _keep_theta_in_float32(model: nn.Module, accelerator: Accelerator) -> None:
 
 
 def _alpha_summary(model: BituneModel) -> dict[str, float]:
-    summary = {}
+    summary: dict[str, float] = {}
     for kind, by_layer in model.alphas().items():
         if by_layer:
             values = torch.cat([alpha.detach().flatten() for alpha in by_layer])

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.autograd import grad, gradcheck, gradgradcheck
 
 from bitune_plugin.core import prompts
-from bitune_plugin.core.gather import Move, rearrange
-from bitune_plugin.core.layout import Parts, PromptLayout
+from bitune_plugin.core.gather import Gather, permute_tokens
+from bitune_plugin.core.layout import PromptLayout, Segments
 from bitune_plugin.core.planning import plan
-from bitune_plugin.core.prompts import IGNORED, document_starts, prompt_from_labels
+from bitune_plugin.core.prompts import IGNORED, prompt_from_labels, sequence_starts
 from bitune_plugin.errors import LayoutError
 from documents import (
     ALIKE_QUESTIONS,
@@ -33,7 +33,7 @@ from documents import (
 )
 
 
-def alike(batch: Batch) -> bool:
+def uniform(batch: Batch) -> bool:
     """Each row is one document, and all are split at the same place, with something to encode."""
     splits = {(len(document.encoded), len(document.tokens)) for document in batch.documents}
     something_encoded = all(document.encoded for document in batch.documents)
@@ -61,18 +61,23 @@ def places(batch: Batch, layout: PromptLayout) -> tuple[Places, Places]:
 
 
 def tensors_of(layout: PromptLayout) -> Iterator[tuple[str, Tensor]]:
-    for each in (layout, *layout.documents):
+    for each in (layout, *layout.groups):
         for name, value in vars(each).items():
             if isinstance(value, Tensor):
                 yield name, value
-            elif isinstance(value, Move):
+            elif isinstance(value, Gather):
                 yield from zip(value._fields, value, strict=True)
 
 
 def assert_same(one: PromptLayout, other: PromptLayout) -> None:
     for (name, got), (_, expected) in zip(tensors_of(one), tensors_of(other), strict=True):
         assert torch.equal(got, expected), name
-    assert (one.shape, one.packed, one.plain, one.tokens) == (other.shape, other.packed, other.plain, other.tokens)
+    assert (one.shape, one.packed, one.is_plain_causal, one.tokens) == (
+        other.shape,
+        other.packed,
+        other.is_plain_causal,
+        other.tokens,
+    )
 
 
 # --- Lengthened rows --------------------------------------------------------------------------------------------------
@@ -82,8 +87,8 @@ def assert_same(one: PromptLayout, other: PromptLayout) -> None:
 @example(PACKED, False)
 @example(PACKED, True)
 @example(QUESTIONS, False)
-def test_lengthened_rows_hold_every_token_and_then_the_copies(batch: Batch, rows_apart: bool) -> None:
-    layout = batch.plan(rows_apart)
+def test_lengthened_rows_hold_every_token_and_then_the_copies(batch: Batch, one_sequence_per_row: bool) -> None:
+    layout = batch.plan(one_sequence_per_row)
     lengthened = layout.lengthen(batch.ids)
     for stream in places(batch, layout):
         assert [lengthened[place].item() for place in stream.values()] == list(stream)
@@ -93,8 +98,10 @@ def test_lengthened_rows_hold_every_token_and_then_the_copies(batch: Batch, rows
 @example(QUESTIONS, False)
 @example(QUESTIONS, True)
 @example(ALIKE_QUESTIONS, False)
-def test_a_position_counts_the_tokens_before_of_the_document_and_the_completion(batch: Batch, rows_apart: bool) -> None:
-    layout = batch.plan(rows_apart)
+def test_a_position_counts_the_tokens_before_of_the_document_and_the_completion(
+    batch: Batch, one_sequence_per_row: bool
+) -> None:
+    layout = batch.plan(one_sequence_per_row)
     positions = layout.positions.expand(layout.source.shape)
     for stream in places(batch, layout):
         for document in batch.documents:
@@ -104,35 +111,37 @@ def test_a_position_counts_the_tokens_before_of_the_document_and_the_completion(
 
 
 @given(batches, st.booleans())
-def test_documents_that_are_all_alike_keep_their_rows_and_others_share_one(batch: Batch, rows_apart: bool) -> None:
-    layout = batch.plan(rows_apart)
+def test_documents_that_are_all_alike_keep_their_rows_and_others_share_one(
+    batch: Batch, one_sequence_per_row: bool
+) -> None:
+    layout = batch.plan(one_sequence_per_row)
     encoded = [len(document.encoded) for document in batch.documents]
     lengths = [len(document.tokens) for document in batch.documents]
-    together = not (alike(batch) or rows_apart)
+    together = not (uniform(batch) or one_sequence_per_row)
     size, rows = (sum, 1) if together else (max, len(batch.documents))
     assert layout.source.shape == (rows, layout.length)
     assert layout.streams == [size(lengths), max(size(encoded), 1)]
     assert (layout.to_slots is not None) == (layout.to_tokens is not None) == together
-    assert (layout.target is None) == alike(batch)
+    assert (layout.target is None) == uniform(batch)
 
 
 @given(batches, st.booleans())
 @example(Batch(("P1122", "P1222")), False)
 @example(Batch(("Pc|Pc", "Pccc")), False)
 def test_a_layout_knows_what_is_packed_and_what_an_ordinary_forward_pass_would_do(
-    batch: Batch, rows_apart: bool
+    batch: Batch, one_sequence_per_row: bool
 ) -> None:
-    layout = batch.plan(rows_apart)
+    layout = batch.plan(one_sequence_per_row)
     several = any(document.completion(token) > 1 for document in batch.documents for token in document.tokens)
     assert layout.packed == batch.packed
     padded_before_tokens = any(".c" in row or ".P" in row or ".1" in row or ".2" in row for row in batch.rows)
     encoded = any(document.encoded for document in batch.documents)
-    assert layout.plain == (not (batch.packed or several or encoded or padded_before_tokens))
+    assert layout.is_plain_causal == (not (batch.packed or several or encoded or padded_before_tokens))
 
 
 @given(batches, st.booleans())
-def test_restored_rows_hold_every_token_where_the_caller_had_it(batch: Batch, rows_apart: bool) -> None:
-    layout, attended = batch.plan(rows_apart), batch.attention_mask
+def test_restored_rows_hold_every_token_where_the_caller_had_it(batch: Batch, one_sequence_per_row: bool) -> None:
+    layout, attended = batch.plan(one_sequence_per_row), batch.attention_mask
     states = torch.stack([batch.ids, -batch.ids], dim=2)
     lengthened = layout.lengthen(states)
     for given_back in (layout.restore(lengthened), layout.restore(lengthened[:, : layout.tokens])):
@@ -150,17 +159,17 @@ def test_one_row_is_lengthened_for_all() -> None:
 
 
 @given(batches, st.booleans())
-def test_answers_come_one_document_after_the_other(batch: Batch, rows_apart: bool) -> None:
-    layout = batch.plan(rows_apart)
+def test_answers_come_one_document_after_the_other(batch: Batch, one_sequence_per_row: bool) -> None:
+    layout = batch.plan(one_sequence_per_row)
     answers = [token for document in batch.documents for token in document.answer]
     assert layout.answers_of(layout.lengthen(batch.ids)).tolist() == [answers]
 
 
 @given(batches, st.booleans())
 @example(Batch(("ccc|P|PPc", "PPc|c|...")), False)
-def test_labels_of_answers_count_but_for_the_first_of_each(batch: Batch, rows_apart: bool) -> None:
+def test_labels_of_answers_count_but_for_the_first_of_each(batch: Batch, one_sequence_per_row: bool) -> None:
     assume(not set("23456789") & set("".join(batch.rows)))  # labels do not go with several completions
-    layout = batch.plan(rows_apart)
+    layout = batch.plan(one_sequence_per_row)
     labels = [
         IGNORED if token == document.answer[0] else 7 + token
         for document in batch.documents
@@ -180,10 +189,10 @@ def of_places(states: Tensor, rows: list[list[tuple[int, int]]], slots: int) -> 
     return torch.stack(taken) if taken else states.new_empty(len(rows), states.shape[1], 0, states.shape[3])
 
 
-def slow_parts(batch: Batch, layout: PromptLayout, states: Tensor) -> list[Parts]:
+def slow_parts(batch: Batch, layout: PromptLayout, states: Tensor) -> list[Segments]:
     tokens, copies = places(batch, layout)
     return [
-        Parts(
+        Segments(
             of_places(states, [[tokens[token] for token in each.encoded] for each in held], documents.slots[0]),
             of_places(states, [[tokens[token] for token in each.answer] for each in held], documents.slots[1]),
             of_places(states, [[copies[token] for token in each.encoded] for each in held], documents.slots[0]),
@@ -197,12 +206,12 @@ def states_for(layout: PromptLayout) -> Tensor:
     return torch.randn(len(layout.source), 2, layout.length, 3, dtype=torch.float64, requires_grad=True)
 
 
-def flat(parts: list[Parts]) -> list[Tensor]:
-    return [piece for each in parts for piece in each]
+def flat(segments: list[Segments]) -> list[Tensor]:
+    return [piece for each in segments for piece in each]
 
 
-def slots_first(parts: list[Parts]) -> list[Parts]:
-    return [Parts(*(piece.transpose(1, 2) for piece in each)) for each in parts]
+def slots_first(segments: list[Segments]) -> list[Segments]:
+    return [Segments(*(piece.transpose(1, 2) for piece in each)) for each in segments]
 
 
 @given(batches)
@@ -211,7 +220,7 @@ def slots_first(parts: list[Parts]) -> list[Parts]:
 def test_each_document_stands_in_the_front_of_its_slots(batch: Batch) -> None:
     layout = batch.plan()
     states = states_for(layout)
-    for got, expected in zip(flat(layout.parts(states)), flat(slow_parts(batch, layout, states)), strict=True):
+    for got, expected in zip(flat(layout.segments(states)), flat(slow_parts(batch, layout, states)), strict=True):
         assert torch.equal(got, expected)
 
 
@@ -224,7 +233,7 @@ def test_joined_parts_are_the_lengthened_rows_again_but_for_a_copy_of_nothing(ba
     expected = states.transpose(1, 2).clone()
     if not any(document.encoded for document in batch.documents):
         expected[:, layout.tokens :] = 0
-    assert torch.equal(layout.joined(slots_first(layout.parts(states))), expected)
+    assert torch.equal(layout.joined(slots_first(layout.segments(states))), expected)
 
 
 @given(batches)
@@ -233,9 +242,9 @@ def test_joined_parts_are_the_lengthened_rows_again_but_for_a_copy_of_nothing(ba
 def test_gradients_of_parts_are_those_of_plain_indices(batch: Batch) -> None:
     layout = batch.plan()
     states = states_for(layout)
-    fast, slow = flat(layout.parts(states)), flat(slow_parts(batch, layout, states))
+    fast, slow = flat(layout.segments(states)), flat(slow_parts(batch, layout, states))
     weights = list(map(torch.randn_like, fast))
-    got, expected = (sum((x * w).sum() for x, w in zip(parts, weights, strict=True)) for parts in (fast, slow))
+    got, expected = (sum((x * w).sum() for x, w in zip(segments, weights, strict=True)) for segments in (fast, slow))
     assert torch.equal(*(grad(each, states)[0] for each in (got, expected)))
 
 
@@ -244,9 +253,9 @@ def test_gradients_of_parts_are_those_of_plain_indices(batch: Batch) -> None:
 @example(RAGGED)
 def test_gradients_of_joined_parts_are_those_of_their_slots_and_zero_in_free_ones(batch: Batch) -> None:
     layout = batch.plan()
-    shapes = [(documents, mask) for documents in layout.documents for mask in documents.parts]
+    shapes = [(documents, mask) for documents in layout.groups for mask in documents.segments]
     pieces = [torch.randn(*mask.shape, 2, 3, dtype=torch.float64, requires_grad=True) for _, mask in shapes]
-    joined = layout.joined(list(map(Parts, pieces[0::3], pieces[1::3], pieces[2::3])))
+    joined = layout.joined(list(map(Segments, pieces[0::3], pieces[1::3], pieces[2::3])))
     weight = torch.randn_like(joined)
     expected = flat(slots_first(slow_parts(batch, layout, weight.transpose(1, 2))))
     got = grad((joined * weight).sum(), pieces, materialize_grads=True)
@@ -258,8 +267,8 @@ def test_parts_and_joined_can_be_derived_twice(rows: tuple[str, ...]) -> None:
     layout = Batch(rows).plan()
     states = states_for(layout)[:, :1, :, :1].detach().requires_grad_()
     for function in (
-        lambda states: tuple(flat(layout.parts(states))),
-        lambda states: layout.joined(slots_first(layout.parts(states.square()))),
+        lambda states: tuple(flat(layout.segments(states))),
+        lambda states: layout.joined(slots_first(layout.segments(states.square()))),
     ):
         assert gradcheck(function, states)
         assert gradgradcheck(function, states)
@@ -268,8 +277,8 @@ def test_parts_and_joined_can_be_derived_twice(rows: tuple[str, ...]) -> None:
 def test_alike_documents_are_sliced_not_gathered() -> None:
     layout = Batch(("PPPcc", "PPPcc")).plan()
     states = states_for(layout)
-    (parts,) = layout.parts(states)
-    offsets = [(piece.data_ptr() - states.data_ptr()) // states[0, 0, 0].nbytes for piece in parts]
+    (segments,) = layout.segments(states)
+    offsets = [(piece.data_ptr() - states.data_ptr()) // states[0, 0, 0].nbytes for piece in segments]
     assert offsets == [0, 2, 5]
     assert layout.positions.shape == (1, 7)
 
@@ -278,15 +287,15 @@ def test_alike_documents_are_sliced_not_gathered() -> None:
 @example(QUESTIONS, False)
 @example(ALIKE_QUESTIONS, False)
 @example(Batch(("Pcc", "cc.")), True)
-def test_documents_say_which_slots_are_filled_and_by_what(batch: Batch, rows_apart: bool) -> None:
-    at_least = int(rows_apart)  # a copy that nobody looks at has a slot in each row
-    for documents, held in groups(batch, batch.plan(rows_apart)):
+def test_documents_say_which_slots_are_filled_and_by_what(batch: Batch, one_sequence_per_row: bool) -> None:
+    at_least = int(one_sequence_per_row)  # a copy that nobody looks at has a slot in each row
+    for documents, held in groups(batch, batch.plan(one_sequence_per_row)):
         assert documents.slots == (
             max(at_least, *(len(document.encoded) for document in held)),
             max(len(document.answer) for document in held),
         )
         assert len(documents) == len(held)
-        assert documents.alike == (documents.encoded.all() and documents.answer.all())
+        assert documents.uniform == (documents.encoded.all() and documents.answer.all())
         assert (documents.completion_index is not None) == batch.several_completions
         for row, document in enumerate(held):
             for mask, tokens in ((documents.encoded, document.encoded), (documents.answer, document.answer)):
@@ -319,19 +328,19 @@ def test_each_document_has_slots_once_in_the_order_of_the_batch(batch: Batch) ->
 
 
 @pytest.mark.parametrize("rows", [("Pcccc",), ("ccccc",), ("Pcc..",), ("P....",), ("Pcc", "P..")], ids=str)
-@pytest.mark.parametrize("rows_apart", [False, True])
+@pytest.mark.parametrize("one_sequence_per_row", [False, True])
 def test_where_nothing_is_encoded_each_row_has_a_copy_that_nobody_looks_at(
-    rows: tuple[str, ...], rows_apart: bool
+    rows: tuple[str, ...], one_sequence_per_row: bool
 ) -> None:
-    layout = Batch(rows).plan(rows_apart)
-    assert layout.plain
+    layout = Batch(rows).plan(one_sequence_per_row)
+    assert layout.is_plain_causal
     assert layout.streams[1] == 1
-    assert not any(documents.encoded.any() for documents in layout.documents)
-    if rows_apart:
-        assert not layout.documents[0].joint_mask(layout.tokens)[..., :-1, layout.tokens].any()
+    assert not any(documents.encoded.any() for documents in layout.groups)
+    if one_sequence_per_row:
+        assert not layout.groups[0].single_call_mask(layout.tokens)[..., :-1, layout.tokens].any()
     else:
         states = states_for(layout)
-        (gradient,) = grad(sum(piece.sum() for piece in flat(layout.parts(states))), states)
+        (gradient,) = grad(sum(piece.sum() for piece in flat(layout.segments(states))), states)
         assert gradient[:, :, -1].eq(0).all()
 
 
@@ -339,16 +348,16 @@ def test_where_nothing_is_encoded_each_row_has_a_copy_that_nobody_looks_at(
 def test_a_row_with_nothing_to_encode_finds_its_place_among_others(text: str) -> None:
     batch = Batch(("PPPcc", text))
     layout = batch.plan()
-    assert not layout.plain
+    assert not layout.is_plain_causal
     assert layout.streams[1] == 2
     assert torch.equal(
         layout.restore(layout.lengthen(batch.ids))[batch.attention_mask], batch.ids[batch.attention_mask]
     )
 
 
-@pytest.mark.parametrize("rows_apart", [False, True])
-def test_a_batch_that_is_all_padding_has_no_layout(rows_apart: bool) -> None:
-    assert Batch(("...", "...")).plan(rows_apart) is None
+@pytest.mark.parametrize("one_sequence_per_row", [False, True])
+def test_a_batch_that_is_all_padding_has_no_layout(one_sequence_per_row: bool) -> None:
+    assert Batch(("...", "...")).plan(one_sequence_per_row) is None
 
 
 # --- By example -------------------------------------------------------------------------------------------------------
@@ -375,7 +384,7 @@ def test_the_last_prompt_token_opens_the_answer(text: str, lengthened: list[int]
 def test_three_arrangements_of_the_same_documents() -> None:
     batch = Batch(("PPcc", "PPc."))
     assert batch.plan().source.tolist() == [[0, 1, 2, 3, 4, 5, 6, 0, 4]]
-    assert batch.plan(rows_apart=True).source.tolist() == [[0, 1, 2, 3, 0], [4, 5, 6, 0, 4]]
+    assert batch.plan(one_sequence_per_row=True).source.tolist() == [[0, 1, 2, 3, 0], [4, 5, 6, 0, 4]]
     assert Batch(("PPcc", "PPcc")).plan().source.tolist() == [[0, 1, 2, 3, 0], [4, 5, 6, 7, 4]]
 
 
@@ -401,7 +410,7 @@ def test_positions_of_completions(text: str, positions: list[int]) -> None:
 
 @given(batches, st.booleans())
 def test_integers_mean_the_same_as_bools_and_what_masks_say_of_padding_means_nothing(
-    batch: Batch, rows_apart: bool
+    batch: Batch, one_sequence_per_row: bool
 ) -> None:
     padding = ~batch.attention_mask
     other = plan(
@@ -409,9 +418,9 @@ def test_integers_mean_the_same_as_bools_and_what_masks_say_of_padding_means_not
         batch.attention_mask.long(),
         batch.completion_index.masked_fill(padding, 9) if batch.several_completions else None,
         batch.starts | padding,
-        rows_apart,
+        one_sequence_per_row,
     )
-    assert_same(other, batch.plan(rows_apart))
+    assert_same(other, batch.plan(one_sequence_per_row))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32], ids=str)
@@ -438,10 +447,10 @@ def test_the_inputs_are_left_as_they_were(batch: Batch) -> None:
 # --- On another device ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows_apart", [False, True])
+@pytest.mark.parametrize("one_sequence_per_row", [False, True])
 @pytest.mark.parametrize("rows", [("PPPc", "PPPc"), ("PPPc", "PPcc"), ("PPP1", "PP12")], ids=str)
-def test_a_layout_moves_to_another_device_as_a_whole(rows: tuple[str, ...], rows_apart: bool) -> None:
-    layout = Batch(rows).plan(rows_apart)
+def test_a_layout_moves_to_another_device_as_a_whole(rows: tuple[str, ...], one_sequence_per_row: bool) -> None:
+    layout = Batch(rows).plan(one_sequence_per_row)
     assert layout.to("cpu") is layout
     moved = layout.to("meta")
     assert moved is layout.to("meta")
@@ -514,9 +523,9 @@ def test_a_document_begins_where_positions_do_not_go_on(
     positions = data.draw(tables(st.integers(0, 5), 1 if one_for_all else rows, tokens))
     attended = data.draw(tables(st.booleans(), rows, tokens))
     expected = [slow_starts(p, a) for p, a in zip(positions * (rows if one_for_all else 1), attended, strict=True)]
-    assert document_starts(torch.tensor(positions), torch.tensor(attended)).tolist() == expected
+    assert sequence_starts(torch.tensor(positions), torch.tensor(attended)).tolist() == expected
     without_padding = [slow_starts(row, [True] * tokens) for row in positions]
-    assert document_starts(torch.tensor(positions)).tolist() == without_padding
+    assert sequence_starts(torch.tensor(positions)).tolist() == without_padding
 
 
 @given(packed_batches.filter(lambda batch: batch.documents), st.integers(0, 5), st.integers(1, 3), st.data())
@@ -528,7 +537,7 @@ def test_documents_whose_positions_start_anywhere_and_have_gaps_are_found(
         for place, token in enumerate(document.tokens):
             positions[token] = first + step * place
     position_ids = torch.tensor(positions).view(batch.ids.shape)
-    assert torch.equal(document_starts(position_ids, batch.attention_mask), batch.starts)
+    assert torch.equal(sequence_starts(position_ids, batch.attention_mask), batch.starts)
 
 
 @pytest.mark.parametrize(
@@ -541,7 +550,7 @@ def test_documents_whose_positions_start_anywhere_and_have_gaps_are_found(
     ],
 )
 def test_where_documents_begin(positions: list[int], starts: list[int]) -> None:
-    assert document_starts(torch.tensor([positions])).int().tolist() == [starts]
+    assert sequence_starts(torch.tensor([positions])).int().tolist() == [starts]
 
 
 # --- The prompt from labels -------------------------------------------------------------------------------------------
@@ -645,43 +654,43 @@ def test_labels_ignored_within_a_completion_are_warned_of_once() -> None:
 
 
 @st.composite
-def moves(draw: st.DrawFn) -> tuple[Move, Move]:
+def moves(draw: st.DrawFn) -> tuple[Gather, Gather]:
     """Some of `m` states to some of `n` places, and back."""
     sizes = draw(st.integers(1, 6)), draw(st.integers(1, 6))
     count = draw(st.integers(0, min(sizes)))
     ends = [draw(st.permutations(range(size)))[:count] for size in sizes]
 
-    def move(size: int, sources: list[int], targets: list[int]) -> Move:
+    def move(size: int, sources: list[int], targets: list[int]) -> Gather:
         index = torch.zeros(size, dtype=torch.long)
         index[targets] = torch.tensor(sources, dtype=torch.long)
-        return Move(index, torch.tensor(sorted(set(range(size)) - set(targets)), dtype=torch.long))
+        return Gather(index, torch.tensor(sorted(set(range(size)) - set(targets)), dtype=torch.long))
 
     return move(sizes[1], *ends), move(sizes[0], *reversed(ends))
 
 
-def slow_rearrange(states: Tensor, there: Move) -> Tensor:
-    empty = set(there.empty.tolist())
-    taken = [0 * states[0] if place in empty else states[source] for place, source in enumerate(there.index.tolist())]
+def slow_rearrange(states: Tensor, there: Gather) -> Tensor:
+    empty = set(there.zero.tolist())
+    taken = [0 * states[0] if place in empty else states[source] for place, source in enumerate(there.source.tolist())]
     return torch.stack(taken)
 
 
 @given(moves())
-def test_rearranging_and_its_gradient_are_those_of_plain_indices(there_and_back: tuple[Move, Move]) -> None:
+def test_rearranging_and_its_gradient_are_those_of_plain_indices(there_and_back: tuple[Gather, Gather]) -> None:
     there, back = there_and_back
-    states = torch.randn(len(back.index), 2, dtype=torch.float64, requires_grad=True)
-    got, expected = rearrange(states, there, back), slow_rearrange(states, there)
+    states = torch.randn(len(back.source), 2, dtype=torch.float64, requires_grad=True)
+    got, expected = permute_tokens(states, there, back), slow_rearrange(states, there)
     assert torch.equal(got, expected)
     weight = torch.randn_like(got)
     assert torch.equal(*(grad((moved * weight).sum(), states)[0] for moved in (got, expected)))
 
 
 @given(moves())
-def test_rearranging_can_be_derived_twice(there_and_back: tuple[Move, Move]) -> None:
+def test_rearranging_can_be_derived_twice(there_and_back: tuple[Gather, Gather]) -> None:
     there, back = there_and_back
-    states = torch.randn(len(back.index), 1, dtype=torch.float64, requires_grad=True)
+    states = torch.randn(len(back.source), 1, dtype=torch.float64, requires_grad=True)
 
     def squared(states: Tensor) -> Tensor:
-        return rearrange(states.square(), there, back).square()
+        return permute_tokens(states.square(), there, back).square()
 
     assert gradcheck(squared, states)
     assert gradgradcheck(squared, states)
@@ -690,7 +699,7 @@ def test_rearranging_can_be_derived_twice(there_and_back: tuple[Move, Move]) -> 
 def test_rearranging_leaves_states_as_they_were() -> None:
     states = torch.randn(3, 2)
     before = states.clone()
-    rearrange(
-        states, Move(torch.tensor([2, 0]), torch.tensor([1])), Move(torch.tensor([0, 0, 0]), torch.tensor([0, 1]))
+    permute_tokens(
+        states, Gather(torch.tensor([2, 0]), torch.tensor([1])), Gather(torch.tensor([0, 0, 0]), torch.tensor([0, 1]))
     )
     assert torch.equal(states, before)

@@ -12,14 +12,22 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bitune_plugin.core.layout import PromptLayout
-from bitune_plugin.core.masks import Chunk, Documents, Made, Reach, Sight, Window, once
-from documents import ALIKE_QUESTIONS, PACKED, QUESTIONS, RAGGED, Batch, Document, batches, groups, reaches
+from bitune_plugin.core.masks import (
+    AttentionPattern,
+    Chunk,
+    LocalAttention,
+    Memo,
+    SequenceGroup,
+    SlidingWindow,
+    memoized,
+)
+from documents import ALIKE_QUESTIONS, PACKED, QUESTIONS, RAGGED, Batch, Document, batches, groups, local_attentions
 from helpers import SHAPES, batch, bitune, samples
 
 
-def documents_of(*rows: str) -> Documents:
-    (documents,) = Batch(rows).plan().documents
-    return documents
+def group_of(*rows: str) -> SequenceGroup:
+    (group,) = Batch(rows).plan().groups
+    return group
 
 
 # --- In slots ---------------------------------------------------------------------------------------------------------
@@ -29,100 +37,108 @@ def in_slots(tokens: list[int], slots: int) -> list[int | None]:
     return tokens + [None] * (slots - len(tokens))
 
 
-def keys_in_slots(documents: Documents, document: Document) -> tuple[list[int | None], ...]:
-    """The keys of each of `sights`."""
-    encoded, answer = map(in_slots, (document.encoded, document.answer), documents.slots)
+def keys_in_slots(group: SequenceGroup, document: Document) -> tuple[list[int | None], ...]:
+    """The keys of each of `patterns`."""
+    encoded, answer = map(in_slots, (document.encoded, document.answer), group.slots)
     return encoded, encoded, encoded + answer
 
 
-def seen(sight: Sight, row: int, queries: list[int], keys: list[int | None]) -> dict[int, set[int | None]]:
+def seen(pattern: AttentionPattern, row: int, queries: list[int], keys: list[int | None]) -> dict[int, set[int | None]]:
     """What each query of a document sees, `None` where a slot holds nothing."""
-    mask = sight.dense().expand(len(sight.queries), 1, sight.queries.shape[1], sight.keys.shape[1])
+    mask = pattern.dense().expand(len(pattern.queries), 1, pattern.queries.shape[1], pattern.keys.shape[1])
     lines = mask[row, 0, : len(queries)].tolist()
     return {query: {keys[k] for k, lit in enumerate(line) if lit} for query, line in zip(queries, lines, strict=True)}
 
 
-def expected(document: Document, reach: Reach | None, causal: bool) -> tuple[dict[int, set[int]], ...]:
+def expected(document: Document, local: LocalAttention | None, causal: bool) -> tuple[dict[int, set[int]], ...]:
     """What each encoded token, copy and token of the answer sees."""
     return (
-        {query: document.seen_behind(query, reach) for query in document.encoded},
-        {query: document.seen_by_copy(query, reach, causal) for query in document.encoded},
-        {query: document.seen_behind(query, reach) for query in document.answer},
+        {query: document.seen_behind(query, local) for query in document.encoded},
+        {query: document.seen_by_copy(query, local, causal) for query in document.encoded},
+        {query: document.seen_behind(query, local) for query in document.answer},
     )
 
 
-@given(batches, reaches, st.booleans(), st.booleans())
-@example(RAGGED, Window(2), False, False)
-@example(PACKED, Window(3), False, False)
+@given(batches, local_attentions, st.booleans(), st.booleans())
+@example(RAGGED, SlidingWindow(2), False, False)
+@example(PACKED, SlidingWindow(3), False, False)
 @example(PACKED, Chunk(3), False, True)
-@example(QUESTIONS, Window(3), False, False)
-@example(ALIKE_QUESTIONS, Window(2), False, False)
+@example(QUESTIONS, SlidingWindow(3), False, False)
+@example(ALIKE_QUESTIONS, SlidingWindow(2), False, False)
 def test_every_token_sees_what_it_would_see_in_a_batch_of_its_own(
-    batch: Batch, reach: Reach | None, causal: bool, rows_apart: bool
+    batch: Batch, local: LocalAttention | None, causal: bool, one_sequence_per_row: bool
 ) -> None:
-    for documents, held in groups(batch, batch.plan(rows_apart)):
-        sights = documents.sights(reach, causal)
+    for group, held in groups(batch, batch.plan(one_sequence_per_row)):
+        patterns = group.patterns(local, causal)
         for row, document in enumerate(held):
-            keys = keys_in_slots(documents, document)
+            keys = keys_in_slots(group, document)
             queries = (document.encoded, document.encoded, document.answer)
-            got = tuple(map(seen, sights, [row] * 3, queries, keys))
-            assert got == expected(document, reach, causal)
+            got = tuple(map(seen, patterns, [row] * 3, queries, keys))
+            assert got == expected(document, local, causal)
 
 
-@given(batches, reaches, st.booleans(), st.booleans())
-@example(RAGGED, Window(2), False, False)
+@given(batches, local_attentions, st.booleans(), st.booleans())
+@example(RAGGED, SlidingWindow(2), False, False)
 @example(PACKED, None, False, False)
-def test_packed_attention_is_told_the_same(batch: Batch, reach: Reach | None, causal: bool, rows_apart: bool) -> None:
-    for documents, held in groups(batch, batch.plan(rows_apart)):
-        for part, sight in enumerate(documents.sights(reach, causal)):
-            if sight.causal is None:
-                assert (part, documents.completion_index is None) == (2, False)
+def test_packed_attention_is_told_the_same(
+    batch: Batch, local: LocalAttention | None, causal: bool, one_sequence_per_row: bool
+) -> None:
+    for group, held in groups(batch, batch.plan(one_sequence_per_row)):
+        for part, pattern in enumerate(group.patterns(local, causal)):
+            if pattern.causal is None:
+                assert (part, group.completion_index is None) == (2, False)
                 continue
-            assert sight.reach == reach
+            assert pattern.local == local
             for row, document in enumerate(held):
-                all_keys = keys_in_slots(documents, document)[part]
-                keys = [key for key, filled in zip(all_keys, sight.keys[row].tolist(), strict=True) if filled]
+                all_keys = keys_in_slots(group, document)[part]
+                keys = [key for key, filled in zip(all_keys, pattern.keys[row].tolist(), strict=True) if filled]
                 queries = (document.encoded, document.encoded, document.answer)[part]
-                assert sight.queries[row].sum() == len(queries)
+                assert pattern.queries[row].sum() == len(queries)
                 for before_last, query in enumerate(reversed(queries)):
-                    in_sight = keys[: len(keys) - before_last] if sight.causal else keys
-                    near = {key for key in in_sight if document.near(query, key, reach)}
-                    assert near == expected(document, reach, causal)[part][query]
+                    in_sight = keys[: len(keys) - before_last] if pattern.causal else keys
+                    near = {key for key in in_sight if document.near(query, key, local)}
+                    assert near == expected(document, local, causal)[part][query]
 
 
-@given(batches, reaches, st.booleans(), st.booleans())
-@example(RAGGED, Window(2), False, False)
-@example(PACKED, Window(2), False, True)
-@example(QUESTIONS, Window(1), False, True)
-def test_no_query_is_left_without_a_key(batch: Batch, reach: Reach | None, causal: bool, rows_apart: bool) -> None:
-    layout = batch.plan(rows_apart)
-    for documents in layout.documents:
-        assert all(sight.dense().any(dim=-1).all() for sight in documents.sights(reach, causal) if sight.keys.numel())
-    if rows_apart:
-        assert layout.documents[0].joint_mask(layout.tokens, reach, causal).any(dim=-1).all()
+@given(batches, local_attentions, st.booleans(), st.booleans())
+@example(RAGGED, SlidingWindow(2), False, False)
+@example(PACKED, SlidingWindow(2), False, True)
+@example(QUESTIONS, SlidingWindow(1), False, True)
+def test_no_query_is_left_without_a_key(
+    batch: Batch, local: LocalAttention | None, causal: bool, one_sequence_per_row: bool
+) -> None:
+    layout = batch.plan(one_sequence_per_row)
+    for group in layout.groups:
+        assert all(
+            pattern.dense().any(dim=-1).all() for pattern in group.patterns(local, causal) if pattern.keys.numel()
+        )
+    if one_sequence_per_row:
+        assert layout.groups[0].single_call_mask(layout.tokens, local, causal).any(dim=-1).all()
 
 
-@given(batches, reaches, st.booleans())
-@example(RAGGED, Window(2), False)
-@example(PACKED, Window(3), True)
-@example(QUESTIONS, Window(3), False)
+@given(batches, local_attentions, st.booleans())
+@example(RAGGED, SlidingWindow(2), False)
+@example(PACKED, SlidingWindow(3), True)
+@example(QUESTIONS, SlidingWindow(3), False)
 @example(QUESTIONS, Chunk(3), False)
-@example(ALIKE_QUESTIONS, Window(2), False)
+@example(ALIKE_QUESTIONS, SlidingWindow(2), False)
 @example(Batch(("Pcc", "cc.")), None, False)
-def test_the_joint_mask_says_the_same_of_lengthened_rows(batch: Batch, reach: Reach | None, causal: bool) -> None:
-    layout = batch.plan(rows_apart=True)
+def test_the_joint_mask_says_the_same_of_lengthened_rows(
+    batch: Batch, local: LocalAttention | None, causal: bool
+) -> None:
+    layout = batch.plan(one_sequence_per_row=True)
     tokens, copies = layout.streams
     size = layout.length
     mask = (
-        layout.documents[0]
-        .joint_mask(layout.tokens, reach, causal)
+        layout.groups[0]
+        .single_call_mask(layout.tokens, local, causal)
         .expand(len(batch.documents), 1, size, tokens + size)
     )
     for document, of_row in zip(batch.documents, mask[:, 0].tolist(), strict=True):
         row, copy = in_slots(document.tokens, tokens), in_slots(document.encoded, copies)
         keys = [(kind, token) for kind, part in (("own", row), ("copy", copy), ("kept", row)) for token in part]
         saw = [{keys[k] for k, lit in enumerate(line) if lit} for line in of_row]
-        encoded, copied, answer = expected(document, reach, causal)
+        encoded, copied, answer = expected(document, local, causal)
         wanted = {
             **{query: {("own", key) for key in encoded[query]} for query in document.encoded},
             **{query: {("kept", key) for key in answer[query]} for query in document.answer},
@@ -138,100 +154,110 @@ def test_the_joint_mask_says_the_same_of_lengthened_rows(batch: Batch, reach: Re
 
 
 def test_documents_that_are_alike_share_one_mask_and_need_none_for_the_prompt() -> None:
-    documents = documents_of("PPPcc", "PPPcc", "PPPcc")
-    assert documents.alike
-    assert documents.encoded_mask() is None
-    assert documents.copy_mask() is None
-    assert documents.answer_mask().shape == (1, 1, 3, 5)
-    assert documents.joint_mask(5).shape == (1, 1, 7, 12)
+    group = group_of("PPPcc", "PPPcc", "PPPcc")
+    assert group.uniform
+    assert group.prefix_mask() is None
+    assert group.bidirectional_mask() is None
+    assert group.answer_mask().shape == (1, 1, 3, 5)
+    assert group.single_call_mask(5).shape == (1, 1, 7, 12)
 
 
-@pytest.mark.parametrize("reach", [Window(4), Window(5), Window(100), Chunk(4), Chunk(5), Chunk(100)])
-def test_a_window_as_long_as_the_document_is_no_window(reach: Reach) -> None:
-    documents = documents_of("PPPc")
-    assert documents.encoded_mask(reach) is None
-    assert documents.copy_mask(reach) is None
-    assert documents.answer_mask(reach) is documents.answer_mask()
+@pytest.mark.parametrize(
+    "local", [SlidingWindow(4), SlidingWindow(5), SlidingWindow(100), Chunk(4), Chunk(5), Chunk(100)]
+)
+def test_a_window_as_long_as_the_document_is_no_window(local: LocalAttention) -> None:
+    group = group_of("PPPc")
+    assert group.prefix_mask(local) is None
+    assert group.bidirectional_mask(local) is None
+    assert group.answer_mask(local) is group.answer_mask()
 
 
 # --- Made once --------------------------------------------------------------------------------------------------------
 
 
-@given(batches, reaches, reaches, st.booleans())
+@given(batches, local_attentions, local_attentions, st.booleans())
 def test_sights_asked_for_twice_are_the_same_and_do_not_mix_up_windows(
-    batch: Batch, one: Reach | None, other: Reach | None, causal: bool
+    batch: Batch, one: LocalAttention | None, other: LocalAttention | None, causal: bool
 ) -> None:
-    for documents, fresh in zip(batch.plan().documents, batch.plan().documents, strict=True):
+    for group, fresh in zip(batch.plan().groups, batch.plan().groups, strict=True):
         for second_pass_causal in (True, False):
-            documents.sights(other, second_pass_causal)
-        sights = documents.sights(one, causal)
-        assert documents.sights(one, causal) is sights
-        for sight, alone in zip(sights, fresh.sights(one, causal), strict=True):
-            assert torch.equal(sight.dense(), alone.dense())
+            group.patterns(other, second_pass_causal)
+        patterns = group.patterns(one, causal)
+        assert group.patterns(one, causal) is patterns
+        for pattern, alone in zip(patterns, fresh.patterns(one, causal), strict=True):
+            assert torch.equal(pattern.dense(), alone.dense())
 
 
 def test_a_form_of_a_sight_is_made_once_for_each_name() -> None:
-    sight = documents_of("PPPc").sights()[0]
-    forms = [sight.form(name, object) for name in ("one", "one", "other")]
+    pattern = group_of("PPPc").patterns()[0]
+    forms = [pattern.form(name, object) for name in ("one", "one", "other")]
     assert forms[0] is forms[1]
     assert forms[0] is not forms[2]
 
 
 def test_what_is_made_is_kept_even_if_it_is_nothing() -> None:
-    made: Made = {}
-    assert [once(made, "name", lambda value=value: value) for value in (None, 1)] == [None, None]
+    made: Memo = {}
+    assert [memoized(made, "name", lambda value=value: value) for value in (None, 1)] == [None, None]
 
 
 def test_on_another_device_everything_is_made_there_anew() -> None:
-    documents = documents_of("PPPP12", "PPPP11")
-    here = documents.sights(Window(2))
-    there = documents.to(torch.device("meta")).sights(Window(2))
-    assert {sight.mask.device.type for sight in here} == {"cpu"}
-    assert {tensor.device.type for sight in there for tensor in (sight.queries, sight.keys, sight.mask)} == {"meta"}
+    group = group_of("PPPP12", "PPPP11")
+    here = group.patterns(SlidingWindow(2))
+    there = group.to(torch.device("meta")).patterns(SlidingWindow(2))
+    assert {pattern.mask.device.type for pattern in here} == {"cpu"}
+    assert {tensor.device.type for pattern in there for tensor in (pattern.queries, pattern.keys, pattern.mask)} == {
+        "meta"
+    }
 
 
 # --- By example -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("reach", "keys"),
-    [(Window(1), [4]), (Window(3), [2, 3, 4, 5, 6]), (Chunk(1), [4]), (Chunk(3), [3, 4, 5]), (Chunk(4), [4, 5, 6, 7])],
+    ("local", "keys"),
+    [
+        (SlidingWindow(1), [4]),
+        (SlidingWindow(3), [2, 3, 4, 5, 6]),
+        (Chunk(1), [4]),
+        (Chunk(3), [3, 4, 5]),
+        (Chunk(4), [4, 5, 6, 7]),
+    ],
     ids=str,
 )
-def test_how_far_the_fifth_token_reaches(reach: Reach, keys: list[int]) -> None:
-    assert reach.reaches(torch.tensor(4), torch.arange(9)).nonzero().flatten().tolist() == keys
+def test_how_far_the_fifth_token_reaches(local: LocalAttention, keys: list[int]) -> None:
+    assert local.allows(torch.tensor(4), torch.arange(9)).nonzero().flatten().tolist() == keys
 
 
 def test_the_masks_of_a_document() -> None:
-    documents = documents_of("PPPPPc")
-    assert documents.encoded_mask(Window(2))[0, 0].int().tolist() == [
+    group = group_of("PPPPPc")
+    assert group.prefix_mask(SlidingWindow(2))[0, 0].int().tolist() == [
         [1, 0, 0, 0],
         [1, 1, 0, 0],
         [0, 1, 1, 0],
         [0, 0, 1, 1],
     ]
-    assert documents.copy_mask(Window(2))[0, 0].int().tolist() == [
+    assert group.bidirectional_mask(SlidingWindow(2))[0, 0].int().tolist() == [
         [1, 1, 0, 0],
         [1, 1, 1, 0],
         [0, 1, 1, 1],
         [0, 0, 1, 1],
     ]
-    assert documents.answer_mask(Window(2))[0, 0].int().tolist() == [
+    assert group.answer_mask(SlidingWindow(2))[0, 0].int().tolist() == [
         [0, 0, 0, 1, 1, 0],
         [0, 0, 0, 0, 1, 1],
     ]
 
 
 def test_a_shorter_prompt_leaves_slots_that_nobody_sees() -> None:
-    documents = documents_of("PPPPc", "PPc..")
-    assert len(documents) == 2
-    assert documents.slots == (3, 2)
-    assert documents.copy_mask()[:, 0].int().tolist() == [[[1, 1, 1]], [[1, 0, 0]]]
-    assert documents.answer_mask()[1, 0].int().tolist() == [[1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]
+    group = group_of("PPPPc", "PPc..")
+    assert len(group) == 2
+    assert group.slots == (3, 2)
+    assert group.bidirectional_mask()[:, 0].int().tolist() == [[[1, 1, 1]], [[1, 0, 0]]]
+    assert group.answer_mask()[1, 0].int().tolist() == [[1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]
 
 
 def test_the_answers_of_a_question() -> None:
-    assert documents_of("PPP1123").answer_mask()[0, 0].int().tolist() == [
+    assert group_of("PPP1123").answer_mask()[0, 0].int().tolist() == [
         # P  P | P  1  1  2  3
         [1, 1, 1, 0, 0, 0, 0],
         [1, 1, 1, 1, 0, 0, 0],
@@ -242,7 +268,7 @@ def test_the_answers_of_a_question() -> None:
 
 
 def test_a_window_slides_over_the_prompt_for_each_completion_anew() -> None:
-    assert documents_of("PPP1122").answer_mask(Window(3))[0, 0].int().tolist() == [
+    assert group_of("PPP1122").answer_mask(SlidingWindow(3))[0, 0].int().tolist() == [
         # P  P | P  1  1  2  2
         [1, 1, 1, 0, 0, 0, 0],
         [0, 1, 1, 1, 0, 0, 0],
@@ -253,7 +279,7 @@ def test_a_window_slides_over_the_prompt_for_each_completion_anew() -> None:
 
 
 def test_the_joint_mask_of_a_document() -> None:
-    assert documents_of("PPPc").joint_mask(4)[0, 0].int().tolist() == [
+    assert group_of("PPPc").single_call_mask(4)[0, 0].int().tolist() == [
         # P  P  P  c | copy | P  P  P  c, mixed
         [1, 0, 0, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0, 0, 0, 0],
@@ -277,18 +303,18 @@ def no_collector() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_collector")
-@pytest.mark.parametrize("reach", [None, Window(2), Chunk(2)], ids=str)
-@pytest.mark.parametrize("rows_apart", [False, True])
-def test_masks_go_with_their_documents(reach: Reach | None, rows_apart: bool) -> None:
-    layout = RAGGED.plan(rows_apart)
+@pytest.mark.parametrize("local", [None, SlidingWindow(2), Chunk(2)], ids=str)
+@pytest.mark.parametrize("one_sequence_per_row", [False, True])
+def test_masks_go_with_their_documents(local: LocalAttention | None, one_sequence_per_row: bool) -> None:
+    layout = RAGGED.plan(one_sequence_per_row)
     held: list[weakref.ref] = [weakref.ref(layout)]
-    for documents in layout.documents:
-        sights = documents.sights(reach, False)
-        masks = [sight.dense() for sight in sights] + (
-            [documents.joint_mask(layout.tokens, reach)] if rows_apart else []
+    for group in layout.groups:
+        patterns = group.patterns(local, False)
+        masks = [pattern.dense() for pattern in patterns] + (
+            [group.single_call_mask(layout.tokens, local)] if one_sequence_per_row else []
         )
-        held += map(weakref.ref, (documents, *sights, *masks))
-    del layout, documents, sights, masks
+        held += map(weakref.ref, (group, *patterns, *masks))
+    del layout, group, patterns, masks
     assert [ref() for ref in held] == [None] * len(held)
 
 
@@ -299,4 +325,4 @@ def test_a_training_step_leaves_nothing_of_its_batch(implementation: str) -> Non
     model.set_attn_implementation(implementation)
     rows = batch(samples(*SHAPES), "left")
     model(**rows.inputs, labels=rows.labels, use_cache=False).loss.backward()
-    assert [each for each in gc.get_objects() if type(each) in (PromptLayout, Documents, Sight)] == []
+    assert [each for each in gc.get_objects() if type(each) in (PromptLayout, SequenceGroup, AttentionPattern)] == []

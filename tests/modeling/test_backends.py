@@ -19,7 +19,7 @@ from transformers import modeling_flash_attention_utils as flash_utils
 from agreement import assert_gradients_agree, assert_logits_agree, assert_tokens_agree
 from bitune_plugin.errors import LayoutError
 from bitune_plugin.modeling.attention import base_of, implementation_for
-from bitune_plugin.modeling.backends import KERNELS
+from bitune_plugin.modeling.backends import BACKENDS
 from helpers import SHAPES, batch, lora, packed, samples, tokens, with_oracle
 from models import tiny
 from three_pass import ThreePass
@@ -157,7 +157,7 @@ def test_flex_attention(architecture: str, flex: None) -> None:
     assert_tokens_agree(model, oracle)
 
 
-@pytest.mark.parametrize("base", KERNELS)
+@pytest.mark.parametrize("base", BACKENDS)
 def test_the_name_of_an_implementation_leads_back_to_its_base(base: str) -> None:
     name = implementation_for(base)
     assert base_of(name) == base

@@ -16,7 +16,7 @@ from helpers import Batch, batch, bitune, gradients, packed, samples
 from models import tiny
 
 CASES = {
-    "alike": ("gemma3_text", [batch(samples((9, 5), (9, 5)))]),
+    "uniform": ("gemma3_text", [batch(samples((9, 5), (9, 5)))]),
     "ragged": ("llama", [batch(samples((9, 5), (12, 7))), batch(samples((11, 6), (15, 9)))]),
     "packed": ("llama", [packed(samples((9, 5), (12, 7)))]),
 }

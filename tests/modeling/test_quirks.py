@@ -142,7 +142,7 @@ def test_attention_that_does_its_own_arithmetic_is_followed_in_eager_and_sdpa_al
 def test_attention_that_calls_an_attention_function_in_later_versions_is_followed_there(model_type: str) -> None:
     base = tiny_of(model_type)
     calls_a_function = "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(inspect.getmodule(type(base)))
-    assert describe(base).does_own_arithmetic is not calls_a_function
+    assert describe(base).bypasses_attention_interface is not calls_a_function
 
 
 @pytest.mark.parametrize(

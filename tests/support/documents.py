@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitune_plugin.core.layout import PromptLayout
-from bitune_plugin.core.masks import Chunk, Documents, Reach, Window
+from bitune_plugin.core.masks import Chunk, LocalAttention, SequenceGroup, SlidingWindow
 from bitune_plugin.core.planning import plan
 
 settings.register_profile("documents", deadline=None, max_examples=60)
@@ -50,22 +50,22 @@ class Document:
     def place(self, token: int) -> int:
         return self.alone(token).index(token)
 
-    def near(self, query: int, key: int, reach: Reach | None) -> bool:
-        if isinstance(reach, Window):
-            return abs(self.place(query) - self.place(key)) < reach.size
-        if isinstance(reach, Chunk):
-            return self.place(query) // reach.size == self.place(key) // reach.size
+    def near(self, query: int, key: int, local: LocalAttention | None) -> bool:
+        if isinstance(local, SlidingWindow):
+            return abs(self.place(query) - self.place(key)) < local.size
+        if isinstance(local, Chunk):
+            return self.place(query) // local.size == self.place(key) // local.size
         return True
 
-    def seen_behind(self, query: int, reach: Reach | None) -> set[int]:
+    def seen_behind(self, query: int, local: LocalAttention | None) -> set[int]:
         """What an encoded token sees, and a token of an answer."""
         behind = self.alone(query)[: self.place(query) + 1]
-        return {key for key in behind if self.near(query, key, reach)}
+        return {key for key in behind if self.near(query, key, local)}
 
-    def seen_by_copy(self, query: int, reach: Reach | None, causal: bool) -> set[int]:
+    def seen_by_copy(self, query: int, local: LocalAttention | None, causal: bool) -> set[int]:
         if causal:
-            return self.seen_behind(query, reach)
-        return {key for key in self.encoded if self.near(query, key, reach)}
+            return self.seen_behind(query, local)
+        return {key for key in self.encoded if self.near(query, key, local)}
 
 
 @dataclass(frozen=True)
@@ -118,25 +118,25 @@ class Batch:
     def completion_index(self) -> Tensor:
         return torch.tensor([[int(letter) if letter.isdigit() else 0 for letter in row] for row in self.letters])
 
-    def plan(self, rows_apart: bool = False) -> PromptLayout:
+    def plan(self, one_sequence_per_row: bool = False) -> PromptLayout:
         """Its layout, of no more than it takes to say what it is."""
         return plan(
             self.prompt_mask,
             self.attention_mask if "." in "".join(self.rows) else None,
             self.completion_index if self.several_completions else None,
             self.starts if self.packed else None,
-            rows_apart,
+            one_sequence_per_row,
         )
 
 
-def groups(batch: Batch, layout: PromptLayout) -> list[tuple[Documents, list[Document]]]:
+def groups(batch: Batch, layout: PromptLayout) -> list[tuple[SequenceGroup, list[Document]]]:
     """Which documents share slots, in the order of these."""
     if layout.to_slots is None:
-        return [(layout.documents[0], batch.documents)]
+        return [(layout.groups[0], batch.documents)]
     by_answer = {document.answer[0]: document for document in batch.documents}
-    parts = layout.parts(layout.lengthen(batch.ids)[:, None, :, None])
-    held = [[by_answer[token] for token in each.answer[:, 0, 0, 0].tolist()] for each in parts]
-    return list(zip(layout.documents, held, strict=True))
+    segments = layout.segments(layout.lengthen(batch.ids)[:, None, :, None])
+    held = [[by_answer[token] for token in each.answer[:, 0, 0, 0].tolist()] for each in segments]
+    return list(zip(layout.groups, held, strict=True))
 
 
 # --- Any of them ------------------------------------------------------------------------------------------------------
@@ -160,8 +160,8 @@ def questions(draw: st.DrawFn) -> str:
 @st.composite
 def batches_of(draw: st.DrawFn, rows: st.SearchStrategy[str]) -> Batch:
     """Rows of one length, padded anywhere; often all alike, and without padding."""
-    alike = draw(st.booleans())
-    drawn = [draw(rows)] * draw(st.integers(1, 3)) if alike else draw(st.lists(rows, min_size=1, max_size=4))
+    uniform = draw(st.booleans())
+    drawn = [draw(rows)] * draw(st.integers(1, 3)) if uniform else draw(st.lists(rows, min_size=1, max_size=4))
     size = max(1, *(len(row.replace("|", "")) for row in drawn)) + draw(st.sampled_from([0, 0, 1, 2]))
     return Batch(tuple(draw(padded(row, size)) for row in drawn))
 
@@ -182,7 +182,7 @@ question_batches = batches_of(questions())
 batches = st.one_of(single_batches, packed_batches, question_batches).filter(lambda batch: batch.documents)
 """With a token at least."""
 
-reaches = st.one_of(st.none(), st.integers(1, 12).map(Window), st.integers(1, 12).map(Chunk))
+local_attentions = st.one_of(st.none(), st.integers(1, 12).map(SlidingWindow), st.integers(1, 12).map(Chunk))
 
 RAGGED = Batch(("PPPPPcc", "PPPcccc", ".PPcc..", "P.P.Pcc", "Pcccccc", "......."))
 PACKED = Batch(("PPPPPPPPccc|PPc|P|cc..", "PPcc|...PP.P|..PPPPcc"))

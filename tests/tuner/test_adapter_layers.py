@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from bitune_plugin.core.layout import PromptLayout
 from bitune_plugin.core.planning import plan
-from bitune_plugin.modeling.checkpointing import FollowingLayer
-from bitune_plugin.modeling.context import KEYWORD, Reading, Sealed, reading_in_progress
-from bitune_plugin.modeling.extension import Extension, extend, restore
+from bitune_plugin.modeling.checkpointing import CheckpointedLayer
+from bitune_plugin.modeling.context import CONTEXT_KEYWORD, ContextArgument, ForwardContext, forward_context
+from bitune_plugin.modeling.extension import Patch, patch, unpatch
 from bitune_plugin.tuner.adapter_layers import TwoAdapterLayer, bidirectional, with_active_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
@@ -82,8 +82,8 @@ def test_each_part_is_what_the_layer_makes_of_it_with_its_adapter(kind: str) -> 
     layer.set_adapter("default")
     assert not torch.allclose(expected[1], layer(tokens[:, parts.tokens :])), "the adapters must differ"
 
-    extend(layer, TwoAdapterLayer)
-    with reading_in_progress(Reading(parts, "default")):
+    patch(layer, TwoAdapterLayer)
+    with forward_context(ForwardContext(parts, "default")):
         torch.testing.assert_close(layer(tokens), torch.cat(expected, dim=1))
 
 
@@ -91,7 +91,7 @@ def test_each_part_is_what_the_layer_makes_of_it_with_its_adapter(kind: str) -> 
 def test_outside_a_reading_the_layer_is_what_it_was(kind: str) -> None:
     layer, tokens = adapted(kind), torch.randn(2, 3, SIZE)
     before = layer(tokens)
-    extend(layer, TwoAdapterLayer)
+    patch(layer, TwoAdapterLayer)
     assert torch.equal(layer(tokens), before)
 
 
@@ -99,8 +99,8 @@ def test_with_a_shared_adapter_every_token_sees_the_causal_one() -> None:
     layer, parts = adapted(), layout()
     tokens = lengthened(parts)
     before = layer(tokens)
-    extend(layer, TwoAdapterLayer)
-    with reading_in_progress(Reading(parts, "default", share_adapter=True)):
+    patch(layer, TwoAdapterLayer)
+    with forward_context(ForwardContext(parts, "default", share_adapter=True)):
         assert torch.equal(layer(tokens), before)
 
 
@@ -118,9 +118,9 @@ def count_calls(module: nn.Module) -> list[int]:
 
 def test_plain_lora_multiplies_all_tokens_by_the_base_weight_at_once() -> None:
     layer, parts = adapted(), layout()
-    extend(layer, TwoAdapterLayer)
+    patch(layer, TwoAdapterLayer)
     calls = count_calls(layer.base_layer)
-    with reading_in_progress(Reading(parts, "default")):
+    with forward_context(ForwardContext(parts, "default")):
         layer(lengthened(parts))
     assert len(calls) == 1
 
@@ -136,8 +136,8 @@ def test_plain_lora_has_pefts_number_formats(base: torch.dtype, adapter: torch.d
     tokens = lengthened(parts).to(base)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = by_peft(layer, parts, tokens)
-        extend(layer, TwoAdapterLayer)
-        with reading_in_progress(Reading(parts, "default")):
+        patch(layer, TwoAdapterLayer)
+        with forward_context(ForwardContext(parts, "default")):
             got = layer(tokens)
     assert got.dtype == expected.dtype
     rounding = 3e-2 if HALF in (base, adapter) or autocast else 1e-6
@@ -177,9 +177,9 @@ def test_lora_that_is_not_plain_goes_through_pefts_own_layer(change: Callable[[B
     change(layer)
     tokens = lengthened(parts)
     expected = by_peft(layer, parts, tokens)
-    extend(layer, TwoAdapterLayer)
+    patch(layer, TwoAdapterLayer)
     calls = count_calls(layer.base_layer)
-    with reading_in_progress(Reading(parts, "default")):
+    with forward_context(ForwardContext(parts, "default")):
         torch.testing.assert_close(layer(tokens), expected)
     assert len(calls) == 2
 
@@ -187,8 +187,8 @@ def test_lora_that_is_not_plain_goes_through_pefts_own_layer(change: Callable[[B
 def test_gradients_of_each_part_stay_with_its_adapter() -> None:
     layer, parts = adapted(), layout()
     layer.requires_grad_(True)
-    extend(layer, TwoAdapterLayer)
-    with reading_in_progress(Reading(parts, "default")):
+    patch(layer, TwoAdapterLayer)
+    with forward_context(ForwardContext(parts, "default")):
         layer(lengthened(parts))[:, : parts.tokens].sum().backward()
     assert layer.lora_A["default"].weight.grad.abs().sum() > 0
     assert layer.lora_A[SECOND].weight.grad is None or layer.lora_A[SECOND].weight.grad.abs().sum() == 0
@@ -196,10 +196,10 @@ def test_gradients_of_each_part_stay_with_its_adapter() -> None:
 
 def test_flat_tokens_are_refused_with_the_way_out() -> None:
     layer, parts = adapted(), layout()
-    extend(layer, TwoAdapterLayer)
+    patch(layer, TwoAdapterLayer)
     flat = lengthened(parts).flatten(0, 1)
     with (
-        reading_in_progress(Reading(parts, "default")),
+        forward_context(ForwardContext(parts, "default")),
         pytest.raises(RuntimeError, match=r"shape \[14, 6\].*\[rows, 7, \.\.\.\].*target_modules.*exclude_modules"),
     ):
         layer(flat)
@@ -208,8 +208,8 @@ def test_flat_tokens_are_refused_with_the_way_out() -> None:
 @pytest.mark.parametrize("shape", [(7,), (2, 5, SIZE), (2, 8, SIZE)])
 def test_tokens_of_another_length_are_refused(shape: tuple[int, ...]) -> None:
     layer = adapted()
-    extend(layer, TwoAdapterLayer)
-    with reading_in_progress(Reading(layout(), "default")), pytest.raises(RuntimeError, match="cannot tell which"):
+    patch(layer, TwoAdapterLayer)
+    with forward_context(ForwardContext(layout(), "default")), pytest.raises(RuntimeError, match="cannot tell which"):
         layer(torch.zeros(shape))
 
 
@@ -242,7 +242,7 @@ def test_a_view_leaves_the_layer_untouched() -> None:
 def probe() -> Iterator[Callable[[], bool]]:
     """Tells whether the layers of this thread follow a reading: one of another length would be refused."""
     layer = adapted()
-    extend(layer, TwoAdapterLayer)
+    patch(layer, TwoAdapterLayer)
 
     def follows_a_reading() -> bool:
         try:
@@ -256,27 +256,27 @@ def probe() -> Iterator[Callable[[], bool]]:
 
 def test_a_reading_ends_with_its_block(probe: Callable[[], bool]) -> None:
     assert not probe()
-    with reading_in_progress(Reading(layout(), "default")):
+    with forward_context(ForwardContext(layout(), "default")):
         assert probe()
     assert not probe()
 
 
 def test_a_reading_ends_with_an_error_too(probe: Callable[[], bool]) -> None:
-    with pytest.raises(KeyError), reading_in_progress(Reading(layout(), "default")):
+    with pytest.raises(KeyError), forward_context(ForwardContext(layout(), "default")):
         raise KeyError
     assert not probe()
 
 
 def test_a_plain_forward_inside_a_reading_does_not_end_it(probe: Callable[[], bool]) -> None:
-    with reading_in_progress(Reading(layout(), "default")):
-        with reading_in_progress(None):
+    with forward_context(ForwardContext(layout(), "default")):
+        with forward_context(None):
             assert not probe()
         assert probe()
 
 
 def test_another_thread_does_not_see_the_reading(probe: Callable[[], bool]) -> None:
     seen: list[bool] = []
-    with reading_in_progress(Reading(layout(), "default")):
+    with forward_context(ForwardContext(layout(), "default")):
         thread = threading.Thread(target=lambda: seen.append(probe()))
         thread.start()
         thread.join()
@@ -285,17 +285,17 @@ def test_another_thread_does_not_see_the_reading(probe: Callable[[], bool]) -> N
 
 def test_threads_follow_each_their_own_reading_on_one_layer() -> None:
     layer, parts = adapted(), [layout("PPPcc"), layout("PPPPc")]
-    extend(layer, TwoAdapterLayer)
+    patch(layer, TwoAdapterLayer)
     alone = []
     for part in parts:
-        with reading_in_progress(Reading(part, "default")):
+        with forward_context(ForwardContext(part, "default")):
             alone.append(layer(lengthened(part)))
 
     together: list[Tensor | None] = [None, None]
     barrier = threading.Barrier(2, timeout=20)
 
     def run(index: int) -> None:
-        with reading_in_progress(Reading(parts[index], "default")):
+        with forward_context(ForwardContext(parts[index], "default")):
             barrier.wait()
             together[index] = layer(lengthened(parts[index]))
             barrier.wait()
@@ -314,7 +314,7 @@ class Decoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = adapted()
-        extend(self.linear, TwoAdapterLayer)
+        patch(self.linear, TwoAdapterLayer)
 
     def forward(self, states: Tensor, **kwargs: Any) -> Tensor:
         return self.linear(states)
@@ -322,25 +322,25 @@ class Decoder(nn.Module):
 
 def test_a_decoder_layer_follows_the_reading_that_it_was_called_in() -> None:
     decoder, parts = Decoder(), layout()
-    extend(decoder, FollowingLayer)
-    tokens, reading = lengthened(parts), Reading(parts, "default")
-    with reading_in_progress(reading):
+    patch(decoder, CheckpointedLayer)
+    tokens, context = lengthened(parts), ForwardContext(parts, "default")
+    with forward_context(context):
         expected = decoder.linear(tokens)
         assert torch.equal(decoder(tokens), expected)
-    assert torch.equal(decoder.forward(tokens, **{KEYWORD: Sealed(reading)}), expected)
+    assert torch.equal(decoder.forward(tokens, **{CONTEXT_KEYWORD: ContextArgument(context)}), expected)
 
 
 def test_a_decoder_layer_computed_again_is_plain_if_it_was_whatever_goes_on_around_it() -> None:
     decoder = Decoder()
-    extend(decoder, FollowingLayer)
-    with reading_in_progress(Reading(layout(), "default")):
+    patch(decoder, CheckpointedLayer)
+    with forward_context(ForwardContext(layout(), "default")):
         decoder.forward(torch.zeros(1, 2, SIZE))
 
 
 # --- Extending a module that is already built, and restoring it -------------------------------------------------------
 
 
-class Double(Extension):
+class Double(Patch):
     def forward(self, *args: Any) -> Tensor:
         return 2 * super().forward(*args)
 
@@ -354,23 +354,23 @@ def module() -> nn.Module:
 
 
 def test_an_extension_runs_in_front_of_the_module(module: nn.Module) -> None:
-    extend(module, Double)
+    patch(module, Double)
     assert torch.equal(module(ONES), 2 * ONES)
 
 
 def test_a_module_is_extended_once(module: nn.Module) -> None:
-    extend(module, Double)
-    extend(module, Double)
+    patch(module, Double)
+    patch(module, Double)
     assert torch.equal(module(ONES), 2 * ONES)
 
 
 def test_other_modules_of_the_class_are_left_alone(module: nn.Module) -> None:
-    extend(module, Double)
+    patch(module, Double)
     assert torch.equal(nn.Identity()(ONES), ONES)
 
 
 def test_an_extended_module_keeps_the_name_and_kind_of_its_class(module: nn.Module) -> None:
-    extend(module, Double)
+    patch(module, Double)
     assert isinstance(module, nn.Identity)
     assert (type(module).__name__, type(module).__module__) == (nn.Identity.__name__, nn.Identity.__module__)
 
@@ -378,21 +378,21 @@ def test_an_extended_module_keeps_the_name_and_kind_of_its_class(module: nn.Modu
 def test_modules_of_one_class_get_one_extended_class() -> None:
     modules = [nn.Identity(), nn.Identity()]
     for module in modules:
-        extend(module, Double)
+        patch(module, Double)
     assert type(modules[0]) is type(modules[1])
 
 
 def test_restoring_leaves_the_module_as_it_was(module: nn.Module) -> None:
     before = dict(vars(module))
-    extend(module, Double)
-    restore(module, Double)
+    patch(module, Double)
+    unpatch(module, Double)
     assert type(module) is nn.Identity
     assert vars(module) == before
 
 
 def test_restoring_what_is_not_extended_does_nothing(module: nn.Module) -> None:
     before = dict(vars(module))
-    restore(module, Double)
+    unpatch(module, Double)
     assert type(module) is nn.Identity
     assert vars(module) == before
 
@@ -415,10 +415,10 @@ def saved(module: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("again", [copied, pickled, saved])
 def test_a_copy_of_an_extended_layer_works_on_its_own_weights(again: Callable[[nn.Module], nn.Module]) -> None:
     layer, parts = adapted(), layout()
-    extend(layer, TwoAdapterLayer)
+    patch(layer, TwoAdapterLayer)
     other = again(layer)
     tokens = lengthened(parts)
-    with torch.no_grad(), reading_in_progress(Reading(parts, "default")):
+    with torch.no_grad(), forward_context(ForwardContext(parts, "default")):
         before = layer(tokens)
         assert torch.equal(other(tokens), before)
         for parameter in other.parameters():
@@ -431,9 +431,9 @@ def test_a_copy_of_an_extended_layer_works_on_its_own_weights(again: Callable[[n
 def test_a_copy_of_an_extended_layer_can_be_restored(again: Callable[[nn.Module], nn.Module]) -> None:
     layer = adapted()
     plain = type(layer)
-    extend(layer, TwoAdapterLayer)
+    patch(layer, TwoAdapterLayer)
     other = again(layer)
-    restore(other, TwoAdapterLayer)
+    unpatch(other, TwoAdapterLayer)
     assert type(other) is plain
     assert isinstance(layer, TwoAdapterLayer)
 
@@ -447,35 +447,35 @@ class AddTen(ModelHook):
 
 
 def test_a_hook_that_came_later_runs_around_the_extension(module: nn.Module) -> None:
-    extend(module, Double)
+    patch(module, Double)
     add_hook_to_module(module, AddTen())
     assert torch.equal(module(ONES), 2 * ONES + 10)
 
 
 def test_a_hook_that_was_there_runs_around_the_extension(module: nn.Module) -> None:
     add_hook_to_module(module, AddTen())
-    extend(module, Double)
+    patch(module, Double)
     assert torch.equal(module(ONES), 2 * ONES + 10)
 
 
 def test_a_module_is_extended_once_though_a_hook_came_between(module: nn.Module) -> None:
-    extend(module, Double)
+    patch(module, Double)
     add_hook_to_module(module, AddTen())
-    extend(module, Double)
+    patch(module, Double)
     assert torch.equal(module(ONES), 2 * ONES + 10)
 
 
 def test_restoring_from_under_a_hook_keeps_the_hook(module: nn.Module) -> None:
-    extend(module, Double)
+    patch(module, Double)
     add_hook_to_module(module, AddTen())
-    restore(module, Double)
+    unpatch(module, Double)
     assert torch.equal(module(ONES), ONES + 10)
 
 
 def test_a_hook_taken_off_after_restoring_leaves_the_plain_module(module: nn.Module) -> None:
-    extend(module, Double)
+    patch(module, Double)
     add_hook_to_module(module, AddTen())
-    restore(module, Double)
+    unpatch(module, Double)
     remove_hook_from_module(module)
     assert torch.equal(module(ONES), ONES)
 
@@ -483,11 +483,11 @@ def test_a_hook_taken_off_after_restoring_leaves_the_plain_module(module: nn.Mod
 def test_a_hook_taken_off_before_restoring_leaves_first_the_extension_and_then_the_plain_module(
     module: nn.Module,
 ) -> None:
-    extend(module, Double)
+    patch(module, Double)
     add_hook_to_module(module, AddTen())
     remove_hook_from_module(module)
     assert torch.equal(module(ONES), 2 * ONES)
-    restore(module, Double)
+    unpatch(module, Double)
     assert torch.equal(module(ONES), ONES)
 
 
@@ -495,19 +495,19 @@ def test_a_hook_taken_off_before_extending_does_not_hide_the_extension(module: n
     # accelerate leaves the old `forward` on the instance.
     add_hook_to_module(module, AddTen())
     remove_hook_from_module(module)
-    extend(module, Double)
+    patch(module, Double)
     assert torch.equal(module(ONES), 2 * ONES)
-    restore(module, Double)
+    unpatch(module, Double)
     assert torch.equal(module(ONES), ONES)
 
 
 def test_a_copy_of_an_extended_module_with_a_hook_works_on_its_own_weights() -> None:
     layer = nn.Linear(3, 3)
-    extend(layer, Double)
+    patch(layer, Double)
     add_hook_to_module(layer, AddTen())
     before = layer(ONES)
     restored = copy.deepcopy(layer)
     remove_hook_from_module(restored)
-    restore(restored, Double)
+    unpatch(restored, Double)
     assert torch.equal(layer(ONES), before)
     torch.testing.assert_close(2 * restored(ONES) + 10, before)
