@@ -91,6 +91,7 @@ def test_it_is_switched_off_by_the_environment(runs: list[str], monkeypatch: pyt
     assert runs == []
 
 
+@pytest.mark.slow
 def test_tested_versions_do_not_import_it() -> None:
     code = (
         "import sys, bitune_plugin\n"

@@ -68,6 +68,7 @@ OLD_PEFT = (
 
 
 @pytest.mark.parametrize("first", ["torch", "peft"])
+@pytest.mark.slow
 def test_a_peft_that_is_too_old_can_be_imported_without_bitune(first: str) -> None:
     printed, complaint = python(f"{OLD_PEFT}; import {first}; {KNOWN}")
     assert printed == "False"
@@ -98,12 +99,14 @@ LOOKUP = "from lm_eval.api.registry import get_model, model_registry"
 
 
 @pytest.mark.parametrize("first", ["torch", "lm_eval.models.huggingface"])
+@pytest.mark.slow
 def test_lm_eval_knows_bitune_once_torch_is_imported(first: str) -> None:
     show = "model = get_model('bitune'); print(model.__module__, model.__name__, issubclass(model, get_model('hf')))"
     code = f"import {first}; {LOOKUP}; {show}"
     assert python(code) == ("bitune_plugin.integrations.lm_eval.model BituneLM True", "")
 
 
+@pytest.mark.slow
 def test_lm_eval_asked_to_evaluate_bitune_knows_it() -> None:
     """It imports torch to set the seed, and looks for the model after that."""
     code = (

@@ -346,6 +346,7 @@ def from_command_line(saved: Saved, tasks: Path, tmp_path_factory: pytest.TempPa
     return run([sys.executable], saved, tasks, tmp_path_factory.mktemp("alone"), *FEW_SHOT_CHAT)
 
 
+@pytest.mark.slow
 def test_every_score_of_the_command_line_is_the_literal_one(from_command_line: Path, saved: Saved) -> None:
     results = read_results(from_command_line)
     results["samples"] = {task: read_samples(from_command_line, task) for task in (CHOICE, GENERATE, ROLLING)}
@@ -367,6 +368,7 @@ def _number(response: Any) -> float:
     return float(response[0] if isinstance(response, list) else response)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_results_of_one(
     from_command_line: Path, saved: Saved, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -810,6 +812,7 @@ def memory_for(lm: BituneLM, rows: int = 64, tokens: int = 10_000) -> Iterator[l
 
 
 @pytest.mark.parametrize("batch_size", ["auto", "auto:2"])
+@pytest.mark.slow
 def test_auto_finds_how_many_contexts_fit(saved: Saved, batch_size: str) -> None:
     lm = saved.model(batch_size=batch_size, max_batch_size=5)
     with memory_for(lm, rows=3) as sizes:

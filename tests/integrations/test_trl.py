@@ -506,6 +506,7 @@ class TestRun:
         assert isinstance(t.model.peft_config["default"], BituneConfig)
 
 
+@pytest.mark.slow
 def test_trl_script_with_its_import_swapped(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     import trl.scripts.sft
 

@@ -417,6 +417,7 @@ print(*model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, pad_toke
 """
 
 
+@pytest.mark.slow
 def test_a_script_that_knows_only_peft_generates_the_same(models: tuple[PeftModel, ThreePass], tmp_path: Path) -> None:
     model, oracle = models
     tiny().save_pretrained(tmp_path / "base")
@@ -892,6 +893,7 @@ def test_caches_kept_off_the_accelerator(cache_implementation: str) -> None:
     assert greedy_rows(model.cuda(), rows, cache_implementation=cache_implementation) == expected
 
 
+@pytest.mark.slow
 def test_a_quantized_cache_is_given_the_mixture(models: tuple[PeftModel, ThreePass]) -> None:
     """The first token still sees all of its digits."""
     pytest.importorskip("optimum.quanto")
