@@ -1,7 +1,7 @@
-"""mixed = (1 - alpha) * causal + alpha * bidirectional,    alpha = |theta| / (|theta| + theta_init)
+"""mixed = (1 - alpha) * causal + alpha * bidirectional, where alpha = |theta| / (|theta| + theta_init).
 
-The mixing of keys and of values of the encoded prompt (arXiv 2405.14862). `theta` starts at `theta_init`, so `alpha`
-starts at 1/2. 0 is causal only; 1, bidirectional only, is a limit that `alpha` never reaches.
+This mixes the keys, and the values, of the encoded prompt in every layer (arXiv 2405.14862). `theta` starts at
+`theta_init`, so `alpha` starts at 1/2. 0 is causal only; 1, bidirectional only, is a limit that `alpha` never reaches.
 """
 
 from __future__ import annotations

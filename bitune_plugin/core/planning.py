@@ -224,7 +224,7 @@ def _one_row(tokens: _Tokens, shape: tuple[int, int]) -> PromptLayout:
 
 
 def _to_slots(tokens: _Tokens, groups: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Place of the single row for each slot, in the order of `PromptLayout.to_slots`, and a mask of filled slots."""
+    """The place of the single row for each slot, in the order of `PromptLayout.to_slots`, and a mask of full slots."""
     first, encoded, answer = tokens.first, tokens.encoded_length, tokens.length - tokens.encoded_length
     first_copy = len(tokens.present) + encoded.cumsum(0) - encoded
     firsts, lengths = (first, first + encoded, first_copy), (encoded, answer, encoded)

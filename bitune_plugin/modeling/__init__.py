@@ -1,1 +1,1 @@
-"""The method on a transformers model. Knows nothing of PEFT."""
+"""The method on a transformers model. Does not import PEFT."""

@@ -1,7 +1,7 @@
-"""Finding the backbone, decoder layers and attention modules of a model.
+"""The parts of a model: backbone, decoder layers and attention modules.
 
-Most decoders of transformers need nothing special. A model that does is described by a plugin, through the hook
-`bitune_architecture` (see `plugins.py`): those of transformers in `quirks.py`, others in packages of their own.
+Most decoders of transformers need no description. The others are described by a plugin with the hook
+`bitune_architecture`: those of transformers by `default_plugins/architectures.py`, others by packages of their own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .latent_attention import LatentAttention
 
 
 def active_adapter(architecture: Architecture) -> str | None:
-    """The Bitune adapter that is switched on, if any."""
+    """The enabled Bitune adapter, if any."""
     mixing = getattr(architecture.attentions[0], MIXING)
     return mixing.active_adapters[0] if mixing.is_enabled else None
 
@@ -39,7 +39,7 @@ def takes_several_completions(architecture: Architecture) -> bool:
 
 
 KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
-"""Values of `config.layer_types` whose masks the bidirectional reading can follow."""
+"""Values of `config.layer_types` with masks that Bitune knows."""
 
 
 ATTENTION_ALONE = (
@@ -57,15 +57,15 @@ A_PLUGIN_CAN = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """The parts of a model that Bitune attaches to.
+    """The parts of a model that Bitune patches.
 
     Attributes:
         backbone: the decoder without its language-model head; its `forward` takes the tokens of a batch.
         layers: the decoder layers, in order.
         attentions: their attention modules, in order. Without an `attention_patch`, they call the function that
             `AttentionInterface` holds for `config._attn_implementation`.
-        attention_patch: what Bitune adds to attention modules that do not, or that do more than that.
-        flattened: names of the layers that get their tokens as `[B * T, ...]`, row by row.
+        attention_patch: a patch of the attention modules, for those that bypass that function or need more.
+        flattened: names of the layers that receive their tokens as `[R * M, ...]`, row by row.
         unadaptable: names of linear layers that PEFT cannot adapt, because they return more than one tensor.
     """
 
@@ -78,22 +78,22 @@ class Architecture:
 
     @property
     def expands_latent_states(self) -> bool:
-        """Whether what the attention modules cache by themselves is no keys and values."""
+        """Whether the attention modules cache latent states instead of keys and values."""
         return self.attention_patch is not None and issubclass(self.attention_patch, LatentAttention)
 
     @property
     def bypasses_attention_interface(self) -> bool:
-        """Whether the attention modules attend by themselves, and not by the function of `AttentionInterface`."""
+        """Whether the attention modules compute attention themselves, without a function of `AttentionInterface`."""
         return self.attention_patch is not None and issubclass(self.attention_patch, SingleCallAttention)
 
     @cached_property
     def numbers_by_mask(self) -> bool:
-        """Whether the backbone, if it is given no positions, leaves padding out of them, as OPT does. Others count all
-        tokens of a row, and of the cache."""
+        """Whether the backbone computes default positions from the mask, without padding, as OPT does. Others count all
+        tokens of a row and of the cache."""
         return any(isinstance(module, nn.Embedding) and takes_mask(module) for module in self.backbone.modules())
 
     def flattening_blocks(self) -> list[nn.Module]:
-        """Blocks of the decoder layers that flatten their tokens to `[B * T, ...]`: mixtures of experts."""
+        """Blocks of the decoder layers that flatten their tokens to `[R * M, H]`: mixtures of experts."""
         blocks = [block for layer in self.layers for block in layer.children() if block not in self.attentions]
         return [block for block in blocks if any(_has_experts(module) for module in block.modules())]
 
@@ -130,12 +130,12 @@ def decoder(
     unadaptable: Iterable[str] = (),
     attention_extension: type[Patch] | None = None,
 ) -> Architecture:
-    """Describes a causal language model of transformers; plugins call it with what they know better.
+    """Describes a causal language model of transformers. Plugins call it with arguments for their model.
 
     Args:
         model: the model, with its head.
-        is_attention: tells which modules are the attention of a decoder layer. By default those with a `layer_idx`
-            that say whether they are causal.
+        is_attention: whether a module is the attention of a decoder layer. By default, whether it has a `layer_idx` and
+            an `is_causal`.
         attention_patch, flattened, unadaptable: see `Architecture`.
         attention_extension: the name of `attention_patch` in 0.2.
 
@@ -169,7 +169,7 @@ def decoder(
 
 
 def _check_config(name: str, config: PreTrainedConfig) -> None:
-    """Raises UnsupportedModelError for what the config of a model rules out."""
+    """Raises UnsupportedModelError for an encoder, inputs other than text, or an unknown type of layer."""
     if config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"Bitune works on decoder-only models, and {name} is an encoder-decoder: its encoder already reads the "
@@ -188,7 +188,7 @@ def _check_config(name: str, config: PreTrainedConfig) -> None:
 
 
 def _check_attention_functions(name: str, architecture: Architecture) -> None:
-    """Raises UnsupportedModelError unless the keys and values of every layer can be seen, and their cache filled."""
+    """Raises UnsupportedModelError unless Bitune can mix the keys and values of every layer, and fill their cache."""
     attentions, config = architecture.attentions, architecture.backbone.config
     if architecture.bypasses_attention_interface:
         implementation = config._attn_implementation
@@ -215,7 +215,7 @@ def _check_attention_functions(name: str, architecture: Architecture) -> None:
 
 
 def _backbone(model: PreTrainedModel) -> PreTrainedModel:
-    """The innermost model around the decoder layers: not every causal language model calls the ones further out."""
+    """The innermost model around the decoder layers, because not every causal language model calls the outer ones."""
     layers = _layers(model)
     if not layers:
         raise UnsupportedModelError(
@@ -235,7 +235,7 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _check_attention_alone(name: str, layers: list[nn.Module], attentions: list[nn.Module]) -> None:
-    """Raises UnsupportedModelError unless every layer mixes tokens by one attention, and by nothing else."""
+    """Raises UnsupportedModelError unless every layer mixes tokens by one attention alone."""
     found = f"{name} has {len(layers)} decoder layers and {len(attentions)} attention modules that Bitune recognises"
     if not attentions:
         raise UnsupportedModelError(
@@ -253,7 +253,7 @@ def _check_attention_alone(name: str, layers: list[nn.Module], attentions: list[
 
 
 def _has_experts(module: nn.Module) -> bool:
-    # So transformers names the parts of a mixture of experts (5.23).
+    # The names of transformers (5.23) for the parts of a mixture of experts.
     return any(name in ("experts", "router") for name, _ in module.named_children())
 
 

@@ -1,4 +1,4 @@
-"""Puts the forward pass of Bitune on a transformers model, and takes it off again."""
+"""Patches a transformers model with the forward pass of Bitune, and removes the patches."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .extension import patch, unpatch
 
 
 def attach(model: PreTrainedModel, architecture: Architecture, causal_model: type[CausalModel] = CausalModel) -> None:
-    """Puts the forward pass of Bitune on a model. Does nothing where it already is.
+    """Patches a model with the forward pass of Bitune. Does nothing the second time.
 
     Args:
-        causal_model: the extension of the causal language model; the tuner's also has transformers' adapter methods.
+        causal_model: the patch of the causal language model; that of the tuner also has transformers' adapter methods.
     """
     if isinstance(architecture.backbone, TwoWayBackbone):
         return
@@ -34,7 +34,7 @@ def attach(model: PreTrainedModel, architecture: Architecture, causal_model: typ
 
 
 def detach(model: PreTrainedModel, architecture: Architecture, causal_model: type[CausalModel] = CausalModel) -> None:
-    """Takes it off again: classes, hooks and attention implementation are as before `attach`."""
+    """Removes the patches: classes, hooks and attention implementation are as before `attach`."""
     if not architecture.bypasses_attention_interface:
         model.set_attn_implementation(base_of(model.config._attn_implementation))
     if architecture.attention_patch is not None:

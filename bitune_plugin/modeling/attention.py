@@ -1,13 +1,13 @@
-"""The attention function: three groups of queries over one base function.
+"""The attention function: one call of the base implementation for each segment.
 
-`bitune_<base>` stands in for transformers' attention implementation `<base>`. Outside a reading it is
-`<base>`, unchanged: decoding, a disabled adapter, a plain forward. In a reading, each layer computes
+`bitune_<base>` replaces transformers' attention implementation `<base>`. Without a forward context (decoding, a
+disabled adapter, a plain forward pass) it is `<base>`, unchanged. In one, each layer computes
 
-    encoded prompt  ->  encoded prompt (causal keys), causally
-    copy            ->  copy (bidirectional keys), fully
-    answer          ->  mixed keys of the encoded prompt, and its own, causally
+    prefix         ->  prefix, causally
+    bidirectional  ->  bidirectional, fully
+    answer         ->  the mixture, and the answer itself causally
 
-(arXiv 2405.14862). Keys arrive here after rotary embedding and key norms, as the mixing wants them.
+(arXiv 2405.14862). Keys are mixed here after rotary embedding and key norms, as in the paper.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ from .context import ForwardContext, current_context
 from .extension import Patch
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttentionPattern], tuple[Tensor, Tensor | None]]
-"""A kernel that knows its module and keywords."""
+"""A backend with its module and keywords bound."""
 
 
 PREFIX = "bitune_"
 
 
 class PlacedQueries(Patch):
-    """An attention module that scales its queries by where they stand in a row."""
+    """A patch of an attention module that scales its queries by their places in a row."""
 
     def in_their_places(self, query: Tensor, layout: PromptLayout) -> Tensor:
-        """Queries of lengthened rows, `[R, heads, M, head size]`, scaled by the places of what they stand for."""
+        """Queries of lengthened rows, `[R, heads, M, head size]`, scaled by their positions instead."""
         raise NotImplementedError
 
 
 class SlidingWindowInConfig(Patch):
-    """An attention module that does not tell its attention function of its sliding window: the model's mask has it."""
+    """A patch of an attention module that does not pass its sliding window on: only the model's mask has it."""
 
 
 def implementation_for(base: str) -> str:
     """The name of Bitune's implementation on top of `base`.
 
     Raises:
-        ValueError: `base` is an implementation that Bitune cannot stand on.
+        ValueError: Bitune does not support `base`.
     """
     if base.startswith(PREFIX):
         return base
@@ -60,12 +60,12 @@ def implementation_for(base: str) -> str:
             f"Bitune does not support `attn_implementation={base!r}`. Load the model with one of "
             f"{', '.join(map(repr, BACKENDS))}, or call `model.set_attn_implementation('sdpa')` first."
         )
-    # transformers takes every name with "flash" in it for a kernel to be loaded.
+    # Without "flash", because transformers loads a kernel for every name that contains it.
     return PREFIX + base.replace("flash_attention", "varlen")
 
 
 def base_of(name: str) -> str:
-    """The implementation that one of Bitune's stands on."""
+    """The base of one of Bitune's implementations."""
     return name.removeprefix(PREFIX).replace("varlen", "flash_attention")
 
 
@@ -81,14 +81,15 @@ def bitune_attention(
     """Attention of one layer, in the signature of transformers' attention functions.
 
     Args:
-        base: the attention implementation that does the work.
+        base: the attention implementation to call.
         module: the attention module; carries the mixing layer.
-        query: `[B, heads, N, head size]`; lengthened rows during a reading.
-        key, value: `[B, key/value heads, N, head size]`.
-        attention_mask: for `base`; ignored during a reading, which makes its own masks.
+        query: `[R, heads, M, head size]` in a forward context, `[B, heads, Q, head size]` without one.
+        key, value: `[R, key/value heads, M, head size]`, or `[B, key/value heads, K, head size]`.
+        attention_mask: for `base`; ignored in a forward context, because the layout has its own masks.
 
     Returns:
-        The attended values, `[B, N, heads, head size]`, and `None` during a reading in place of the weights.
+        The output `[R, M, heads, head size]`, or `[B, Q, heads, head size]`, and the weights if `base` returns them;
+        `None` in a forward context.
     """
     context = current_context()
     attend = partial(BACKENDS[base], module, kwargs)
@@ -98,10 +99,10 @@ def bitune_attention(
     kwargs.pop("is_causal", None)
     if isinstance(module, PlacedQueries):
         query = module.in_their_places(query, context.layout)
-    return _attend_in_groups(attend, module, query, key, value, context, local_attention_of(module, kwargs))
+    return _attend_by_segment(attend, module, query, key, value, context, local_attention_of(module, kwargs))
 
 
-def _attend_in_groups(
+def _attend_by_segment(
     attend: Attend,
     module: nn.Module,
     query: Tensor,
@@ -111,13 +112,15 @@ def _attend_in_groups(
     local: LocalAttention | None,
 ) -> tuple[Tensor, None]:
     layout = context.layout
-    queries, keys, values = map(layout.segments, (query, key, value))
+    queries, keys, values = map(
+        layout.segments, (query, key, value)
+    )  # each a list of segments [D, heads, E or A, size]
     keys_mixed, values_mixed = getattr(module, MIXING)(
         [(segments.prefix, segments.bidirectional) for segments in keys],
         [(segments.prefix, segments.bidirectional) for segments in values],
         context.adapter,
     )
-    # As the answer sees them, and as the cache keeps them.
+    # For the answer, and for the cache.
     keys_kept = [segments._replace(prefix=mixed) for segments, mixed in zip(keys, keys_mixed, strict=True)]
     values_kept = [segments._replace(prefix=mixed) for segments, mixed in zip(values, values_mixed, strict=True)]
     if context.cache is not None and not shares_keys(module):
@@ -137,28 +140,28 @@ def _attend_in_groups(
 
 
 def _attended(attend: Attend, query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern) -> Tensor:
-    """`[D, heads, slots, head size]` to `[D, slots, heads, head size]`."""
+    """`[D, heads, Q, head size]` to `[D, Q, heads, head size]`."""
     if query.shape[2] == 0:
         return value.new_empty(query.shape[0], 0, query.shape[1], value.shape[3])
     return attend(query, key, value, pattern)[0]
 
 
 def in_token_order(layout: PromptLayout, states: list[Segments]) -> Tensor:
-    """Keys or values as a cache keeps them: `[D, heads, slots, head size]`, those of prompts mixed, to `[B, heads, T,
-    head size]`."""
+    """Keys or values in the order of the caller's tokens, for the cache: `[D, heads, E or A, head size]` to `[B, heads,
+    T, head size]`."""
     slots_first = [Segments(*(piece.transpose(1, 2) for piece in segments)) for segments in states]
     return layout.restore(layout.joined(slots_first)).transpose(1, 2)
 
 
 def local_attention_of(module: nn.Module, kwargs: dict[str, Any]) -> LocalAttention | None:
-    """How far the tokens of an attention module see.
+    """The local attention of an attention module, or `None`.
 
     Args:
         module: the attention module.
-        kwargs: what it gave to its attention function.
+        kwargs: the keywords of its call of the attention function.
 
     Raises:
-        RuntimeError: the layer has a sliding window, but does not tell its attention function; its own mask would have.
+        RuntimeError: the layer has a sliding window and does not pass it on.
     """
     config: Any = getattr(module, "config", None)
     types = getattr(config, "layer_types", None)
@@ -177,11 +180,11 @@ def local_attention_of(module: nn.Module, kwargs: dict[str, Any]) -> LocalAttent
 
 
 def shares_keys(module: nn.Module) -> bool:
-    """Whether a layer attends to keys and values of an earlier one; then the cache holds them already."""
+    """Whether a layer attends to the keys and values of an earlier one, so that the cache holds them already."""
     return getattr(module, "is_kv_shared_layer", False)
 
 
-# At import, because a model that was pickled names its implementation before anything is attached to it again.
+# At import, because an unpickled model names its implementation before `attach` runs.
 for _base in BACKENDS:
     AttentionInterface.register(implementation_for(_base), partial(bitune_attention, _base))
     AttentionMaskInterface.register(implementation_for(_base), ALL_MASK_ATTENTION_FUNCTIONS[_base])

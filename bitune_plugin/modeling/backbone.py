@@ -1,4 +1,4 @@
-"""The backbone: its inputs are lengthened by copies of the encoded prompts, its outputs cut to length again."""
+"""The backbone: lengthened rows in, the caller's rows out."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from .prompts import (
 )
 
 PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "per_layer_inputs")
-"""Arguments of backbones that have one value per token, `[B, T, ...]`, positions and masks excepted."""
+"""Arguments of backbones with one value per token, `[B, T, ...]`, except positions and masks."""
 
 
 class TwoWayBackbone(TakesCache):
-    """A backbone that reads the prompts of a batch both ways, in one pass over lengthened rows.
+    """A patch of the backbone: computes both streams in one forward pass over lengthened rows.
 
     Attributes:
         bitune_architecture: the parts of the model, this backbone among them.
@@ -46,16 +46,16 @@ class TwoWayBackbone(TakesCache):
     bitune_architecture: Architecture
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes the backbone's own arguments, and those of `Prompts`, which count before what the causal language
-        model was given.
+        """Takes the backbone's own arguments, `[B, T, ...]`, and those of `Prompts`, which take precedence over the
+        arguments of the causal language model.
 
         Returns:
-            What the backbone returns, for the `T` tokens given, or for the answers alone; the cache holds mixed keys
-            and values of the prompt.
+            The backbone's outputs, hidden states `[B, T, H]`, or `[1, n, H]` for the answers alone. The cache holds
+            the mixed keys and values of the prompt.
 
         Raises:
-            LayoutError: it cannot be told where a prompt ends.
-            RuntimeError: an attention layer took no part, so that it would have been plainly causal.
+            LayoutError: the end of a prompt is not known.
+            RuntimeError: an attention layer was not visited, so it would have been plainly causal.
         """
         if "bitune_architecture" not in self.__dict__:  # a new model of this class
             return super().forward(*args, **kwargs)
@@ -79,12 +79,12 @@ class TwoWayBackbone(TakesCache):
 def _start_context(
     architecture: Architecture, prompts: Prompts, generation: Generation | None, kwargs: dict[str, Any]
 ) -> ForwardContext | None:
-    """The reading that these arguments of the backbone ask for; `None` for a plain forward pass."""
+    """The forward context for these arguments of the backbone; `None` for a plain forward pass."""
     adapter = active_adapter(architecture)
     if adapter is None:
         return None
     past = cache_in(kwargs)
-    # A static cache is asked for its length once, and not in every step, where it would break a compiled graph.
+    # The length of a static cache is read once, and not in every step, because that would break a compiled graph.
     if past is not None and generation is not None and generation.cache is past:
         return None
     if holds_tokens(past):
@@ -95,7 +95,7 @@ def _start_context(
         layout = plan_call(architecture, prompts, generation, kwargs)
     else:
         layout = layout_made_ahead(prompts.prompt_layout, kwargs)
-    if layout is None or (layout.is_plain_causal and not _must_read(prompts, past)):
+    if layout is None or (layout.is_plain_causal and not _must_lengthen(prompts, past)):
         if generation is not None:
             generation.cache = past
         return None
@@ -121,10 +121,10 @@ def _start_context(
     )
 
 
-def _must_read(prompts: Prompts, past: Cache | None) -> bool:
-    """Whether to go the way of a reading where an ordinary forward pass would say the same."""
-    # In training the second adapter takes part all the same: processes that share the work wait for its gradients. And
-    # the mask that comes with a static cache is not what a model wants in an ordinary forward pass.
+def _must_lengthen(prompts: Prompts, past: Cache | None) -> bool:
+    """Whether to lengthen rows although an ordinary forward pass gives the same result."""
+    # In training, because under DDP each rank must produce gradients for the bidirectional adapter. With a static
+    # cache, because the 2-D mask of `prepare_inputs_for_generation` does not suit an ordinary forward pass.
     return prompts.answers_only or torch.is_grad_enabled() or getattr(past, "is_compileable", False)
 
 
@@ -152,7 +152,7 @@ def _check_several_completions(architecture: Architecture, cache: Cache | None) 
 
 
 def _check_nothing_follows(kwargs: dict[str, Any], generation: Generation | None) -> None:
-    """Raises LayoutError if a cache was asked for rows that hold several documents; models make one unasked."""
+    """Raises LayoutError if the caller asked for a cache of packed rows. Models also make one by default."""
     if generation is not None or cache_in(kwargs) is not None or kwargs.get("use_cache"):
         raise LayoutError(
             "`position_ids` start again within a row, so it holds several documents (packing, padding-free batches), "
@@ -180,21 +180,22 @@ def _asked_for(name: str, architecture: Architecture, kwargs: dict[str, Any]) ->
 
 
 def _use_attention_of_bitune(architecture: Architecture) -> None:
-    """Puts Bitune on the implementation that `set_attn_implementation` chose after the adapter was put on."""
+    """Replaces an implementation that `set_attn_implementation` chose after the adapter was added."""
     implementation = architecture.backbone.config._attn_implementation
     if not architecture.bypasses_attention_interface and not implementation.startswith(PREFIX):
         architecture.backbone.set_attn_implementation(implementation_for(implementation))
 
 
 def _lengthen(architecture: Architecture, context: ForwardContext, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the backbone for lengthened rows; the cache is taken out, the attention function fills it."""
+    """Arguments of the backbone for lengthened rows, `[B, T, ...]` to `[R, M, ...]`, without the cache, because the
+    attention function fills it."""
     layout = context.layout
     lengthened: dict[str, Any] = {name: layout.lengthen(kwargs[name]) for name in PER_TOKEN if is_given(kwargs, name)}
-    # The attention modules get masks of their own in a reading. transformers hands 4-D masks on as they are, which
-    # spares it making another.
+    # A dummy of 4 dimensions, because transformers passes those on as they are. In a forward context the attention
+    # function makes its own masks.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens_in(kwargs).device)
     lengthened["attention_mask"] = None if architecture.bypasses_attention_interface else mask
-    if "logits_to_keep" in kwargs:  # counted from the end of the row, where the copy is now
+    if "logits_to_keep" in kwargs:  # counted from the end of the row, where the bidirectional stream is
         lengthened["logits_to_keep"] = 0
     return {
         **{name: value for name, value in kwargs.items() if name not in (*OF_PACKED_ROWS, *CACHE_KEYWORDS)},
@@ -206,8 +207,8 @@ def _lengthen(architecture: Architecture, context: ForwardContext, kwargs: dict[
 
 
 def _positions(architecture: Architecture, context: ForwardContext, kwargs: dict[str, Any]) -> Tensor:
-    """Positions for lengthened rows, `[R or 1, M]`: those of the caller. Without them every document starts at 0, as if
-    it were alone; but if a cache is filled, tokens are numbered as the model will number those that come after it."""
+    """Positions for lengthened rows, `[R or 1, M]`: those of the caller. By default every sequence starts at 0; but with
+    a cache, tokens are numbered as the model numbers the tokens after them."""
     layout = context.layout
     if is_given(kwargs, "position_ids"):
         return layout.lengthen(kwargs["position_ids"])
@@ -217,7 +218,7 @@ def _positions(architecture: Architecture, context: ForwardContext, kwargs: dict
 
 
 def _restored(context: ForwardContext, outputs: ModelOutput, answers_only: bool) -> ModelOutput:
-    """Takes hidden states back to the caller's rows, or the answers out of them, and gives the caller's cache back."""
+    """Gathers hidden states `[R, M, H]` back to `[B, T, H]`, or to answers `[1, n, H]`, and puts the cache beside."""
     hidden_states = outputs["last_hidden_state"]
     layout = context.layout.to(hidden_states.device)  # that of the last layer
     outputs["last_hidden_state"] = (layout.answers_of if answers_only else layout.restore)(hidden_states)
@@ -231,7 +232,7 @@ def _restored(context: ForwardContext, outputs: ModelOutput, answers_only: bool)
 
 
 def _cache_to_fill(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> Cache | None:
-    """The cache the caller gave, or a new one where the backbone would have made one."""
+    """The cache of the caller, or a new one if the backbone would have made one."""
     use_cache = kwargs.get("use_cache")
     if use_cache is None:
         use_cache = getattr(backbone.config, "use_cache", False)

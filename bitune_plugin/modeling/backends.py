@@ -26,42 +26,42 @@ Attended = tuple[Tensor, Tensor | None]
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask, True where a query sees a key, as a number to be added to their score."""
+    """An additive mask from a bool one, True where a query attends to a key, of the same shape."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def sdpa(module: nn.Module, kwargs: dict[str, Any], *states: Any) -> Attended:
-    """torch's scaled dot product attention: takes masks, or none where `is_causal` says it all."""
+    """torch's scaled dot product attention: takes a mask, or none with `is_causal`."""
     *inputs, pattern = states
     function = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if not isinstance(pattern, AttentionPattern):
         return function(module, *inputs, pattern, **kwargs)
     if pattern.mask is None:
         return function(module, *inputs, None, is_causal=pattern.causal, **kwargs)
-    # Bool masks would be made additive in every layer anew.
+    # Additive, because torch would convert a bool mask in every layer.
     return function(module, *inputs, _additive(pattern, inputs[0].dtype), is_causal=False, **kwargs)
 
 
 def eager(module: nn.Module, kwargs: dict[str, Any], *states: Any) -> Attended:
-    """The matrix products of the model's own modelling file: takes additive masks."""
+    """The eager attention of the model's own modelling file: takes an additive mask."""
     *inputs, pattern = states
     mask = _additive(pattern, inputs[0].dtype) if isinstance(pattern, AttentionPattern) else pattern
     return _eager_function(module)(module, *inputs, mask, **kwargs)
 
 
 def flex_attention(module: nn.Module, kwargs: dict[str, Any], *states: Any) -> Attended:
-    """torch's flex attention: takes block masks."""
+    """torch's flex attention: takes a block mask."""
     *inputs, pattern = states
     mask = pattern.form(BlockMask, lambda: _block_mask(pattern)) if isinstance(pattern, AttentionPattern) else pattern
     return ALL_ATTENTION_FUNCTIONS["flex_attention"](module, *inputs, mask, **kwargs)
 
 
 class Packing(NamedTuple):
-    """The tokens of a group without the free slots between them, document after document.
+    """The tokens of a pattern without padding, sequence after sequence.
 
     Attributes:
-        queries, keys: int64, where they are in `[D * slots]`.
-        lengths: the keywords under which flash attention takes the lengths of rows.
+        queries, keys: int64 `[n]`, their indices in `[D * Q]` and `[D * K]`.
+        lengths: the keywords of flash attention for the lengths of rows.
     """
 
     queries: Tensor
@@ -70,7 +70,7 @@ class Packing(NamedTuple):
 
 
 def flash_attention(base: str, module: nn.Module, kwargs: dict[str, Any], *states: Any) -> Attended:
-    """Flash attention, of which `base` names the version: takes no masks, but rows of different lengths, packed.
+    """Flash attention, in the version that `base` names: takes no mask, but packed rows of different lengths.
 
     Raises:
         LayoutError: the layer attends in chunks.
@@ -95,7 +95,7 @@ BACKENDS: dict[str, Callable[..., Attended]] = {
     "flex_attention": flex_attention,
     **{base: partial(flash_attention, base) for base in FLASH},
 }
-"""Attention implementations of transformers that Bitune can stand on."""
+"""The supported attention implementations of transformers, and how to call them."""
 
 
 def _additive(pattern: AttentionPattern, dtype: torch.dtype) -> Tensor:
@@ -104,7 +104,7 @@ def _additive(pattern: AttentionPattern, dtype: torch.dtype) -> Tensor:
 
 def _block_mask(pattern: AttentionPattern) -> BlockMask:
     (rows, queries), keys, mask = pattern.queries.shape, pattern.keys.shape[1], pattern.dense()
-    # Without the dimension of one head, because torch 2.6 cannot index by tensors and a number in a mask function.
+    # [D, Q, K], without heads, because torch 2.6 cannot index by tensors and a number in a mask function.
     of_rows = mask.expand(rows, 1, queries, keys)[:, 0]
 
     def sees(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -129,17 +129,17 @@ def _pack(pattern: AttentionPattern) -> Packing:
 
 
 def _take(states: Tensor, index: Tensor) -> Tensor:
-    """`[D, heads, slots, head size]` to `[1, heads, tokens, head size]`."""
+    """`[D, heads, Q or K, head size]` to `[1, heads, n, head size]`."""
     return states.transpose(1, 2).flatten(0, 1)[index].transpose(0, 1)[None]
 
 
 def _configured(module: Any, base: str) -> nn.Module:
-    """The module with a config that names `base`: flash attention asks it which of its versions to use."""
+    """The module with a config that names `base`, because flash attention reads its version there."""
     return with_attributes(module, config=with_attention(module.config, base))
 
 
 def _eager_function(module: nn.Module) -> Callable[..., Attended]:
-    # Every modelling file of transformers has its own eager function, next to the attention class that uses it.
+    # Every modelling file of transformers has its own eager function, beside the attention class.
     for cls in type(module).__mro__:
         function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
         if function is not None:

@@ -1,4 +1,4 @@
-"""The causal language model: `labels` become a `prompt_mask`, and `generate` remembers the prompt."""
+"""The causal language model: finds the prompt of a call, in `labels` or in `generate`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .prompts import (
 
 
 class CausalModel(GeneratesFromPrompt, TakesCache):
-    """A causal language model that knows the prompt from the text that follows it, in training and in `generate`.
+    """A patch of the causal language model: tells prompt and completion apart, in training and in `generate`.
 
     Attributes:
         bitune_architecture: the parts of the model.
@@ -34,16 +34,16 @@ class CausalModel(GeneratesFromPrompt, TakesCache):
     bitune_architecture: Architecture
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes the model's own arguments, and those of `Prompts`. With `labels` and no `prompt_mask`, the leading
-        ignored labels of a row are its prompt.
+        """Takes the model's own arguments, `[B, T, ...]`, and those of `Prompts`. With `labels` and no `prompt_mask`,
+        the leading ignored labels of a sequence are its prompt.
 
         Raises:
-            LayoutError: it cannot be told where a prompt ends.
-            RuntimeError: the model went around its backbone, and so around Bitune.
+            LayoutError: the end of a prompt is not known.
+            RuntimeError: the model did not call its backbone, and so bypassed Bitune.
         """
         if "bitune_architecture" not in self.__dict__:  # a new model of this class
             return super().__call__(*args, **kwargs)
-        # Not in `forward`, which TRL's fused LM head puts its own in place of.
+        # Not in `forward`, because TRL's fused LM head replaces it.
         kwargs = translate_cache(by_name(super().forward, args, kwargs), self.cache_keyword)
         generation = kwargs.pop(GENERATION, None)
         call = Call(self.prompts_of(kwargs), generation)
@@ -58,7 +58,7 @@ class CausalModel(GeneratesFromPrompt, TakesCache):
         return outputs
 
     def prompts_of(self, kwargs: dict[str, Any]) -> Prompts:
-        """What the arguments of a call say of the prompts; takes those of `Prompts` out of them."""
+        """The prompts of a call. Takes the arguments of `Prompts` out of `kwargs`."""
         prompts = Prompts.taken_from(kwargs)
         labels = kwargs.get("labels")
         if labels is None:
@@ -77,16 +77,16 @@ class CausalModel(GeneratesFromPrompt, TakesCache):
 
 
 def plan_ahead(model: nn.Module, **inputs: Any) -> PromptLayout | None:
-    """Lays out a batch before a model is called with it, to be handed over as `prompt_layout`. The caller then knows
-    where the answers are, and a compiled model is spared what torch.compile cannot trace.
+    """Plans a batch ahead of the call, for its argument `prompt_layout`. The caller then knows where the answers are,
+    and a compiled model skips the planning, which torch.compile cannot trace.
 
     Args:
         model: a causal language model with a Bitune adapter, or a PeftModel around it.
-        inputs: what the model will be called with: `input_ids` or `inputs_embeds`, `prompt_mask` or `labels`, and
-            perhaps `attention_mask` and `position_ids`.
+        inputs: the arguments of the call: `input_ids` or `inputs_embeds`, `prompt_mask` or `labels`, and optionally
+            `attention_mask` and `position_ids`.
 
     Raises:
-        LayoutError: it cannot be told where a prompt ends.
+        LayoutError: the end of a prompt is not known.
     """
     causal_model = next(each for each in model.modules() if isinstance(each, CausalModel))
     return plan_call(causal_model.bitune_architecture, causal_model.prompts_of(inputs), None, inputs)

@@ -1,4 +1,4 @@
-"""Decoder layers under activation checkpointing follow the reading that they were part of."""
+"""Decoder layers under activation checkpointing are recomputed in the forward context of their first run."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .context import CONTEXT_KEYWORD, NO_CONTEXT, ContextArgument, active_contex
 from .extension import Patch, patch
 
 WRAPPED = "_checkpoint_wrapped_module"
-"""What torch's `CheckpointWrapper` calls the module inside. Not every build of torch has the class."""
+"""The attribute of torch's `CheckpointWrapper` for the module inside. Not every build of torch has that class."""
 
 
 class CheckpointedLayer(Patch):
-    """A decoder layer that remembers which reading it is part of: activation checkpointing runs its `forward` again,
-    perhaps in another thread and after other forward passes."""
+    """A decoder layer that keeps its forward context as an argument, because activation checkpointing runs its
+    `forward` again, perhaps in another thread and after other forward passes. States are `[R, M, H]`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # What checkpointing keeps are the arguments of `forward`.
+        # Checkpointing keeps the arguments of `forward`.
         if active_context.value is not None and CONTEXT_KEYWORD not in kwargs:
             kwargs[CONTEXT_KEYWORD] = ContextArgument(active_context.value)
         return super().__call__(*args, **kwargs)
@@ -33,8 +33,8 @@ class CheckpointedLayer(Patch):
 
 
 class CheckpointWrapperPatch(Patch):
-    """torch's `CheckpointWrapper` around a decoder layer: it calls the layer itself again, not the layer's `forward`,
-    so the reading has to be among its own arguments."""
+    """torch's `CheckpointWrapper` around a decoder layer. The forward context is an argument of the wrapper too,
+    because the wrapper calls the layer again, and not the layer's `forward`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if active_context.value is not None:
@@ -42,15 +42,15 @@ class CheckpointWrapperPatch(Patch):
         return super().__call__(*args, **kwargs)
 
     def named_modules(self, memo: set | None = None, prefix: str = "", *args: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Names without the wrapper's, as torch gives them to parameters. PEFT 0.21.2 looks for these in what it saves,
-        and saves nothing of an adapter whose layers it finds under others."""
+        """Names without the wrapper's, as torch names parameters, because PEFT 0.21.2 looks for these names when it
+        saves an adapter, and saves nothing of layers under other names."""
         yield prefix, self
         yield from getattr(self, WRAPPED).named_modules(memo, prefix, *args)
 
 
 def patch_checkpoint_wrappers(backbone: nn.Module) -> None:
-    """Hands the reading on to decoder layers that were wrapped for activation checkpointing, as accelerate does for
-    FSDP2, after the adapter was put on. They lie in a list of the backbone's."""
+    """Patches decoder layers that were wrapped for activation checkpointing after the adapter was added, as accelerate
+    does for FSDP2. They are in a list of the backbone."""
     for child in backbone.children():
         for layer in child.children():
             wrapped = getattr(layer, WRAPPED, None)

@@ -1,4 +1,4 @@
-"""A thread-local value, set for the duration of a `with` block, and the reading that it holds."""
+"""The forward context: a thread-local value, set for the duration of a `with` block."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ T = TypeVar("T")
 
 
 class PerThread(threading.local, Generic[T]):
-    """What holds during a forward pass, in the thread that it runs in.
+    """A thread-local value, set for the duration of a `with` block.
 
-    Not a ContextVar, which torch.compile (2.13) breaks its graphs at: no forward pass is suspended half-way.
+    Not a ContextVar, because torch.compile (2.13) breaks its graphs at those; a forward pass is never suspended.
 
     Attributes:
-        value: what holds now; `None` outside every block.
+        value: the value now; `None` outside every block.
     """
 
     def __init__(self) -> None:
-        self.value: T | None = None  # in every thread; an attribute of the class torch.compile would guard the lack of
+        self.value: T | None = None  # in every thread, because torch.compile would guard on its absence
 
     @contextmanager
     def set(self, value: T | None) -> Iterator[None]:
-        """Lets `value` hold for the length of the block."""
+        """Sets `value` for the duration of the block."""
         before = self.value
         self.value = value
         try:
@@ -42,11 +42,11 @@ class PerThread(threading.local, Generic[T]):
 
 
 CONTEXT_KEYWORD = "bitune_context"
-"""The keyword under which a decoder layer is given the reading that it is part of."""
+"""The keyword under which a decoder layer receives its forward context."""
 
 
 class Stream(Enum):
-    """The two ways in which a prompt is read."""
+    """The two streams of a lengthened row."""
 
     CAUSAL = auto()
     BIDIRECTIONAL = auto()
@@ -54,16 +54,16 @@ class Stream(Enum):
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """One lengthened forward pass: how the prompts of a batch are read.
+    """The state of one forward pass over lengthened rows.
 
     Attributes:
-        layout: where each token goes.
+        layout: the layout of the batch.
         adapter: name of the active Bitune adapter.
-        second_pass_causal: the copy attends causally (ablation "only causal").
-        share_adapter: the copy uses the causal adapter too (ablation "shared weights").
-        stream: within a block that runs once on each part, the part; `None` where the parts are together.
-        cache: filled with the mixed keys and values, layer by layer; `None` to keep none.
-        visited: how often each attention module took part so far.
+        second_pass_causal: the bidirectional stream attends causally (ablation "only causal").
+        share_adapter: the bidirectional stream uses the causal adapter too (ablation "shared weights").
+        stream: the stream, inside a block that runs once on each; `None` where both are in one tensor.
+        cache: the cache that each layer fills with mixed keys and values; `None` to keep none.
+        visited: the number of calls of each attention module so far.
     """
 
     layout: PromptLayout
@@ -75,22 +75,22 @@ class ForwardContext:
     visited: dict[nn.Module, int] = field(default_factory=dict, compare=False)
 
     def mark_visited(self, attention: nn.Module) -> None:
-        """Notes that an attention module follows this reading."""
+        """Counts a call of an attention module in this context."""
         self.visited[attention] = self.visited.get(attention, 0) + 1
 
 
 class ContextArgument:
-    """A reading among the arguments of a module. No dataclass: FSDP2 takes those apart, to cast tensors inside.
+    """A forward context as an argument of a module. Not a dataclass: FSDP2 rebuilds those to cast their tensors.
 
     Attributes:
-        context: `None` outside a reading.
+        context: the context, or `None`.
     """
 
     def __init__(self, context: ForwardContext | None) -> None:
         self.context = context
 
     def to(self, device: torch.device, **_: Any) -> ContextArgument:
-        """The reading on another device: accelerate asks for it where a model is spread over several."""
+        """The context on another device; accelerate calls this for models on several devices."""
         return (
             self
             if self.context is None
@@ -105,10 +105,10 @@ active_context: PerThread[ForwardContext] = PerThread()
 
 
 def current_context() -> ForwardContext | None:
-    """The reading that this thread is in, if any."""
+    """The forward context of this thread, if any."""
     return active_context.value
 
 
 def forward_context(context: ForwardContext | None) -> AbstractContextManager[None]:
-    """Makes `context` the one that attention and PEFT layers of this thread follow, for the length of the block."""
+    """Sets the forward context that attention and PEFT layers of this thread use, for the duration of the block."""
     return active_context.set(context)

@@ -1,4 +1,4 @@
-"""Patches of built modules: a subclass is put in front of a module's class, and taken off again."""
+"""Patches: a subclass put in front of the class of a built module, and removed again."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ else:
 
 
 class Patch(_Base):
-    """What Bitune adds to the `forward` of a module that is already built; see `patch`."""
+    """A base class of patches: methods that Bitune adds to a module that is already built; see `patch`."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class of an extended module is made on the fly, so pickle and deepcopy must be told how.
+        # The class of a patched module is made on the fly, so pickle and deepcopy need a function that makes it.
         patch_class, base = type(self).__bases__
         return _blank, (base, patch_class), self.__dict__
 
 
 class TakesCache(Patch):
-    """What is added to a module whose `forward` takes the key/value cache.
+    """A patch of a module whose `forward` takes the key/value cache.
 
     Attributes:
-        cache_keyword: the keyword under which the module's own `forward` takes it. Found once per class, because
-            torch.compile cannot look at signatures.
+        cache_keyword: the keyword of the cache in the module's own `forward`. Found once per class, because
+            torch.compile cannot inspect signatures.
     """
 
     cache_keyword: ClassVar[str]
@@ -62,12 +62,12 @@ class TakesCache(Patch):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         base: Any = cls.__bases__[-1]
-        if not issubclass(base, Patch):  # the class of a module, in front of which this one stands
+        if not issubclass(base, Patch):  # the module's own class
             cls.cache_keyword = cache_keyword(base.forward)
 
 
 def with_attributes(module: nn.Module, **attributes: Any) -> Any:
-    """A module that shares everything with `module` but these attributes."""
+    """A module that shares everything with `module`, except these attributes."""
     view: Any = object.__new__(_class_of_views(type(module)))
     view.__dict__ = {**module.__dict__, **attributes}
     return view
@@ -75,34 +75,34 @@ def with_attributes(module: nn.Module, **attributes: Any) -> Any:
 
 @cache
 def _class_of_views(cls: Any) -> Any:
-    """`cls` itself, unless its instances clean up when they go: what a view shares is not its own to clean up."""
+    """`cls`, without its `__del__` if it has one, because a view must not clean up what it shares."""
     return type(cls.__name__, (cls,), {"__del__": lambda view: None}) if hasattr(cls, "__del__") else cls
 
 
 def by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by their names."""
+    """All arguments of a call, by name."""
     return {**inspect.signature(function).bind_partial(*args).arguments, **kwargs} if args else kwargs
 
 
-# Monkeypatch, in one place: `patch` gives a built module a subclass of its class, as FSDP2 does. Module hooks are not
-# enough (torch 2.13, transformers 5.23, PEFT 0.21.2): a PEFT layer must run its `forward` twice, and what is to hold
-# during the recomputation of a decoder layer must be part of its `forward`.
+# Monkeypatching, in one place: `patch` gives a built module a subclass of its class, as FSDP2 does. Module hooks are
+# not enough (torch 2.13, transformers 5.23, PEFT 0.21.2), because a PEFT layer must run its `forward` twice, and
+# because a decoder layer is recomputed by its `forward` alone.
 
 
 def patch(module: nn.Module, patch_class: type[Patch]) -> None:
-    """Puts `patch_class` in front of the class of `module`, under the same name. Once."""
+    """Puts `patch_class` in front of the class of `module`, under the same name. Does nothing the second time."""
     if not isinstance(module, patch_class):
         _set_class(module, _patched(type(module), patch_class))
 
 
 def unpatch(module: nn.Module, patch_class: type[Patch]) -> None:
-    """Takes `patch` back."""
+    """Removes `patch_class` from the class of `module`."""
     if isinstance(module, patch_class):
         _set_class(module, _without(type(module), patch_class))
 
 
 def _without(cls: type, patch_class: type[Patch]) -> Any:
-    """The class that `patch_class` was put in front of; what was put in front of both since, as by FSDP2, stays."""
+    """`cls` without `patch_class`. Classes put in front of both since then, as by FSDP2, stay."""
     if patch_class in cls.__bases__:
         return cls.__bases__[1]
     bases = tuple(_without(base, patch_class) if issubclass(base, patch_class) else base for base in cls.__bases__)
@@ -121,7 +121,7 @@ def _patched(base: Any, patch_class: Any) -> Any:
 def _set_class(module: nn.Module, cls: Any) -> None:
     methods = {base.__dict__.get("forward") for base in type(module).__mro__}
     module.__class__ = cls
-    # accelerate's hooks keep the `forward` they found on the instance, and leave it there when they are taken off.
+    # accelerate's hooks keep the `forward` that they found on the instance, and leave it there when they are removed.
     for name in ("forward", "_old_forward"):
         kept = vars(module).get(name)
         if isinstance(kept, types.MethodType) and kept.__func__ in methods:

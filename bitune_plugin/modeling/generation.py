@@ -1,4 +1,4 @@
-"""`generate`: the text that it was given is the prompt, and what it appends is the completion."""
+"""`generate`: the given tokens are the prompt, and the appended ones the completion."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ REFUSED_SETTINGS = {
     "guidance_scale": ((None, 1), "a second pass starts in the middle of the prompt, or from another"),
     "assistant_early_exit": ((None,), "some layers would take no part in reading the prompt"),
 }
-"""Settings of `generate` that Bitune does not know how to read a prompt under: harmless values, and why."""
+"""Settings of `generate` that Bitune refuses: their harmless values, and the reason."""
 
 
 _generation: PerThread[Generation] = PerThread()
 
 
 GENERATION = "bitune_generation"
-"""The keyword under which a step of `generate` hands its `Generation` to the causal language model."""
+"""The keyword under which a step of `generate` passes its `Generation` to the causal language model."""
 
 
 class GeneratesFromPrompt(Patch):
-    """What a causal language model that carries Bitune adds to `GenerationMixin` of transformers.
+    """The patch of transformers' `GenerationMixin`.
 
     Attributes:
         bitune_architecture: the parts of the model.
@@ -43,21 +43,24 @@ class GeneratesFromPrompt(Patch):
     bitune_architecture: Architecture
 
     def generate(self, *args: Any, prompt_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """`generate` of transformers, with one argument more.
+        """`generate` of transformers, with one more argument.
 
         Args:
-            prompt_mask: bool `[B, T]`, to go on with text that is partly written: True on the prompt, False on what
-                has been answered so far. By default all of the input is prompt.
+            prompt_mask: bool `[B, T]`, to continue a completion: True on the prompt, False on the completion so far. By
+                default all of the input is prompt.
+
+        Raises:
+            LayoutError: a setting hides the end of the prompt, or `prompt_mask` does not fit the tokens.
         """
         kwargs = translate_cache(by_name(super().generate, args, kwargs), OF_GENERATE)
         if kwargs.get("cache_implementation") == "paged":
             self._refuse_continuous_batching("cache_implementation='paged'")
         self._check_settings(kwargs)
-        # The first step reads embeddings if there are any; what is answered goes behind the tokens.
+        # The first step takes embeddings if there are any.
         given = (kwargs.get(name) for name in ("inputs_embeds", "input_ids", "inputs"))
         tokens = next((x for x in given if x is not None), None)
         if prompt_mask is None:
-            # Beside the tokens, if there are any: `self.device` is the meta device where weights are kept on disk.
+            # On the device of the tokens, because `self.device` is the meta device if weights are kept on disk.
             start = torch.ones(1, 1, device=self.device) if tokens is None else tokens
             prompt_mask = torch.ones(start.shape[:2], dtype=torch.bool, device=start.device)
         else:
@@ -67,7 +70,7 @@ class GeneratesFromPrompt(Patch):
             return super().generate(**kwargs)
 
     def _check_settings(self, kwargs: dict[str, Any]) -> None:
-        """Raises LayoutError for settings of `generate` that hide what is prompt."""
+        """Raises LayoutError for settings of `generate` that hide the end of the prompt."""
         if active_adapter(self.bitune_architecture) is None:
             return
         config = kwargs.get("generation_config") or self.generation_config
@@ -84,7 +87,7 @@ class GeneratesFromPrompt(Patch):
         inputs_embeds: Tensor | None = None,  # transformers looks for this name in the signature
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in transformers; but for static caches it makes 4-D masks of the 2-D one, which the prompt needs.
+        """As in transformers, except that the prompt keeps its 2-D mask, which transformers replaces for static caches.
 
         Raises:
             ValueError: a static cache with flash attention.
@@ -92,7 +95,7 @@ class GeneratesFromPrompt(Patch):
         past = cache_in(kwargs)
         implementation = base_of(self.config._attn_implementation)
         if implementation.startswith("flash") and getattr(past, "is_compileable", False):
-            # Under the name of Bitune's implementation transformers does not see that it needs the padding mask.
+            # Because transformers does not recognise flash attention under the name of Bitune's implementation.
             raise ValueError(
                 f"A static cache with `attn_implementation={implementation!r}` is not supported by Bitune. Leave "
                 "`cache_implementation` unset, or call `model.set_attn_implementation('sdpa')`."
@@ -114,7 +117,7 @@ class GeneratesFromPrompt(Patch):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """As in transformers; but a prompt is read in one piece, whatever `prefill_chunk_size` says."""
+        """As in transformers, except that `prefill_chunk_size` is ignored: a prompt is encoded in one piece."""
         unread = not holds_tokens(cache_in(model_kwargs))
         if generation_config.prefill_chunk_size is not None and unread and active_adapter(self.bitune_architecture):
             _warn_one_piece()
@@ -123,12 +126,12 @@ class GeneratesFromPrompt(Patch):
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused while a Bitune adapter is on."""
+        """Refused while a Bitune adapter is enabled. Raises LayoutError."""
         self._refuse_continuous_batching("generate_batch")
         return super().generate_batch(*args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused while a Bitune adapter is on."""
+        """Refused while a Bitune adapter is enabled. Raises LayoutError."""
         self._refuse_continuous_batching("init_continuous_batching")
         return super().init_continuous_batching(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""The one module that knows how versions of transformers differ, and which of its private names Bitune depends on.
+"""Differences between versions of transformers, and the private names of it that Bitune depends on.
 
 Run on transformers 5.17 to 5.24 (`docs/versions.md`). A difference is found by looking for the capability, a parameter
 or an attribute, and never by comparing version numbers.
@@ -6,8 +6,9 @@ or an attribute, and never by comparing version numbers.
 - The cache's keyword: `past_key_values` to 5.23. From 5.24 on `cache` in `forward`, in what
   `prepare_inputs_for_generation` takes and returns, and in outputs; the old keyword is translated, under a
   FutureWarning, until 5.40. Some attention modules call it `layer_past` on every version.
-- `GenerationMixin._prefill`, which `forward.py` overrides: reading the prompt has no public hook.
-- `PreTrainedModel._load_pretrained_model`, which `adapter_methods.py` overrides: it reads the weights of an adapter.
+- `GenerationMixin._prefill`, which `generation.py` overrides, because encoding the prompt has no public hook.
+- `PreTrainedModel._load_pretrained_model`, which `tuner/transformers_methods.py` overrides: it reads the weights of an
+  adapter.
 - `config._attn_implementation`, the implementation's name, and the attribute behind that property.
 - `flash_attention_4`: not every version knows it.
 - Checkpointed layers drop the cache; from 5.24 on only in a forward pass that computes gradients.
@@ -35,7 +36,7 @@ CACHE_KEYWORDS = ("cache", "past_key_values", "layer_past")
 
 
 def cache_keyword(function: Callable[..., Any]) -> str:
-    """The keyword under which `function` takes the cache; that of `generate` if its signature names none."""
+    """The keyword of the cache in the signature of `function`; that of `generate` if there is none."""
     parameters = inspect.signature(function).parameters
     return next((name for name in CACHE_KEYWORDS if name in parameters), OF_GENERATE)
 
@@ -45,7 +46,7 @@ OF_GENERATE = next(
     for name in CACHE_KEYWORDS
     if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 )
-"""The keyword under which `generate` and `prepare_inputs_for_generation` take the cache, and pass it on."""
+"""The keyword of the cache in `generate` and `prepare_inputs_for_generation`."""
 
 
 def cache_in(arguments: Mapping[str, Any]) -> Cache | None:
@@ -78,7 +79,7 @@ def translate_cache(arguments: dict[str, Any], keyword: str) -> dict[str, Any]:
 
 
 def put_cache(outputs: ModelOutput, past: Cache) -> None:
-    """Gives the outputs of a backbone their cache."""
+    """Puts the cache into the outputs of a backbone."""
     fields: dict[str, Any] = getattr(type(outputs), "__dataclass_fields__", {})
     outputs["cache" if "cache" in fields else "past_key_values"] = past
 
@@ -110,24 +111,23 @@ def _checkpoints_without_gradients() -> bool:
 
 
 def attention_implementations(*names: str) -> tuple[str, ...]:
-    """Those of `names` that this transformers has a mask function for, and so knows."""
+    """Those of `names` that the installed transformers knows: it has a mask function for them."""
     return tuple(name for name in names if name in ALL_MASK_ATTENTION_FUNCTIONS)
 
 
 def with_attention(config: PreTrainedConfig, implementation: str) -> PreTrainedConfig:
-    """A copy of `config` that names `implementation`. The public setter would look for its kernels first."""
+    """A copy of `config` that names `implementation`. Not by the public setter, because that loads kernels."""
     named = copy.copy(config)
     named._attn_implementation_internal = implementation
     return named
 
 
 def attends_through_interface(module: nn.Module) -> bool:
-    """Whether the modelling file of an attention module knows the functions of `AttentionInterface`. Those of GPT-J and
-    CodeGen do from transformers 5.24 on."""
+    """Whether the modelling file of an attention module uses `AttentionInterface`. Those of GPT-J and CodeGen do from
+    transformers 5.24 on."""
     return hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
 def takes_mask(module: nn.Module) -> bool:
-    """Whether the `forward` of a module takes the attention mask, as embeddings of positions do that are numbered by
-    it."""
+    """Whether the `forward` of a module takes the attention mask, as embeddings do that compute positions from it."""
     return "attention_mask" in inspect.signature(type(module).forward).parameters

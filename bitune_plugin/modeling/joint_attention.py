@@ -1,15 +1,14 @@
-"""Attention modules that do their own arithmetic: one call over all keys, in place of three groups of queries.
+"""Attention modules that bypass the attention interface: one call over all keys, instead of one call per segment.
 
-Some attention modules of transformers write out their attention instead of calling an attention function, or call it
-more than once: ALiBi (Bloom, MPT), scores in float32 (GPT-J), differences of two attentions (DiffLlama). All of them
-give their keys and values to a cache and attend to what it returns, as far as a mask allows. Bitune takes the place of
-both:
+Some attention modules of transformers compute their attention themselves, or call an attention function more than once:
+ALiBi (Bloom, MPT), scores in float32 (GPT-J), differences of two attentions (DiffLlama). All of them give their keys
+and values to a cache and attend to its output, as far as a mask allows. Bitune replaces cache and mask:
 
-    keys    [ keys of the lengthened row | keys that stay in the cache: the mixture, then the answer's own ]
-    mask    encoded prompt -> its own, causally; copy -> its own, fully; answer -> those in the cache, causally
+    keys    [ keys of the lengthened row, L + E | keys that the cache keeps, L: the mixture, then the answer's own ]
+    mask    prefix -> prefix, causally; bidirectional -> bidirectional, fully; answer -> keys of the cache, causally
 
-Every document has a row of its own. The numbers are those of `attention.py`, at the price of scores that the mask then
-hides.
+Every sequence has a row of its own. The result is that of `attention.py`, but the module also computes scores that the
+mask hides.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from .host import with_cache
 
 
 class MixingCache:
-    """What an attention module gives its keys and values to during a reading."""
+    """The cache of an attention module in a forward context: mixes keys and values, and passes them on."""
 
     is_compileable = False
 
@@ -38,21 +37,21 @@ class MixingCache:
         self.module, self.context = module, context
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Mixes, and fills the cache of the reading.
+        """Mixes keys and values, and fills the cache of the forward context.
 
         Args:
-            key, value: `[D, key/value heads, L + E, head size]`, a document in each row.
-            layer_idx: where the cache keeps them.
+            key, value: `[D, key/value heads, L + E, head size]`, one sequence in each row.
+            layer_idx: index of the layer in the cache.
 
         Returns:
-            The keys and values that `SequenceGroup.single_call_mask` is for, `2L + E` of them.
+            Keys and values for `SequenceGroup.single_call_mask`: `[D, key/value heads, 2L + E, head size]`.
         """
         layout = self.context.layout
         (key_encoded, key_rest, key_copy), (value_encoded, value_rest, value_copy) = map(self._split, (key, value))
         (key_mixed,), (value_mixed,) = getattr(self.module, MIXING)(
             [(key_encoded, key_copy)], [(value_encoded, value_copy)], self.context.adapter
         )
-        # Short prompts leave slots of encoded prompts to the first tokens of their answers.
+        # In rows with a short prompt, the first answer tokens are among the first `E`, and are not mixed.
         encoded = layout.groups[0].encoded[:, None, :, None]
         key_kept = concatenate([torch.where(encoded, key_mixed, key_encoded), key_rest], dim=2)
         value_kept = concatenate([torch.where(encoded, value_mixed, value_encoded), value_rest], dim=2)
@@ -62,23 +61,28 @@ class MixingCache:
         return concatenate([key, key_kept], dim=2), concatenate([value, value_kept], dim=2)
 
     def _split(self, states: Tensor) -> tuple[Tensor, ...]:
-        """The first `E` tokens of each row, the others of its `L`, and the copy."""
+        """The first `E` places of each row, the others of its `L`, and the bidirectional segment, `E`."""
         tokens, size = self.context.layout.streams
         return states.split([size, tokens - size, size], dim=2)
 
     def get_seq_length(self, *_: Any) -> int:
-        """As of a cache that is still empty."""
+        """0, as in an empty cache."""
         return 0
 
 
 class SingleCallAttention(TakesCache):
-    """An attention module that does its own arithmetic, in a reading. Subclasses know how it takes its arguments.
+    """A patch of an attention module that bypasses the attention interface. Subclasses adapt the module's arguments.
 
     Attributes:
         takes_several_completions: rows may hold several completions of their prompt.
     """
 
     takes_several_completions: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        if "reach" in vars(cls):  # would be ignored
+            raise TypeError(f"`{cls.__name__}.reach` is `local_attention` now. Rename the method.")
+        super().__init_subclass__(**kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         context = current_context()
@@ -93,19 +97,19 @@ class SingleCallAttention(TakesCache):
         return super(SingleCallAttention, self.unmasked(visible)).forward(**kwargs)
 
     def local_attention(self) -> LocalAttention | None:
-        """How far the tokens of this layer see."""
+        """The local attention of this layer, or `None`."""
         return None
 
     def mask_arguments(self, kwargs: dict[str, Any], visible: Tensor, layout: PromptLayout) -> dict[str, Any]:
-        """The arguments in which the module wants its mask, and biases that hang on the positions of keys.
+        """The arguments of the module for its mask, and for biases that depend on the positions of keys.
 
         Args:
             kwargs: the arguments of the module, for the lengthened row.
-            visible: bool `[D or 1, 1, L + E, 2L + E]`, True where a query sees a key.
-            layout: where each token goes.
+            visible: bool `[D or 1, 1, L + E, 2L + E]`, True where a query attends to a key.
+            layout: the layout of the batch.
         """
         return {"attention_mask": additive(visible, kwargs["hidden_states"].dtype)}
 
     def unmasked(self, visible: Tensor) -> SingleCallAttention:
-        """The module, or one that shares everything with it, without a causal mask of its own."""
+        """The module without its own causal mask: itself, or a view that shares everything else."""
         return self

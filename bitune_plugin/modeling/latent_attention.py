@@ -1,8 +1,8 @@
-"""Multi-head latent attention (DeepSeek): a cache of keys and values where the model would keep latent states.
+"""Multi-head latent attention (DeepSeek): a cache of keys and values instead of latent states.
 
-Such a module caches one low-rank state per token and expands it to the keys and values of all heads whenever it
-attends. The mixture of two sets of keys and values is no expansion of any state. So as long as a Bitune adapter is
-on, the cache holds the expanded keys and values, of the prompt and of what follows.
+Such a module caches one low-rank state per token and expands it to the keys and values of all heads at every step. As
+long as a Bitune adapter is enabled, the cache holds the expanded keys and values, because a mixture of two sets of keys
+is no expansion of any latent state.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .host import cache_in, with_cache
 
 
 class _PassThrough:
-    """What an attention module gives its latent states to: it gets them back, those of new tokens alone."""
+    """A cache that returns the latent states of new tokens unchanged, and keeps none."""
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
@@ -35,8 +35,8 @@ _cache: PerThread[Cache] = PerThread()
 
 
 class LatentAttention(TakesCache):
-    """An attention module with `expand_kv` whose cache holds what it expands to. In a reading it is given no cache;
-    the attention function fills it."""
+    """A patch of an attention module with `expand_kv`: the cache holds expanded keys and values. In a forward context
+    the module receives no cache, because the attention function fills it."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = by_name(super().forward, args, kwargs)
@@ -47,7 +47,8 @@ class LatentAttention(TakesCache):
             return super().forward(**with_cache(kwargs, self.cache_keyword, _PassThrough(cache)))
 
     def expand_kv(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values of new tokens, `[B, heads, tokens, head size]`; in decoding with those of all before."""
+        """Keys and values of new tokens, `[B, heads, Q, head size]`; in decoding also of all before,
+        `[B, heads, K, head size]`."""
         key, value = super().expand_kv(*args, **kwargs)
         cache = _cache.value
         return (key, value) if cache is None else cache.update(key, value, self.layer_idx)

@@ -1,4 +1,4 @@
-"""Prompts among the arguments of a call, and the layout that they give."""
+"""The prompts of a call, from its arguments, and their layout."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from .context import PerThread
 from .host import OF_GENERATE
 
 OF_PACKED_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-"""Keywords of the backbone that say where the documents of a row are, as its `position_ids` do too."""
+"""Keywords of the backbone for packed rows; `position_ids` say the same."""
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a caller says of the prompts in a batch, beside the arguments of the model itself.
+    """The arguments of a call that describe the prompts of its batch.
 
     Attributes:
-        prompt_mask: bool `[B, T]`, True on every prompt token, the last one included. Without it, inside `generate`
-            the prompt is what `generate` was given; otherwise all of the input is prompt.
-        prompt_layout: what `plan_ahead` made of all this, in its place.
-        completion_index: int `[B, T]`, for rows in which several completions follow one prompt; see `layout.plan`.
-            Nothing can be generated from such a row: it needs `use_cache=False`.
-        answers_only: leave all but the answers out of `last_hidden_state`, so that the head has less to do:
-            `[1, n, H]`, one document after the other; see `PromptLayout.answers_of`.
-        position_ids: `[B or 1, T]`, which start again with every document of a row. The causal language model fills
-            it in; not every one hands them on.
+        prompt_mask: bool `[B, T]`, True on every prompt token, the last one included. By default the prompt is, inside
+            `generate`, the tokens given to `generate`, and otherwise all of the input.
+        prompt_layout: the result of `plan_ahead`, instead of the other arguments.
+        completion_index: int `[B, T]`, for rows in which several completions follow one prompt; see `planning.plan`.
+            It needs `use_cache=False`, because nothing can be generated after several completions.
+        answers_only: return only the answers in `last_hidden_state`, `[1, n, H]`, sequence by sequence, because the
+            head then has less to compute; see `PromptLayout.answers_of`.
+        position_ids: `[B or 1, T]`, which start again with every sequence of a row. Filled in by the causal language
+            model, because not every one passes them on.
     """
 
     prompt_mask: Tensor | None = None
@@ -47,7 +47,7 @@ class Prompts:
 
     @classmethod
     def taken_from(cls, kwargs: dict[str, Any], otherwise: Prompts | None = None) -> Prompts:
-        """Takes its attributes out of `kwargs`; those that are not among them are as in `otherwise`."""
+        """Takes the attributes out of `kwargs`; the missing ones are those of `otherwise`."""
         names = ("prompt_mask", "prompt_layout", "completion_index", "answers_only")
         given = {name: kwargs.pop(name, None) for name in names}
         given["position_ids"] = kwargs.get("position_ids")
@@ -57,12 +57,11 @@ class Prompts:
 
 @dataclass
 class Generation:
-    """One call of `generate`. Its own forward passes carry it, and no others: a logits processor may call
-    the model too.
+    """One call of `generate`. Only its own forward passes carry it, because a logits processor may call the model too.
 
     Attributes:
-        prompt_mask: bool `[rows given, tokens given]`; what is appended later is completion.
-        cache: the one that the prompt has been read into.
+        prompt_mask: bool `[rows given, tokens given]`; later tokens are completion.
+        cache: the cache of the encoded prompt.
     """
 
     prompt_mask: Tensor
@@ -72,7 +71,7 @@ class Generation:
         """bool `[rows, tokens]`: the prompt in a forward pass that starts from an empty cache.
 
         Raises:
-            LayoutError: the forward pass holds only a part of the prompt.
+            LayoutError: the forward pass has only a part of the prompt.
         """
         given_rows, given_tokens = self.prompt_mask.shape
         if tokens < given_tokens or rows % given_rows:
@@ -88,8 +87,7 @@ class Generation:
 
 @dataclass
 class Call:
-    """One call of a causal language model: what it says of the prompts, on its way to the backbone, and the `generate`
-    that it is a step of, if any."""
+    """One call of a causal language model: its prompts, for the backbone, and the `generate` that it belongs to."""
 
     prompts: Prompts = field(default_factory=Prompts)
     generation: Generation | None = None
@@ -102,6 +100,11 @@ active_call: PerThread[Call] = PerThread()
 def plan_call(
     architecture: Architecture, prompts: Prompts, generation: Generation | None, kwargs: dict[str, Any]
 ) -> PromptLayout | None:
+    """The layout of a call: from its prompts `[B, T]`, or from its `generate`; all of the input is prompt otherwise.
+
+    Raises:
+        LayoutError: the arguments contradict each other, or leave the end of a prompt open.
+    """
     prompt_mask, completion_index = prompts.prompt_mask, prompts.completion_index
     tokens = tokens_in(kwargs)
     attention_mask = padding_mask_in(kwargs)
@@ -130,7 +133,7 @@ def plan_call(
 
 
 def layout_made_ahead(layout: PromptLayout, kwargs: dict[str, Any]) -> PromptLayout:
-    """The layout that was made ahead. Raises LayoutError if it is for a batch of another shape."""
+    """A layout of `plan_ahead`, on the device of the tokens. Raises LayoutError if its batch has another shape."""
     tokens = tokens_in(kwargs)
     if layout.shape != tuple(tokens.shape[:2]):
         raise LayoutError(
@@ -141,7 +144,7 @@ def layout_made_ahead(layout: PromptLayout, kwargs: dict[str, Any]) -> PromptLay
 
 
 def starts_in(prompts: Prompts, kwargs: dict[str, Any], attention_mask: Tensor | None) -> Tensor | None:
-    """Where documents begin, bool `[B or 1, T]`, if `position_ids` tell."""
+    """Where sequences begin, bool `[B or 1, T]`, from `position_ids`; `None` without them."""
     position_ids = prompts.position_ids
     if position_ids is None:
         given = [name for name in OF_PACKED_ROWS if is_given(kwargs, name)]
@@ -193,8 +196,8 @@ def check_per_token(name: str, given: Any, tokens: Tensor | None) -> None:
 
 
 def check_plain_call(prompts: Prompts) -> None:
-    """Raises LayoutError for what a plain forward pass would not do: keep the completions in a row apart, or know the
-    answers."""
+    """Raises LayoutError for arguments that a plain forward pass cannot follow: several completions in a row, or
+    answers alone."""
     if prompts.completion_index is not None and (prompts.completion_index > 1).any():
         raise LayoutError(
             "`completion_index` has several completions in a row, but no prompt is read here: the adapter is switched "
@@ -208,7 +211,7 @@ def check_plain_call(prompts: Prompts) -> None:
 
 
 def padding_mask_in(kwargs: dict[str, Any]) -> Tensor | None:
-    """The 2-D attention mask of a call, bool `[B, T]`."""
+    """The 2-D attention mask of a call, bool `[B, T]`, or `None`. Raises LayoutError for a mask of another shape."""
     mask = kwargs.get("attention_mask")
     if mask is None:
         return None

@@ -1,4 +1,4 @@
-"""Blocks that flatten their tokens, as a mixture of experts does, run once on each stream."""
+"""Blocks that flatten their tokens, such as mixtures of experts: run once on each stream."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from .extension import Patch
 
 
 class SeparateStreams(Patch):
-    """A block of a decoder layer that flattens its tokens, as a mixture of experts does: it runs once on each part."""
+    """A block of a decoder layer that runs once on each stream, because it flattens its tokens to `[R * M, H]`, such as
+    a mixture of experts."""
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """`tokens` is `[R, M, ...]` in a reading."""
+        """`tokens` is `[R, M, ...]` in a forward context."""
         context = active_context.value
         if context is None or context.share_adapter:
             return super().forward(tokens, *args, **kwargs)
@@ -28,16 +29,16 @@ class SeparateStreams(Patch):
 def on_each_stream(
     run: Callable[..., Any], context: ForwardContext, tokens: Tensor, *args: Any, **kwargs: Any
 ) -> Iterator[Any]:
-    """What `run` makes of each stream."""
+    """Yields the output of `run` for each stream: `[R, L, ...]`, then `[R, M - L, ...]`."""
     for stream, part in zip(Stream, tokens.split(context.layout.streams, dim=1), strict=True):
         with forward_context(replace(context, stream=stream)):
-            # Contiguous, because that is what a linear layer makes of them anyhow, and some demand.
+            # Contiguous, because a linear layer makes it so anyhow, and some layers require it.
             output = run(part.contiguous(), *args, **kwargs)
         yield output
 
 
 def _join(first: Any, second: Any, rows: int) -> Any:
-    """Puts the outputs for two parts of the tokens behind each other, row by row: `[B, n, ...]` or `[B * n, ...]`."""
+    """Joins the outputs of two streams, `[R, n, ...]` or flattened `[R * n, ...]`, row by row."""
     if isinstance(first, tuple):
         return tuple(_join(*pair, rows) for pair in zip(first, second, strict=True))
     if first is None:
