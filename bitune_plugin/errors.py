@@ -1,4 +1,4 @@
-"""The errors of Bitune, and how their messages list many problems."""
+"""The errors of Bitune, and a helper for their messages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class LayoutError(ValueError):
-    """A batch in which the prompt of a document cannot be told from its completion."""
+    """A batch in which the end of a prompt is not known, or that contradicts itself."""
 
 
 class UnsupportedModelError(ValueError):
@@ -14,6 +14,6 @@ class UnsupportedModelError(ValueError):
 
 
 def shorten(problems: Sequence[str], number: int = 8) -> list[str]:
-    """The first few of `problems`, for a message, and how many more there are."""
+    """The first of many `problems`, and the number of the others, for a message."""
     more = [f"and {len(problems) - number} more"] if len(problems) > number else []
     return [*problems[:number], *more]

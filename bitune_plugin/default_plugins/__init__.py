@@ -1,1 +1,1 @@
-"""The plugins that Bitune ships: they use the same hooks as everybody's."""
+"""Bitune's own plugins. They use the same hooks as all others."""

@@ -1,4 +1,4 @@
-"""What is special about some architectures of transformers (5.23), by the hook that plugins use for others."""
+"""Architectures of transformers (5.23) that need a description or are refused, by the hook of plugins."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ UNSUPPORTED = {
     "rwkv": "mixes tokens by a recurrence",
     "xlstm": "mixes tokens by a recurrence",
 }
-"""Model types that would fail later than when the adapter is put on, or go wrong, and why."""
+"""Refused model types, and the reason: they would fail after the adapter is added, or give wrong results."""
 
 
 class TemperedAttention(PlacedQueries):
-    """Llama 4: the further back a query of a layer without rotary embedding stands, the more it is scaled.
+    """Llama 4: layers without rotary embedding scale a query by its position.
 
-    After the prompt, with a cache, transformers counts padding on the left as places (5.23). It shows where that leads
-    over a multiple of `floor_scale`, 8192 tokens in the published models.
+    After the prompt, with a cache, transformers counts padding on the left as positions (5.23). That matters if it
+    crosses a multiple of `floor_scale`, 8192 tokens in the published models.
     """
 
     def in_their_places(self, query: Tensor, layout: PromptLayout) -> Tensor:
@@ -58,7 +58,7 @@ class TemperedAttention(PlacedQueries):
 
 
 class GPTNeoAttention(SingleCallAttention):
-    """GPT-Neo: has its causal mask, and that of its local layers, in a buffer."""
+    """GPT-Neo: keeps its causal mask, and that of its local layers, in a buffer."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, MIXING).is_enabled and getattr(cache_in(kwargs), "is_compileable", False):
@@ -85,7 +85,7 @@ class BloomAttention(SingleCallAttention):
 
 
 class FalconAttention(SingleCallAttention):
-    """Falcon: some of its models have rotary embeddings, some ALiBi, which is then part of the mask too."""
+    """Falcon: some models have rotary embeddings, others ALiBi, which is part of the mask too."""
 
     def mask_arguments(self, kwargs: dict[str, Any], visible: Tensor, layout: PromptLayout) -> dict[str, Any]:
         arguments = super().mask_arguments(kwargs, visible, layout)
@@ -97,14 +97,14 @@ class FalconAttention(SingleCallAttention):
 
 
 class MptAttention(SingleCallAttention):
-    """MPT: a bias as Bloom's, but the same for all rows, which leaves place for one completion in each; and a mask that
-    is True where nothing is to be seen."""
+    """MPT: a bias as in Bloom, but the same for all rows, so that each row has one completion; and a mask that is True
+    at hidden keys."""
 
     takes_several_completions = False
 
     def mask_arguments(self, kwargs: dict[str, Any], visible: Tensor, layout: PromptLayout) -> dict[str, Any]:
-        slope = -kwargs["position_bias"][:, :, -2:-1]  # what a key one token back is given
-        # Places in the row in place of positions: what lies between is the same for all keys that a query sees.
+        slope = -kwargs["position_bias"][:, :, -2:-1]  # the bias of a key one token back
+        # Places in the row instead of positions, because the difference is the same for all keys of a query.
         rows, copy = (torch.arange(size, device=slope.device) for size in layout.streams)
         return {"attention_mask": ~visible, "position_bias": slope * torch.cat([rows, copy, rows])}
 
@@ -128,11 +128,11 @@ PATCHES: dict[str, type[Patch]] = {
     "PhimoeAttention": SlidingWindowInConfig,
     "Qwen2MoeAttention": SlidingWindowInConfig,
 }
-"""Attention modules that need more than the others, by the name of their class."""
+"""Patches of attention modules, by the name of their class."""
 
 
 ONCE_BYPASSING = ("CodeGenAttention", "GPTJAttention")
-"""Those that call an attention function like all others in later versions of transformers."""
+"""Those that use the attention interface in later versions of transformers."""
 
 
 QUIRKS: dict[str, dict[str, Any]] = {

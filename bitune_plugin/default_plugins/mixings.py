@@ -1,4 +1,4 @@
-"""The mixing functions that Bitune ships."""
+"""Bitune's own mixing functions."""
 
 from __future__ import annotations
 

@@ -207,8 +207,8 @@ def _lengthen(architecture: Architecture, context: ForwardContext, kwargs: dict[
 
 
 def _positions(architecture: Architecture, context: ForwardContext, kwargs: dict[str, Any]) -> Tensor:
-    """Positions for lengthened rows, `[R or 1, M]`: those of the caller. By default every sequence starts at 0; but with
-    a cache, tokens are numbered as the model numbers the tokens after them."""
+    """Positions for lengthened rows, `[R or 1, M]`: those of the caller. By default every sequence starts at 0; but
+    with a cache, tokens are numbered as the model numbers the tokens after them."""
     layout = context.layout
     if is_given(kwargs, "position_ids"):
         return layout.lengthen(kwargs["position_ids"])

@@ -1,4 +1,4 @@
-"""PEFT layers that tell the streams apart: the causal adapter on one, the bidirectional adapter on the other."""
+"""PEFT layers with one adapter per stream."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ else:
     PeftPatch = Patch
 
 UNMERGED = "_bitune_unmerged"
-"""Attribute of a merged PEFT layer (see `merging.py`): the parameters of its base layer from before, by name."""
+"""Attribute of a merged PEFT layer (see `merging.py`): the parameters of its base layer before merging, by name."""
 
 
 def bidirectional(adapter_name: str) -> str:
@@ -32,10 +32,10 @@ def bidirectional(adapter_name: str) -> str:
 
 
 class TwoAdapterLayer(PeftPatch):
-    """A PEFT layer: the causal adapter on the causal stream of a reading, the bidirectional one on the other."""
+    """A patch of a PEFT layer: the causal adapter on the causal stream, the bidirectional one on the other."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # After the prompt a merged layer is its base layer; so many calls of small modules take their time.
+        # After the prompt a merged layer is its base layer. Skip PEFT's forward, because many calls add up.
         if (
             self.merged_adapters
             and active_context.value is None
@@ -45,11 +45,11 @@ class TwoAdapterLayer(PeftPatch):
         return super().__call__(*args, **kwargs)
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Any `tokens` outside a reading, lengthened rows `[R, M, ...]`, `[R, 1, M, ...]` or `[R, heads, M, head size]`
-        in one.
+        """`tokens` have any shape without a forward context, and in one `[R, M, ...]`, `[R, 1, M, ...]` or `[R, heads,
+        M, head size]`.
 
         Raises:
-            RuntimeError: tokens of another shape, so that they cannot be told apart.
+            RuntimeError: tokens of another shape, so that their streams are not known.
         """
         context = active_context.value
         if context is None or context.share_adapter or context.stream is Stream.CAUSAL:
@@ -79,19 +79,19 @@ class TwoAdapterLayer(PeftPatch):
 
 
 def _is_behind_heads(tokens: Tensor, length: int) -> bool:
-    """Whether these are queries or keys with the heads in front, as some norms get them. If there are as many heads as
-    tokens, it shows in memory, where a token's heads lie together."""
+    """Whether these are queries or keys `[R, heads, M, head size]`, as some norms receive them. If there are as many
+    heads as tokens, the strides decide, because the heads of one token are adjacent in memory."""
     if tokens.dim() != 4 or tokens.shape[2] != length:
         return False
     return tokens.shape[1] != length or tokens.stride(1) < tokens.stride(2)
 
 
 class FlattenedTokens(TwoAdapterLayer):
-    """A PEFT layer that gets its tokens flattened, row by row."""
+    """A patch of a PEFT layer that receives its tokens flattened, row by row."""
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Any `tokens` outside a reading and in one of its parts, `[R * M, in]` where they are together. OPT's last
-        norm has the name of those in its layers, and gets rows."""
+        """`tokens` are `[R * M, in]` in a forward context, and of any shape without one or within one stream. OPT's
+        last norm has the name of those in its layers, and receives rows."""
         context = active_context.value
         if context is None or context.stream is not None or tokens.dim() > 2:
             return super().forward(tokens, *args, **kwargs)
@@ -102,8 +102,8 @@ _PARAMETRIZING = threading.RLock()
 
 
 class ParameterAdapter(TwoAdapterLayer):
-    """A PEFT layer that adapts parameters of a module, as those of experts, by torch's parametrizations. While one is
-    at work torch keeps what it computes for all threads of the process (PEFT 0.21.2, torch 2.13), so one at a time."""
+    """A patch of a PEFT layer that adapts parameters of a module, such as those of experts, by parametrizations. One
+    call at a time, because torch caches parametrizations for all threads of the process (PEFT 0.21.2, torch 2.13)."""
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
         with _PARAMETRIZING:
@@ -111,17 +111,17 @@ class ParameterAdapter(TwoAdapterLayer):
 
 
 def with_active_adapter(layer: PeftLayer, adapter_name: str) -> PeftLayer:
-    """The same PEFT layer with another active adapter, sharing everything else; the layer itself is not touched, so
-    that other threads may use it meanwhile."""
+    """A view of a PEFT layer with another active adapter. The layer itself does not change, because other threads may
+    use it."""
     return with_attributes(layer, _active_adapter=[adapter_name])
 
 
 def unmerged(layer: PeftLayer) -> PeftLayer:
-    """The same PEFT layer with the weights from before it was merged, if it was; the layer itself is not touched."""
+    """A view of a PEFT layer with its weights before merging. The layer itself does not change."""
     if not layer.merged:
         return layer
     base = layer.get_base_layer()
-    # As the weights are now: the model may have moved, or changed its dtype.
+    # On the device and in the dtype of the weights now, because the model may have moved.
     now = base._parameters
     kept = {name: nn.Parameter(value.to(now[name]), False) for name, value in vars(layer)[UNMERGED].items()}
     view = with_attributes(base, _parameters={**now, **kept})

@@ -1,4 +1,4 @@
-"""What a user chooses."""
+"""`BituneConfig`: the settings of Bitune and of its inner method."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ THETA_INIT = (1e-12, 1e12)
 
 
 SHARED_FIELDS = ("task_type", "base_model_name_or_path", "revision", "inference_mode")
-"""Fields that the inner config takes from the outer one, so that it is a whole PEFT config by itself."""
+"""Fields that the inner config takes from the outer one, so that it is complete by itself."""
 
 
 @dataclass
@@ -56,8 +56,8 @@ class BituneConfig(PeftConfig):
     1, PEFT's default; the authors' scripts have `lora_alpha=1`, a scale of 1/8.)
 
     Settings that are not Bitune's own (`target_modules`, `modules_to_save`, `bias`, `r`, ...) are read from and
-    written to `adapter`. Modules that are trained whole (`modules_to_save`, `trainable_token_indices`, `bias`) exist
-    once and serve both streams.
+    written to `adapter`. Fully trained modules (`modules_to_save`, `trainable_token_indices`, `bias`) exist once and
+    serve both streams.
 
     Args:
         adapter: the PEFT config of both streams, as an object or a dict with its `peft_type`; or `"full"`, which
@@ -84,13 +84,14 @@ class BituneConfig(PeftConfig):
     mixing: str = field(default="abs", metadata={"help": "From theta to alpha: 'abs', 'relu' or 'none'."})
     mixing_granularity: str = field(default="layer", metadata={"help": "One theta per 'layer', 'head' or 'model'."})
     second_pass_attention: str = field(
-        default="bidirectional", metadata={"help": "Attention of the second reading: 'bidirectional' or 'causal'."}
+        default="bidirectional",
+        metadata={"help": "Attention of the bidirectional stream: 'bidirectional' or 'causal'."},
     )
     share_adapter: bool = field(default=False, metadata={"help": "Both streams use the causal adapter."})
 
     unused = False
-    """Not a setting: read from a folder whose weights have not been loaded, nor the adapter been run, so that nothing
-    is lost when it is taken off again."""
+    """Not a setting. True if the config was read from a folder and its adapter has neither weights nor run, so that
+    removing it loses nothing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,7 +136,7 @@ class BituneConfig(PeftConfig):
 
     def __getattr__(self, name: str) -> Any:
         if name == "trainable_token_indices" and isinstance(self.__dict__.get("adapter"), TrainableTokensConfig):
-            return self.inner.token_indices  # or PEFT would save the whole embeddings beside them
+            return self.inner.token_indices  # because PEFT would save the whole embeddings otherwise
         if name.startswith("__") or not isinstance(adapter := self.__dict__.get("adapter"), PeftConfig):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(adapter, name)
@@ -153,13 +154,13 @@ class BituneConfig(PeftConfig):
         return cast("MethodConfig", self.adapter)
 
     def causal_config(self) -> MethodConfig:
-        """The inner config as a whole PEFT config, for the causal stream. The same object each time."""
+        """The inner config with the shared fields, for the causal stream. The same object each time."""
         for name in SHARED_FIELDS:
             setattr(self.adapter, name, getattr(self, name))
         return self.inner
 
     def bidirectional_config(self) -> MethodConfig:
-        """The inner config for the bidirectional stream: the adapter alone, without modules trained whole."""
+        """The inner config for the bidirectional stream: a copy without fully trained modules."""
         config = copy.deepcopy(self.causal_config())
         for name in ("modules_to_save", "modules_to_tie", "trainable_token_indices"):
             if hasattr(config, name):
@@ -175,7 +176,7 @@ class BituneConfig(PeftConfig):
         return {**own, "peft_type": PEFT_TYPE, "adapter": _without_sets(adapter)}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As `PeftConfig.save_pretrained`, but a config that is there already is replaced as a whole or not at all."""
+        """As `PeftConfig.save_pretrained`, but atomic: an existing config is replaced completely, or stays."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".bitune-", dir=folder) as beside:
@@ -275,7 +276,7 @@ def _check_weights(folder: Path, config: BituneConfig) -> None:
     try:
         keys = read_weights(folder)
     except FileNotFoundError as error:
-        if config.inference_mode:  # so PEFT marks the config of an adapter that it saves whole
+        if config.inference_mode:  # PEFT's mark of the config of a saved adapter
             raise ValueError(
                 f"{folder} holds the config of a saved adapter, but neither {SAFETENSORS_WEIGHTS_NAME} nor "
                 f"{WEIGHTS_NAME}. Copy or download the adapter again."

@@ -1,7 +1,7 @@
 """Full fine-tuning as a PEFT method: the trained weights are copies of layers, one per adapter name.
 
 Bitune puts every inner adapter on the model twice, so that each stream gets a set of weights of its own. The base
-weights stay frozen beside them: switching the adapter off gives the base model back. With weights of size `W` in the
+weights stay frozen beside them: disabling the adapter gives the base model back. With weights of size `W` in the
 targeted layers, a model with Bitune holds `3 W`, and AdamW another `6 W` (a gradient and two moments for each set),
 where ordinary full fine-tuning needs `4 W`.
 """
@@ -45,7 +45,7 @@ AFTER_KEYS = frozenset(
 
 
 FINAL_NORMS = frozenset({"norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f"})
-"""Names of what stands behind the decoder layers."""
+"""Names of the norm behind the decoder layers."""
 
 
 class PeftTypeName(str):
@@ -88,7 +88,7 @@ class FullConfig(PeftConfig):
 
 
 class FullLayer(nn.Module, BaseTunerLayer):
-    """A layer, and a trained copy of it for every adapter name. Passes for the active copy."""
+    """A layer, and a trained copy of it for every adapter name. Its attributes are those of the active copy."""
 
     adapter_layer_names = ("bitune_full",)
     cast_input_dtype_enabled = True
@@ -102,8 +102,8 @@ class FullLayer(nn.Module, BaseTunerLayer):
 
     @property
     def active(self) -> nn.Module:
-        """The copy of the active adapter, or the base layer where it has none or is switched off. In a block that runs
-        once per stream, as experts do, the copy of the stream: such a block may use the weights of its parts itself."""
+        """The copy of the active adapter, or the base layer if there is none or adapters are disabled. In a block that
+        runs once per stream, the copy of that stream, because the block may use the weights of its parts itself."""
         names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.bitune_full]
         context = current_context()
         if names and context is not None and context.stream is Stream.BIDIRECTIONAL:
@@ -127,7 +127,7 @@ class FullLayer(nn.Module, BaseTunerLayer):
             return self._of_active(name)
 
     def _of_active(self, name: str) -> Any:
-        """An attribute of `active`. Raises RuntimeError for a weight where both streams are together."""
+        """An attribute of `active`. Raises RuntimeError for a weight while both streams are in one tensor."""
         value, context = getattr(self.active, name), current_context()
         if context is None or context.stream is not None or context.share_adapter or not isinstance(value, Tensor):
             return value
@@ -147,7 +147,7 @@ class FullLinear(FullLayer):
 
 
 class FullModel(BaseTuner):
-    """Puts `FullLayer`s on a model. PEFT's LN tuning does the same with norms."""
+    """Replaces layers of a model by `FullLayer`s. PEFT's LN tuning does the same with norms."""
 
     prefix = "bitune_full"
     tuner_layer_cls = FullLayer
@@ -203,11 +203,11 @@ class FullModel(BaseTuner):
             )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """The copies keep the dtype of their layers: they stand in for them."""
+        """The copies keep the dtype of their layers, because they replace them."""
 
 
 def _name_all(config: FullConfig, model: nn.Module) -> None:
-    """Puts names in place of "all": layers to have once per stream; embeddings, of positions too, and LM head once.
+    """Replaces "all" by names: layers to train once per stream; embeddings, of positions too, and LM head once.
 
     Raises:
         ValueError: a module holds weights beside layers with weights, so that it cannot be copied alone.
@@ -247,8 +247,8 @@ def _is_excluded(config: FullConfig, name: str) -> bool:
 
 
 def idle_in_second_stream(architecture: Architecture) -> Iterator[nn.Module]:
-    """Modules whose outputs for the bidirectional stream nobody uses, as far as their names tell: of the last layer,
-    answers see keys and values alone. Copies of them would take memory and never get a gradient."""
+    """Modules without a use in the bidirectional stream, by name: answers attend only to keys and values of the last
+    layer. Copies of these modules would take memory and never receive a gradient."""
     for name, module in architecture.layers[-1].named_modules():
         if AFTER_KEYS & {*name.split(".")}:
             yield module

@@ -1,4 +1,4 @@
-"""The private names of PEFT that Bitune depends on, and the refusal of a PEFT that lacks one of them.
+"""The private names of PEFT that Bitune depends on, and the refusal of a PEFT without them.
 
 Importing this module raises ImportError then, so that nothing of Bitune can be used. PEFT up to 0.20 saves and loads
 only the methods that it knows by name: an adapter of Bitune could be trained there, but not saved. Its

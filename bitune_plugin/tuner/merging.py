@@ -1,12 +1,13 @@
 """The causal adapter inside the weights: `W' = W + dW_causal`, for decoding at the cost of the bare model.
 
-Every token but the copies of encoded prompts is read with the causal adapter, so this is most of the work. The copies
-need `W + dW_bidirectional`. With plain LoRA that is
+All tokens except those of the bidirectional stream use the causal adapter. The bidirectional stream needs `W +
+dW_bidirectional`. With plain LoRA that is
 
     W' + dW_bidirectional - dW_causal
 
-one low-rank update of twice the rank (`plain_lora.both_loras`), exact but for rounding. Other methods keep the weights
-from before for the copies. Those also serve to take the merge back, bit for bit, which subtracting would not.
+one low-rank update of twice the rank (`plain_lora.both_loras`), exact except for rounding. Other methods keep the
+weights before merging for the bidirectional stream. Every method unmerges with those weights, bit for bit, because
+subtraction would round.
 
 Embeddings and the LM head keep their adapters: their weights may be tied to each other, and PEFT saves them. So do
 norms (LN tuning) and weights that are trained themselves, which cost the same either way.
@@ -37,8 +38,8 @@ class MergesCausalAdapter(BaseTuner):
     """The part of `BituneModel` that folds the causal adapter into the weights, and takes it out again."""
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Folds the causal adapter into the weights; the bidirectional one is expressed against them. Answers are the
-        same but for rounding, and after the prompt a token costs what it costs the bare model. See `merging.py`.
+        """Folds the causal adapter into the weights; the bidirectional one is expressed against them. Outputs are the
+        same except for rounding, and a token after the prompt costs as much as in the bare model. See `merging.py`.
 
         Args:
             adapter_names: the active adapter, by default and at most.
@@ -93,14 +94,14 @@ def merge(layer: BaseTunerLayer, adapter_name: str, safe_merge: bool = False) ->
     """Folds the causal adapter of a PEFT layer into its base layer.
 
     Args:
-        layer: one that `not_mergeable` has nothing against.
+        layer: a layer that `not_mergeable` does not list.
         adapter_name: the Bitune adapter.
         safe_merge: as in PEFT: raise ValueError, and change nothing, if weights would become NaN.
     """
     if layer.merged:
         return
     names = [name for name in (adapter_name, bidirectional(adapter_name)) if name in layer._get_available_adapters()]
-    # Where only unmerging needs them, they do not have to take the memory of a GPU.
+    # On the CPU if only unmerging needs them, to save memory of the GPU.
     device = "cpu" if is_plain_lora(cast("PeftLayer", layer), *names) else None
     with onload_layer(layer):
         base = layer.get_base_layer()
@@ -114,7 +115,7 @@ def merge(layer: BaseTunerLayer, adapter_name: str, safe_merge: bool = False) ->
 
 
 def unmerge(layer: BaseTunerLayer) -> None:
-    """Takes `merge` back, bit for bit, also one that was interrupted. If interrupted itself, it can be called again."""
+    """Reverses `merge`, bit for bit, also an interrupted one. It can be called again if it is interrupted itself."""
     kept: dict[str, Tensor] | None = vars(layer).get(UNMERGED)
     if kept is None:
         return
@@ -130,7 +131,7 @@ def _parameters(base_layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def worth_merging(model: PreTrainedModel, adapter_name: str) -> dict[str, BaseTunerLayer]:
-    """The PEFT layers of an adapter, by name, but for embeddings, LM head, norms and trained copies."""
+    """The PEFT layers of an adapter, by name, except embeddings, LM head, norms and trained copies."""
     left_out = (model.get_input_embeddings(), model.get_output_embeddings())
     return {
         name: layer
@@ -142,7 +143,7 @@ def worth_merging(model: PreTrainedModel, adapter_name: str) -> dict[str, BaseTu
 
 
 def not_mergeable(layers: dict[str, BaseTunerLayer]) -> Iterator[str]:
-    """Which of some PEFT layers, by name, cannot be merged, and why."""
+    """Lists the layers that cannot be merged, and the reason."""
     for name, layer in layers.items():
         if isinstance(layer, ParamWrapper):
             yield f"{name} adapts parameters of a module (`target_parameters`)"

@@ -23,7 +23,7 @@ METHODS: dict[str, str] = {
     "SHADOW": "runs a second network beside the model, which has to see the same tokens and a cache of its own",
     "XLORA": "mixes adapters that are trained already, by a forward pass of its own over the whole text",
 }
-"""Methods that do put adapters into layers, and why they are refused all the same."""
+"""Methods that add adapters to layers and are refused, and the reason."""
 
 
 _OTHER_START = "Use `init_lora_weights=True`, 'gaussian', 'orthogonal' or 'mica'."

@@ -18,7 +18,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Thetas(nn.ParameterDict):
-    """Theta by adapter name. A module that is called, so that accelerate's hooks load what is kept off the device."""
+    """Theta by adapter name. Called as a module, because accelerate's hooks load offloaded parameters at calls."""
 
     def __call__(self, adapter_name: str) -> nn.Parameter:
         return nn.Module.__call__(self, adapter_name)
@@ -55,7 +55,7 @@ class MixingLayer(nn.Module, BaseTunerLayer):
 
     @property
     def is_enabled(self) -> bool:
-        """Whether a Bitune adapter is switched on."""
+        """Whether a Bitune adapter is active and enabled."""
         return not self.disable_adapters and bool(self.active_adapters)
 
     # A PEFT layer passes its base layer's weights for its own. This one has no base layer: where PEFT looks for it, it
@@ -74,7 +74,7 @@ class MixingLayer(nn.Module, BaseTunerLayer):
         return self._owner[0] if config.mixing_granularity == "model" else self._shared[0]
 
     def add_adapter(self, adapter_name: str, config: BituneConfig, device: torch.device) -> None:
-        """Creates theta where `config` says that this layer has one, float32, `[1]` or `[heads]`."""
+        """Creates theta, float32, `[1]` or `[heads]`, if this layer has one by `config`."""
         self.settings[adapter_name] = config
         self._find_alpha_functions()
         if config.mixing == NO_MIXING or self._with_theta(config) is not self:
@@ -97,7 +97,7 @@ class MixingLayer(nn.Module, BaseTunerLayer):
         return key, value
 
     def _find_alpha_functions(self) -> None:
-        # Once, and not whenever they are called: torch.compile cannot look into the plugin system.
+        # Once, and not at every call, because torch.compile cannot trace the plugin system.
         known = mixings()
         self.to_alpha = {name: known[config.mixing] for name, config in self.settings.items() if config.mixing in known}
 
@@ -111,8 +111,8 @@ class MixingLayer(nn.Module, BaseTunerLayer):
     def forward(
         self, keys: Sequence[Pair], values: Sequence[Pair], adapter_name: str
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Mixes causal with bidirectional keys, and values, of several sets of documents, all `[D, heads, E, head
-        size]`. All in one call: processes that share out theta must ask for it equally often."""
+        """Mixes keys, and values, of several sequence groups: pairs of `[D, key/value heads, E, head size]` to one
+        each. All groups in one call, because processes that shard theta must gather it equally often."""
         alpha_key, alpha_value = self.alphas(adapter_name)
         return [mix(*pair, alpha_key) for pair in keys], [mix(*pair, alpha_value) for pair in values]
 

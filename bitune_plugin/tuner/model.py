@@ -1,4 +1,4 @@
-"""BituneModel: puts Bitune on a transformers model, and takes it off again.
+"""BituneModel: adds Bitune adapters to a transformers model, and removes them.
 
 It is a PEFT tuner built on another: the inner tuner (LoRA, IA3, ...) injects its layers twice, for the causal stream
 under the adapter's own name, for the bidirectional stream under `bidirectional(name)`. Every attention module gets a
@@ -56,10 +56,10 @@ if TYPE_CHECKING:
 
 
 class BituneModel(MergesCausalAdapter, SavesBothStreams):
-    """A transformers model that reads its prompts both ways. Usually made by `get_peft_model`.
+    """A transformers model with Bitune adapters. Usually made by `get_peft_model`.
 
-    A saved adapter is loaded whole or refused, whatever `ignore_mismatched_sizes` says: a stream that starts anew
-    beside one that was trained would be wrong without a word.
+    A saved adapter is loaded completely or refused, also with `ignore_mismatched_sizes`, because one new stream beside
+    a trained one would be silently wrong.
 
     Args:
         model: a causal language model of transformers.
@@ -93,7 +93,7 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
     ) -> None:
         check_untried_versions()
         with without_note_if_refused(model), all_or_nothing(model):
-            # All that may be refused is refused before the model is changed.
+            # Every check that can refuse runs before the model changes.
             check_not_compiled(model)
             check_bare(model, adapter_name)
             if isinstance(peft_config, BituneConfig):  # no PeftModel around it
@@ -109,7 +109,7 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
 
     @staticmethod
     def _state_of(model: Any) -> dict[str, Any]:
-        """What a tuner knows of its model: from the one before it, if transformers adds a further adapter."""
+        """The attributes for a tuner of `model`: those of its earlier tuner, if transformers adds another adapter."""
         before: BituneModel | None = vars(model).get("bitune_tuner")
         if before is not None:
             return {"inner": before.inner, "architecture": before.architecture, "trained_before": before.trained_before}
@@ -118,8 +118,7 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
         return {"inner": None, "architecture": architecture}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the model, and never its `forward` alone, as PEFT up to 0.20 did: `__call__` reads the prompt both
-        ways."""
+        """Calls the model, and not its `forward` as PEFT up to 0.20 did, because `__call__` finds the prompt."""
         return self.model(*args, **kwargs)
 
     def inject_adapter(
@@ -130,9 +129,9 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Puts one more Bitune adapter on the model: both streams and the mixing. See `BaseTuner.inject_adapter`.
+        """Adds a Bitune adapter to the model: both streams and the mixing. See `BaseTuner.inject_adapter`.
 
-        If that fails or is interrupted, the model is as it was, and the adapter's name is free.
+        If this fails or is interrupted, the model is unchanged, and the adapter's name is free.
         """
         options = {"low_cpu_mem_usage": low_cpu_mem_usage, "state_dict": state_dict}
         config = self.peft_config.pop(adapter_name)  # entered by PEFT, which takes it out after an Exception only
@@ -158,7 +157,7 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
         if self.inner is None:
             self.__dict__["trained_before"] = [p for p in model.parameters() if p.requires_grad]
         if self.inner is not None and not self.active_adapters:
-            # The last adapter was deleted. PEFT 0.21.2 cannot add one beside modules trained whole if none is active.
+            # The last adapter was deleted. PEFT 0.21.2 cannot add one beside fully trained modules if none is active.
             self.inner.active_adapter = self.active_adapter = [adapter_name]
         given = copy.deepcopy(config.inner)  # PEFT puts names into it, for models that transformers has changed
         self._inject_stream(adapter_name, config.causal_config(), autocast_adapter_dtype, options)
@@ -216,7 +215,7 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
         with all_or_nothing(self, self.inner):
             left = sorted(other for other in self.peft_config if other != adapter_name)
             if adapter_name in self.active_adapters and left:
-                # Before it is gone: layers that lack the next adapter would each choose another one.
+                # Before deleting, because layers without the next adapter would each choose another one.
                 warnings.warn(f"Adapter {adapter_name} was active. The active adapter is now {left[0]}.", stacklevel=3)
                 self.set_adapter(left[0])
             active = [other for other in self.active_adapters if other != adapter_name]
@@ -241,7 +240,7 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
         )
 
     def alphas(self, adapter_name: str | None = None) -> dict[str, list[Tensor]]:
-        """How much of the bidirectional reading each layer takes.
+        """The mixing weight alpha of each layer: 0 is causal only, 1 is bidirectional only.
 
         Args:
             adapter_name: the active adapter by default.
@@ -279,10 +278,10 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
             unpatch(block, SeparateStreams)
         for module in self.model.modules():
             if isinstance(module, ModulesToSaveWrapper):
-                module._active_adapter = []  # so that the original comes back, and not the trained copy
+                module._active_adapter = []  # so that the original returns, and not the trained copy
         for attention in self.architecture.attentions:
             delattr(attention, MIXING)
-        # PEFT's general way: LN tuning's own (PEFT 0.21.2) leaves modules that are trained whole where they are.
+        # Not the inner tuner's own, because that of LN tuning leaves fully trained modules in the model (PEFT 0.21.2).
         unload: Any = BaseTuner._unload_and_optionally_merge  # which is annotated to return nothing
         model = unload(self.inner, False, *args, **kwargs)
         for parameter in self.trained_before:
@@ -351,8 +350,8 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
             layer.add_adapter(adapter_name, config, next(attention.parameters()).device)
 
     def _route_adapters(self, adapter_name: str) -> None:
-        """Lets the layers of the inner tuner tell the streams apart. The second stream ends with the
-        backbone; of weights that are copied, those that it has no use for are not kept."""
+        """Patches the layers of the inner tuner with one adapter per stream. Removes the bidirectional adapter outside
+        the backbone, where that stream ends, and copied weights without a use."""
         name = bidirectional(adapter_name)
         inside = {module: path for path, module in self.architecture.backbone.named_modules()}
         idle = {*idle_in_second_stream(self.architecture)} if isinstance(self.inner, FullModel) else ()

@@ -1,4 +1,4 @@
-"""A shorter way to the same numbers for plain LoRA, by far the most used method."""
+"""A faster path for plain LoRA, by far the most used method."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def both_loras(layer: PeftLayer, tokens: Tensor, split: int, first: str, second: str) -> Tensor:
     """`W x + scaling * B A x` with LoRA `first` before token `split` and `second` from there on.
 
-    Where `first` is merged into `W`, it is taken off again for the others. Both low-rank updates are one of twice the
-    rank, in which every token has the other adapter's half set to zero, and it is added by the matrix product itself,
-    which spares PEFT's own passes over the output.
+    If `first` is merged into `W`, it is subtracted for the tokens of `second`. Both low-rank updates are one of twice
+    the rank, in which the other adapter's half is zero for every token. One `addmm` adds it, without the additional
+    passes over the output that PEFT makes.
 
     Args:
         layer: plain LoRA, see `is_plain_lora`.
@@ -30,7 +30,7 @@ def both_loras(layer: PeftLayer, tokens: Tensor, split: int, first: str, second:
     """
     result: Tensor = layer.base_layer(tokens)
     first_down, first_up = layer.lora_A[first].weight, layer.lora_B[first].weight
-    if layer.merged:  # what is inside the weights is not trained
+    if layer.merged:  # merged weights are not trained
         first_down, first_up = first_down.detach(), first_up.detach()
     down = concatenate([first_down, layer.lora_A[second].weight])
     up = concatenate([first_up, layer.lora_B[second].weight], dim=1)
@@ -48,7 +48,7 @@ def both_loras(layer: PeftLayer, tokens: Tensor, split: int, first: str, second:
 
 
 def is_plain_lora(layer: PeftLayer, *names: str) -> bool:
-    """Whether PEFT would add `scaling * B A x` to the base layer's output for these adapters, and do nothing else."""
+    """Whether PEFT would only add `scaling * B A x` to the base layer's output for these adapters."""
     if type(layer).__bases__[-1] is not lora.Linear:
         return False
     if layer.disable_adapters or not layer.cast_input_dtype_enabled or layer.merged_adapters not in ([], [names[0]]):

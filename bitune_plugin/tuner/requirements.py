@@ -1,4 +1,4 @@
-"""What a model must not carry when a Bitune adapter is added."""
+"""Checks of a model before a Bitune adapter is added."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class AdapterConfigs(dict[str, BituneConfig]):
-    """The configs of a model's Bitune adapters. Other tuners add themselves here, and are told not to."""
+    """The configs of a model's Bitune adapters. Raises ValueError when another tuner adds its own."""
 
     def __setitem__(self, name: str, config: PeftConfig) -> None:
         if not isinstance(config, BituneConfig):
@@ -40,8 +40,8 @@ class AdapterConfigs(dict[str, BituneConfig]):
 
 @contextmanager
 def without_note_if_refused(model: nn.Module) -> Iterator[None]:
-    """Removes the note that transformers' `add_adapter` makes on a model before it asks PEFT, if the block fails: with
-    the note alone, without an adapter, `save_pretrained` of the model fails (transformers 5.23)."""
+    """Removes the flag that transformers' `add_adapter` sets on a model before it calls PEFT, if the block fails,
+    because `save_pretrained` fails with the flag and no adapter (transformers 5.23)."""
     try:
         yield
     except BaseException:
@@ -69,8 +69,8 @@ def check_bare(model: nn.Module, adapter_name: str) -> None:
 
 
 def leave_out_copies(config: MethodConfig, model: nn.Module) -> None:
-    """Puts names in place of "all-linear" on a model with modules trained whole: PEFT 0.21.2 takes each adapter's copy
-    of a linear layer for another linear layer, adapts it, and freezes it with that."""
+    """Replaces "all-linear" by names on a model with fully trained modules, because PEFT 0.21.2 would adapt, and so
+    freeze, each adapter's copy of a linear layer."""
     wrappers = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     if wrappers and config.target_modules == "all-linear":
         name_all_linear(config, model)
@@ -79,7 +79,7 @@ def leave_out_copies(config: MethodConfig, model: nn.Module) -> None:
 
 
 def check_not_compiled(model: nn.Module) -> None:
-    """Raises ValueError for what `torch.compile` returns."""
+    """Raises ValueError for a compiled model."""
     if hasattr(model, "_orig_mod"):
         raise ValueError(
             "The model is compiled (`torch.compile`), and Bitune changes how it runs. Put the adapter on first and "
@@ -88,7 +88,7 @@ def check_not_compiled(model: nn.Module) -> None:
 
 
 def check_no_shared_weights(config: BituneConfig) -> None:
-    """Raises ValueError for methods that keep weights beside the model's layers: transformers leaves them behind."""
+    """Raises ValueError for methods with weights outside the model's layers, because transformers drops them."""
     tuner_cls: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.inner.peft_type]
     if tuner_cls.uses_shared_state or issubclass(tuner_cls, RandLoraModel):  # PEFT 0.21.2 forgets RandLoRA
         raise ValueError(
@@ -99,8 +99,8 @@ def check_no_shared_weights(config: BituneConfig) -> None:
 
 
 def check_not_offloaded(model: nn.Module) -> None:
-    """Raises ValueError if accelerate keeps weights of `model` off its device: a new adapter would be made without
-    memory beside them."""
+    """Raises ValueError if accelerate offloads weights of `model`, because PEFT would create an adapter on the meta
+    device beside them."""
     for name, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
         if any(getattr(each, "offload", False) for each in (hook, *getattr(hook, "hooks", ()))):
@@ -132,7 +132,7 @@ def check_new_adapter(
 
 
 def leave_out_unadaptable(config: MethodConfig, names: Iterable[str], model: nn.Module) -> None:
-    """Takes the layers that PEFT cannot adapt out of "all-linear".
+    """Excludes the layers that PEFT cannot adapt from "all-linear".
 
     Args:
         names: last parts of the names of such layers.

@@ -1,4 +1,4 @@
-"""How an adapter is saved and loaded.
+"""The saved state of an adapter.
 
 The causal stream is a plain PEFT adapter; keys of the bidirectional stream carry `bidirectional` where PEFT has no
 adapter name:
@@ -26,7 +26,7 @@ from .host import adapter_prefixes, filter_by_prefixes
 from .weights import not_finite
 
 BIDIRECTIONAL = "bidirectional"
-"""What stands in the keys of a saved adapter where the inner adapter's name stands in the model."""
+"""The part of a saved key in the place of the inner adapter's name in the model."""
 
 
 class SavesBothStreams(BaseTuner):
@@ -105,7 +105,7 @@ class SavesBothStreams(BaseTuner):
 
 
 def _without_idle_copies(model: nn.Module, adapter_name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`weights` without copies that the bidirectional stream has no use for; 0.1 saved them with full fine-tuning."""
+    """`weights` without copies that the bidirectional stream does not use; 0.1 saved them with full fine-tuning."""
     in_model, second = model.state_dict().keys(), bidirectional(adapter_name)
 
     def is_idle(key: str) -> bool:
@@ -115,7 +115,7 @@ def _without_idle_copies(model: nn.Module, adapter_name: str, weights: dict[str,
 
 
 def _problems(model: nn.Module, config: BituneConfig, adapter_name: str, remapped: dict[str, Tensor]) -> list[str]:
-    """What is wrong with a saved adapter, by keys of the model."""
+    """Lists the faults of a saved adapter, by keys of the model."""
     prefix = "base_model.model."
     in_model = model.state_dict()
     given = {key if key in in_model else key.removeprefix(prefix): value for key, value in remapped.items()}
@@ -127,7 +127,7 @@ def _problems(model: nn.Module, config: BituneConfig, adapter_name: str, remappe
         if name in key.split(".")
     }
     filled = {parameters[key] for key in given if key in parameters}  # under one of its keys, if layers share it
-    # If the vocabulary was resized, PEFT saves what was trained of it twice: once more without the adapter's name.
+    # If the vocabulary was resized, PEFT saves trained embeddings twice, once without the adapter's name.
     without_name = {_without_part(key, adapter_name).removeprefix(prefix) for key in in_model}
     problems = [f"missing: {key}" for key in sorted(expected) if parameters[key] not in filled]
     for key, value in given.items():
@@ -142,8 +142,8 @@ def _problems(model: nn.Module, config: BituneConfig, adapter_name: str, remappe
 
 
 def _tie(model: nn.Module, config: BituneConfig, adapter_name: str, remapped: dict[str, Tensor]) -> None:
-    """Makes what is saved of tied embeddings and LM head one parameter: PEFT 0.21.2 saves it twice, and with
-    `low_cpu_mem_usage` puts both in the model."""
+    """Makes saved tied embeddings and LM head one parameter, because PEFT 0.21.2 saves both, and with
+    `low_cpu_mem_usage` loads both."""
     if not getattr(config, "modules_to_tie", None):
         return
     embeddings, head = (f"{name}.modules_to_save.{adapter_name}.weight" for name in embeddings_and_head(model))

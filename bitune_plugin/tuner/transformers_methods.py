@@ -1,7 +1,7 @@
 """transformers' own adapter methods, `model.load_adapter(...)` and its like, on a model that carries Bitune.
 
-transformers puts an adapter on a model through PEFT's `inject_adapter_in_model`, and forgets the tuner. What it later
-does to PEFT layers it would do to the causal stream alone; so here the tuner does it.
+transformers adds an adapter through PEFT's `inject_adapter_in_model`, and drops the tuner. Its later changes of PEFT
+layers would reach the causal stream alone, so here the tuner makes them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from ..modeling.extension import Patch
 
 
 class AdapterMethods(Patch):
-    """What transformers' `PeftAdapterMixin` does, for both streams and the mixing.
+    """The methods of transformers' `PeftAdapterMixin`, for both streams and the mixing.
 
     Attributes:
-        bitune_tuner: the BituneModel that puts adapters on the model and takes them off.
+        bitune_tuner: the BituneModel that adds and removes adapters.
     """
 
     bitune_tuner: Any
@@ -34,12 +34,12 @@ class AdapterMethods(Patch):
         self.bitune_tuner.set_adapter(adapter_name)
 
     def disable_adapters(self) -> None:
-        """Switches Bitune off. See `PeftAdapterMixin.disable_adapters`."""
+        """Disables Bitune. See `PeftAdapterMixin.disable_adapters`."""
         self.bitune_tuner.unmerge_for("disable_adapters")
         super().disable_adapters()
 
     def enable_adapters(self) -> None:
-        """Switches Bitune on again. See `PeftAdapterMixin.enable_adapters`."""
+        """Enables Bitune again. See `PeftAdapterMixin.enable_adapters`."""
         super().enable_adapters()
         self.bitune_tuner.enable_adapter_layers()
 
@@ -65,8 +65,8 @@ class AdapterMethods(Patch):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[LoadStateDictInfo, dict]:
-        """By this transformers (5.23) reads the weights of an adapter that `load_adapter` has just put on the model. It
-        would find names for those of one stream; PEFT finds names for all."""
+        """Loads the weights of an adapter that `load_adapter` has just added (transformers 5.23). By PEFT, because
+        transformers knows the names of one stream only."""
         if "bitune_tuner" not in vars(model):  # a new model of this class
             return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
         weights = dict(state_dict or {})
@@ -77,7 +77,7 @@ class AdapterMethods(Patch):
         model.peft_config[adapter_name].unused = True
         try:
             set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
-        finally:  # an adapter that does not fit is taken off again
+        finally:  # an adapter that does not fit is removed
             model._hf_peft_config_loaded = hasattr(model, "peft_config")
         return LoadStateDictInfo(set(), set(), set(), [], {}, set()), {}
 

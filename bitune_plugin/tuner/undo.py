@@ -1,7 +1,7 @@
-"""Changes to a model that happen as a whole or not at all.
+"""Atomic changes of a model.
 
-Putting an adapter on a model, switching and removing one replace modules, classes and attributes in many places, mostly
-in code of PEFT. An exception half-way, Ctrl-C included, must leave the model as it was.
+Adding, switching and removing an adapter replaces modules, classes and attributes in many places, mostly in code of
+PEFT. An exception half-way, Ctrl-C included, must leave the model as it was.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _ABSENT = object()
 
 @contextmanager
 def all_or_nothing(*roots: nn.Module | None) -> Iterator[None]:
-    """Takes back everything that the block changed, if it is left by any exception (KeyboardInterrupt, SystemExit too).
+    """Reverses all changes of the block if it raises any exception (KeyboardInterrupt and SystemExit too).
 
-    Restored are the classes and attributes of modules, submodules and hooks among them, the configs of models, and
-    which parameters are trained. The values of parameters are not, so the block must not write to existing ones.
+    Restores the classes and attributes of modules, including submodules and hooks, the configs of models, and which
+    parameters are trained. Does not restore values of parameters, so the block must not write to existing ones.
 
     Args:
         roots: modules that may be changed, with all modules inside; `None` is left out.
@@ -46,7 +46,7 @@ def all_or_nothing(*roots: nn.Module | None) -> Iterator[None]:
 
 @contextmanager
 def switched_or_as_before(*roots: nn.Module) -> Iterator[None]:
-    """As `all_or_nothing`, for a block that only switches between adapters: a fraction of the time."""
+    """As `all_or_nothing`, but faster, for a block that only switches between adapters."""
     modules = dict.fromkeys(module for root in roots for module in root.modules())
     places = [(vars(module), name) for module in modules for name in SWITCHES]
     switches = [(attributes, name, attributes.get(name, _ABSENT)) for attributes, name in places]

@@ -1,4 +1,4 @@
-"""The weights of a saved adapter, as they lie in its folder, and what is wrong with them for any model."""
+"""The weights of a saved adapter in its folder, and their faults for any model."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _in_checkable_dtype(value: Tensor) -> Tensor:
 
 
 def lacking_whole(config: PeftConfig, keys: Iterable[str]) -> Iterator[str]:
-    """What `config` says is trained whole, once for both streams, and `keys` do not have.
+    """Lists the fully trained modules of `config` that `keys` lack.
 
     Args:
         config: of the inner method.
