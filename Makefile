@@ -54,10 +54,10 @@ test-newest:                   ## the core of the suite, with the newest version
 
 # The method on tensors, and what needs no model of its own: about half a minute on two cores.
 FAST = tests/core tests/modeling/test_host.py tests/test_imports.py tests/test_kinds.py tests/test_versions.py \
-       tests/test_reference.py tests/tuner/test_config.py tests/tuner/test_names.py
+       tests/test_reference.py tests/tuner/test_config.py
 
 check: lint types              ## style, types and the fast tests, before a commit
-	$(VENV)/$(PYTEST) -m "not slow" $(FAST)
+	$(VENV)/$(PYTEST) -m "not slow" --hypothesis-profile fast $(FAST)
 
 lint: $(VENV)/installed        ## check the style of the code
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ ANYTHING = "anything"
 
 
 def check_kinds(owner: Any, values: Mapping[str, Any]) -> None:
-    """Checks settings against the type hints of what takes them.
+    """Checks settings against the type hints of their class or function.
 
     Args:
         owner: a class, or a function, with type hints. Settings without one are left alone.
@@ -103,7 +103,7 @@ def _takes_fractions(hint: Any) -> bool:
 
 
 def _elements(hint: Any) -> list[Any]:
-    """Hints of what may be in the lists that a hint allows."""
+    """Hints of the elements of the lists that a hint allows."""
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return [get_args(part)[0] for part in parts if get_args(part) and _kind_of_class(get_origin(part)) == LIST]
 

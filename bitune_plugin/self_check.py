@@ -1,4 +1,4 @@
-"""A guard for versions that nobody has tried.
+"""A guard for untested versions of hosts.
 
 On a version of transformers, PEFT or torch newer than the tested range, Bitune compares itself with a literal
 computation on a tiny model before it is first added to a model, and refuses to go on if they differ. On tested versions
@@ -29,7 +29,7 @@ HOSTS = ("transformers", "peft", "torch")
 
 
 class SelfCheckError(RuntimeError):
-    """Bitune does not compute what it should with an installed version that nobody has tried."""
+    """Bitune computes wrong numbers with an untested version of a host."""
 
 
 def check_untried_versions() -> None:

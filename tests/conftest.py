@@ -13,10 +13,14 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.accelerator.is_available():
     # The fused LM head of TRL 1.15 is written in Triton alone, which can interpret its kernels where there is no GPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# `make check` draws fewer examples: `--hypothesis-profile fast`.
+settings.register_profile("fast", deadline=None, max_examples=10)
 
 # Tiny models: handing their work to threads costs more than the work, above all where tests run side by side.
 torch.set_num_threads(1)

@@ -72,6 +72,7 @@ def test_the_package_itself_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_every_public_name_can_be_imported() -> None:
     assert sorted(bitune_plugin.__all__) == sorted(bitune_plugin._MODULE_OF)
     assert all(getattr(bitune_plugin, name) is not None for name in bitune_plugin.__all__)

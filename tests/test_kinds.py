@@ -56,6 +56,7 @@ def test_a_value_fits_its_hint_or_the_kind_that_does_is_named(value: Any, hint: 
     assert expected_instead(value, hint) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [name for name in METHODS if name in SMALL])
 def test_the_configs_of_every_method_fit_their_own_hints(method: str) -> None:
     for settings in ({}, *VARIANTS.get(method, {}).values()):

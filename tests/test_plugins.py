@@ -227,3 +227,17 @@ def test_a_plugin_that_is_installed_is_found(tmp_path: Path) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True, cwd=tmp_path
     )
     assert result.stdout.strip() == "['abs', 'relu', 'third']"
+
+
+def test_decoder_still_takes_the_old_name_of_the_patch() -> None:
+    model = tiny("bloom")
+    with pytest.warns(FutureWarning, match=r"attention_extension.*attention_patch"):
+        architecture = decoder(
+            model, lambda module: "Attention" in type(module).__name__, attention_extension=BloomAttention
+        )
+    assert architecture.attention_patch is BloomAttention
+
+
+def test_a_patch_that_overrides_a_method_under_its_old_name_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"`Old.reach` is `local_attention` now"):
+        type("Old", (SingleCallAttention,), {"reach": lambda self: None})

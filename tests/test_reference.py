@@ -16,7 +16,7 @@ from helpers import Batch, batch
 from reference import CASES, TOLERANCE, Case, case, thetas
 
 pytestmark = [
-    pytest.mark.parametrize("attention", ["sdpa", "eager"]),
+    pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)]),
     pytest.mark.parametrize("name", CASES),
 ]
 
@@ -69,7 +69,7 @@ def test_all_samples_in_one_padded_batch(name: str, attention: str, side: str) -
         assert close(cross_entropy(answer[:-1], sample.input_ids[sample.prompt_length :]), sample.loss)
 
 
-@pytest.mark.parametrize("side", ["alone", "left", "right"])
+@pytest.mark.parametrize("side", ["alone", *(pytest.param(side, marks=pytest.mark.slow) for side in ("left", "right"))])
 def test_every_gradient_of_the_first_loss(name: str, attention: str, side: str) -> None:
     reference, model = load(name, attention)
     first = reference.samples[0]

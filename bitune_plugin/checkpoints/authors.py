@@ -2,7 +2,7 @@
 
     adapter_config.json, adapter_model.safetensors     the causal adapter, and the mixing
     prefill/                                           the bidirectional adapter, and an unused copy of the mixing
-    config.json                                        of the model; tells the variant of the method
+    config.json                                        of the model; names the variant of the method
 
 Keys of the mixing, beside those that PEFT gives an adapter; for values with `_v`:
 
@@ -80,11 +80,11 @@ ABLATIONS: dict[int, dict[str, Any]] = {
 
 
 TOLERANCE = 0.05
-"""By how much alpha may differ from what the folder recorded: a step of training, and bfloat16."""
+"""The tolerance of alpha against the recorded one: a step of training, and bfloat16."""
 
 
 def convert(folder: Path, chosen: Mapping[str, Any]) -> tuple[BituneConfig, dict[str, Tensor]]:
-    """Config and weights of the Bitune adapter in a folder that the authors' code saved.
+    """Config and weights of the Bitune adapter in a folder that the reference implementation saved.
 
     Args:
         folder: the folder, with `prefill` inside.
@@ -126,8 +126,8 @@ def _inner_config(folder: Path) -> MethodConfig:
         raise ValueError(f"{folder} holds a Bitune adapter already. Load it with `PeftModel.from_pretrained`.")
     if not (folder / SECOND).is_dir():
         raise FileNotFoundError(
-            f"{folder} has no folder {SECOND!r} with the bidirectional adapter, which the authors' code always saves "
-            "with Bitune. Copy it too; or, if this is a plain adapter, load it with PEFT."
+            f"{folder} has no folder {SECOND!r} with the bidirectional adapter, which the reference implementation "
+            "always saves with Bitune. Copy it too; or, if this is a plain adapter, load it with PEFT."
         )
     if read_config(folder / SECOND, PeftConfig).to_dict() != config.to_dict():
         raise ValueError(f"The configs in {folder} and {folder / SECOND} differ. Copy the folder again.")
@@ -211,7 +211,7 @@ def _told_by_model_config(folder: Path) -> dict[str, Any]:
 
 
 def _agreed(folder: Path, sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """All settings that are told. Raises ValueError if sources contradict each other."""
+    """The settings of all sources together. Raises ValueError if sources contradict each other."""
     settings: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for source, told in sources.items():
@@ -269,7 +269,7 @@ def _rounded(values: Tensor) -> list[float]:
 
 
 def _raise(folder: Path, problems: list[str]) -> NoReturn:
-    raise ValueError(f"{folder} is not as the authors' code saves Bitune: {'; '.join(shorten(problems))}.")
+    raise ValueError(f"{folder} is not as the reference implementation saves Bitune: {'; '.join(shorten(problems))}.")
 
 
 def _raise_if_any(folder: Path, problems: list[str]) -> None:

@@ -58,7 +58,7 @@ def _beside(destination: Path, which: str) -> Path:
 
 
 def _clear(destination: Path) -> None:
-    """Puts the old folder back, if none has taken its place, and removes what else is left."""
+    """Restores the old folder, unless a new one has replaced it, and removes all other remains."""
     new, old = _beside(destination, "new"), _beside(destination, "old")
     if old.exists() and not destination.exists():
         old.rename(destination)

@@ -1,4 +1,4 @@
-"""What is wrong with a saved adapter, as far as its config and its weights tell without the model.
+"""Faults of a saved adapter that its config and its weights show without the model.
 
 With the model, loading compares every key (`BituneModel`); the commands that read folders have these checks instead.
 They refuse nothing that Bitune saves: what only some models or methods have is compared between layers, never assumed.
@@ -30,7 +30,7 @@ ROOT = "base_model.model."
 
 
 Parts = dict[str, Tensor]
-"""The weights of one module's adapter, by what follows the module in their keys, without the stream."""
+"""The weights of one module's adapter, by the rest of their keys behind the module, without the stream."""
 
 
 HALVES = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
@@ -38,7 +38,7 @@ HALVES = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 
 
 def problems_of(config: BituneConfig, weights: Mapping[str, Tensor]) -> list[str]:
-    """What is wrong with the weights of an adapter; an empty list if nothing is.
+    """Lists the faults of an adapter's weights.
 
     Args:
         config: what the adapter was saved with.
@@ -131,7 +131,7 @@ class _Weights:
                     yield f"shape {shapes[0]} in one stream and {shapes[1]} in the other: {ROOT}{module}.{part}"
 
     def _is_idle(self, module: str) -> bool:
-        """Whether the second stream has no copy of a module, because it has no use for one."""
+        """Whether the bidirectional stream has no copy of a module, because it does not use one."""
         last = max((number for name in self.causal if (number := _number(name)) is not None), default=0)
         return isinstance(self.inner, FullConfig) and is_idle_in_second_stream(module, last)
 

@@ -104,7 +104,7 @@ class SavedAdapter:
 
     @cached_property
     def bidirectional(self) -> dict[str, Tensor]:
-        """The adapter of the bidirectional stream, under the keys that the causal stream's has."""
+        """The adapter of the bidirectional stream, under the keys of the causal stream."""
         second = {key: value for key, value in self.weights.items() if BIDIRECTIONAL in key.split(".")}
         return {_without_stream(key): value for key, value in second.items()}
 
@@ -115,7 +115,7 @@ class SavedAdapter:
 
     @cached_property
     def whole(self) -> dict[str, Tensor]:
-        """Modules, rows of embeddings and biases that are trained or saved whole, and serve both streams."""
+        """Fully trained modules, rows of embeddings and biases, which serve both streams."""
         return {key: value for key, value in self._of_causal.items() if not self._is_adapter(key)}
 
     @property
@@ -144,13 +144,13 @@ class SavedAdapter:
 
     @property
     def layers(self) -> list[int]:
-        """Number of the layer of each of `attentions`: the last one in its name, if that tells them apart."""
+        """Number of the layer of each of `attentions`: the last number in its name, if those differ."""
         numbers = [[int(part) for part in name.split(".") if part.isdigit()][-1:] for name in self.attentions]
         last = {number for found in numbers for number in found}
         return [number for (number,) in numbers] if len(last) == len(numbers) else list(range(len(numbers)))
 
     def alphas(self) -> dict[str, list[Tensor]]:
-        """How much of the bidirectional reading each of `attentions` takes.
+        """The mixing weight alpha of each of `attentions`: 0 is causal only, 1 is bidirectional only.
 
         Returns:
             Under `"key"` and `"value"`, one alpha each: float32, `[1]` or `[key/value heads]`. Lists of one with
@@ -163,7 +163,7 @@ class SavedAdapter:
         return mixings()[self.config.mixing](theta, self.config.theta_init)
 
     def plain(self, stream: str) -> tuple[PeftConfig, dict[str, Tensor]]:
-        """Config and weights of one stream, with the modules trained whole, as PEFT saves an adapter.
+        """Config and weights of one stream, with the fully trained modules, as PEFT saves an adapter.
 
         Args:
             stream: `"causal"` or `"bidirectional"`.

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def write_adapter(
     destination: Path, config: PeftConfig, weights: Mapping[str, Tensor], source: Path, replace: bool = False
 ) -> None:
-    """Writes an adapter, whole or not at all, and beside it what tokenizer files there are in `source`.
+    """Writes an adapter atomically, and beside it the tokenizer files of `source`.
 
     Args:
         destination: a folder that is empty or not there yet.
@@ -69,7 +69,7 @@ def _copy_tokenizer(source: Path, destination: Path) -> None:
         else:
             left_out.append(str(name))
     if left_out:
-        named = ", ".join(map(repr, left_out))  # so that what is in a name does not steer a terminal
+        named = ", ".join(map(repr, left_out))  # because control characters in a name could steer a terminal
         logger.warning(f"Not copied, because they are no files or links to outside of {str(source)!r}: {named}")
 
 

@@ -1,4 +1,4 @@
-"""Checks of what a model computes. Each returns the largest difference from the literal computation."""
+"""Checks of a model's numbers. Each returns the largest difference from the literal computation."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def _offline() -> Iterator[None]:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Drops what libraries print, log and warn of: the results say what is wrong."""
+    """Drops output, logs and warnings of libraries, because the results name every fault."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

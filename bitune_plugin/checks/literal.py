@@ -73,7 +73,7 @@ class Literal:
         return ((1 - alpha) * causal.float() + alpha * bidirectional.float()).to(causal.dtype)
 
     def _run(self, stream: str, tokens: Tensor, cache: Cache, attention_mask: Tensor | None = None) -> Tensor:
-        """A forward pass of the stock model after what `cache` holds: `[S]` tokens to `[S, vocabulary]` logits."""
+        """A forward pass of the stock model after the tokens in `cache`: `[S]` tokens to `[S, vocabulary]` logits."""
         start = cache.get_seq_length()
         arguments = {
             "input_ids": tokens[None],
@@ -100,7 +100,7 @@ class Literal:
 def cache_keyword(function: Callable[..., Any]) -> str:
     """The parameter of `function` that takes a cache.
 
-    It is found by its annotation, because its name is what changes between versions of transformers.
+    It is found by its annotation, because its name differs between versions of transformers.
 
     Raises:
         RuntimeError: no parameter is annotated as a cache.

@@ -103,7 +103,7 @@ def tiny_model() -> LlamaForCausalLM:
 def fill(model: nn.Module) -> None:
     """Gives all that is trained in `model` a value that shows, always the same.
 
-    Untrained adapters hide mistakes: LoRA's B is 0, and an alpha of 0.5 does not tell the streams apart.
+    Untrained adapters hide mistakes: LoRA's B is 0, and with an alpha of 0.5 the streams are interchangeable.
     """
     _give_memory(model)
     generator = torch.Generator().manual_seed(0)
@@ -114,7 +114,7 @@ def fill(model: nn.Module) -> None:
         if "theta_" in name:
             value = THETA_INIT * (1 + noise)
         elif name.endswith("lm_head.weight"):
-            value = 0.6 * noise  # of predictions that are far from uniform, so that the loss shows what is wrong
+            value = 0.6 * noise  # of predictions that are far from uniform, so that the loss shows mistakes
         elif parameter.dim() > 1:
             value = 0.15 * noise
         else:  # the scale of a norm

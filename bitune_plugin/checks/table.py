@@ -27,7 +27,7 @@ EXACTNESS: dict[str, Callable[[Subject], float]] = {
     "decoding by several tokens": exactness.decoding_by_several,
     "generate": exactness.generate,
 }
-"""Checks of what a model computes."""
+"""Checks of a model's numbers."""
 
 HOSTS: dict[str, Callable[[Path], float | None]] = {
     "versions": hosts.none_too_old,

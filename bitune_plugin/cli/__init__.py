@@ -19,11 +19,11 @@ from typing import Any
 COMMANDS = {
     "sft": "fine-tune a model: what `trl sft` takes, and Bitune's settings",
     "inspect": "print and plot alpha by layer of saved adapters, and their sizes",
-    "convert": "make a Bitune adapter of a folder that the authors' code saved",
+    "convert": "make a Bitune adapter of a folder that the reference implementation saved",
     "export": "make a plain PEFT adapter of one stream of a Bitune adapter",
     "doctor": "check that Bitune computes what it should with the versions installed here",
 }
-"""Name -> what it does. Modules of these names are imported when they are called: they take seconds."""
+"""Name -> description. The module of a command is imported when it is called, because that takes seconds."""
 
 TRACEBACK = "BITUNE_TRACEBACK"
 """The environment variable that `--traceback` sets, for the processes that `sft` starts as well."""
@@ -79,14 +79,14 @@ def run(command: str, work: Callable[[], Any]) -> int:
 
 
 def printable(text: str) -> str:
-    """`text` as it may go to a terminal: what is in files and their names could steer it. Every character that does not
+    """`text` for a terminal, because text of files and their names could steer it. Every character that does not
     print is escaped, as `\\x1b`; lines and spaces stay."""
     return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
 
 
 @contextmanager
 def _harmless_warnings() -> Iterator[None]:
-    """Escapes what warnings quote of files: PEFT's have the names of models in them."""
+    """Escapes quotes of files in warnings, because those of PEFT contain names of models."""
     formatted = warnings.formatwarning
     warnings.formatwarning = lambda *args, **kwargs: printable(formatted(*args, **kwargs))
     try:

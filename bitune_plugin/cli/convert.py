@@ -1,4 +1,4 @@
-"""`bitune convert`: a folder that the authors' code saved as a Bitune adapter."""
+"""`bitune convert`: a folder that the reference implementation saved as a Bitune adapter."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     arguments = parser("convert", DESCRIPTION, EXAMPLES)
-    arguments.add_argument("source", metavar="SRC", help="folder saved by the authors' code, or hub id")
+    arguments.add_argument("source", metavar="SRC", help="folder saved by the reference implementation, or hub id")
     arguments.add_argument("destination", metavar="DST", type=Path, help="folder to write, empty or not there yet")
     arguments.add_argument("--force", action="store_true", help="replace the adapter folder DST and all that is in it")
     settings = arguments.add_argument_group("settings it was trained with, where the folder does not tell")

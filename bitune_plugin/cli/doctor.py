@@ -1,4 +1,4 @@
-"""`bitune doctor`: whether Bitune computes what it should with what is installed here."""
+"""`bitune doctor`: whether Bitune computes the right numbers with the installed libraries."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def show(adapters: Sequence[SavedAdapter], console: Console) -> None:
 
 
 def _names(adapters: Sequence[SavedAdapter]) -> list[str]:
-    """The step of each checkpoint, the folder of each other adapter; paths if that does not tell them apart."""
+    """The step of each checkpoint, the folder of each other adapter; paths if those are equal."""
     short = [a.folder.resolve().name if a.step is None else f"step {a.step}" for a in adapters]
     return short if len(set(short)) == len(short) else [str(adapter.folder) for adapter in adapters]
 

@@ -1,4 +1,4 @@
-"""`bitune sft`: what `trl sft` does, with Bitune.
+"""`bitune sft`: `trl sft` with Bitune.
 
 As `trl sft` does, the command reads its settings, hands those of `accelerate launch` to that, and has it start the
 training processes; each of them is `python -m bitune_plugin.cli.sft` with the same arguments.
@@ -172,7 +172,7 @@ class Parser(TrlParser):
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Says what is the default, and leaves the examples as they are."""
+    """Adds the defaults, and leaves the examples as they are."""
 
 
 def make_parser() -> Parser:
@@ -186,7 +186,7 @@ def make_parser() -> Parser:
 
 
 class Settings(NamedTuple):
-    """All that the command was told; `for_accelerate` is what is not for the training processes."""
+    """The settings of the command; `for_accelerate` are those that the training processes do not take."""
 
     training: BituneSFTConfig
     script: ScriptArguments
@@ -280,7 +280,7 @@ def _nobody_knows(argument: str) -> str:
 
 
 def train(argv: list[str]) -> BituneSFTTrainer:
-    """What each of the processes does: trains, and saves the adapter to `output_dir`.
+    """Trains, and saves the adapter to `output_dir`; each process calls it.
 
     Args:
         argv: all arguments behind `bitune sft`; those of `accelerate launch` change nothing any more.

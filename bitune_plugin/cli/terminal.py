@@ -1,4 +1,4 @@
-"""What the commands share: how their help looks, and what they show on the terminal while they work."""
+"""Help and progress of all commands on the terminal."""
 
 from __future__ import annotations
 

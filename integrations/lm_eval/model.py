@@ -35,11 +35,11 @@ from .scoring import Request, Row, Score, batch_of, largest_row, rows_of, scores
 class BituneLM(HFLM):
     """`lm_eval --model bitune`: scores and generates with a Bitune adapter (arXiv 2405.14862).
 
-    A request's context is the prompt and is read twice; what is scored or generated after it is the completion.
+    A request's context is the prompt; the scored or generated text after it is the completion.
     Rolling likelihoods and empty contexts have no prompt, and are scored with the causal adapter alone.
 
-    Takes the arguments of lm-eval's `hf` model, and gives them the same meaning, but for `delta` and `tp_plan`, which
-    it refuses. `batch_size` counts contexts, each with all of its continuations; with `logits_cache=False` no two
+    Takes the arguments of lm-eval's `hf` model, with the same meaning, except `delta` and `tp_plan`, which it
+    refuses. `batch_size` counts contexts, each with all of its continuations; with `logits_cache=False` no two
     requests share anything.
 
     Args:
@@ -142,7 +142,7 @@ class BituneLM(HFLM):
             )
 
     def get_model_info(self) -> dict[str, Any]:
-        """As lm-eval's `hf` model; under `"bitune"` what it takes to trace a result: adapter, config, alpha."""
+        """As lm-eval's `hf` model; adds adapter, config and alpha under `"bitune"`, to trace a result."""
         tuner: BituneModel = self.model.base_model
         name: Any = active_adapter(tuner.architecture)
         weights = None if self.peft is None else _weights_file(self.peft, self._adapter_revision)
@@ -212,7 +212,7 @@ class BituneLM(HFLM):
         """As lm-eval's `hf` model; the context is the prompt."""
 
         def longest_text() -> Row:
-            # All of it as prompt, which needs no less than a prompt and what is generated after it.
+            # All of it as prompt, because that needs at least as much memory as a prompt and a generated completion.
             tokens = max(
                 len(self.tok_encode(text)) + normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
                 for text, settings in (request.args for request in requests)
@@ -275,7 +275,7 @@ _PEFT_MISSING = (
 
 
 def _check_ready(model: Any, peft: str | None) -> None:
-    """Raises ValueError unless `model` is ready: a PeftModel whose Bitune adapter is switched on."""
+    """Raises ValueError unless `model` is ready: a PeftModel with an enabled Bitune adapter."""
     if peft is not None:
         raise ValueError(
             f"`peft={peft}` came with a ready model as `pretrained`. Load the adapter first, "

@@ -25,7 +25,7 @@ from torch.nn.functional import log_softmax
 logger = logging.getLogger(__name__)
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
-"""As lm-eval hands it over: the texts, or `None` for a window of a rolling likelihood; then the token ids of context
+"""A request of lm-eval: the texts, or `None` for a window of a rolling likelihood; then the token ids of context
 and continuation."""
 
 Score = tuple[float, bool]
@@ -48,7 +48,7 @@ class Row:
 
     @property
     def encoded(self) -> int:
-        """Tokens of the context that are read twice."""
+        """Tokens of the encoded prompt."""
         return len(self.context) - 1 if self.context_is_prompt else 0
 
     @property

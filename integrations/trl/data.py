@@ -1,4 +1,4 @@
-"""From a dataset to batches that know their prompts: what `BituneSFTTrainer` does beside TRL's own preparation.
+"""From a dataset to batches with a prompt mask: the data side of `BituneSFTTrainer`, beside TRL's own preparation.
 
 In the order of preparation: a conversation becomes a prompt and a completion; TRL makes tokens of them; each sample
 gets a `prompt_mask`, one bool per token, which truncation and packing cut like the tokens themselves; the collator
@@ -61,7 +61,7 @@ def split_conversations(dataset: Samples, which: str, workers: dict[str, Any]) -
     """
     columns = get_dataset_column_names(dataset)
     features = None
-    if dataset.features is not None:  # of messages with tool calls they can hardly be told from a few samples
+    if dataset.features is not None:  # because types of messages with tool calls do not follow from a few samples
         others = {name: feature for name, feature in dataset.features.items() if name != "messages"}
         features = Features(others | dict.fromkeys(("prompt", "completion"), dataset.features["messages"]))
     if isinstance(dataset, IterableDataset):
@@ -72,7 +72,7 @@ def split_conversations(dataset: Samples, which: str, workers: dict[str, Any]) -
 
 
 def chatml(dataset: Samples, workers: dict[str, Any]) -> Samples:
-    """Renames a column `conversations`, and `from` and `value` in its messages, to what TRL works with."""
+    """Renames a column `conversations`, and `from` and `value` in its messages, to the names of TRL."""
     return dataset.map(maybe_convert_to_chatml, remove_columns="conversations", **workers)
 
 
@@ -242,7 +242,7 @@ def has_prompt_and_completion(sample: dict[str, Any]) -> bool:
 
 
 def pack(dataset: Samples, max_length: int, strategy: str, workers: dict[str, Any]) -> Samples:
-    """TRL's packing, prompts included. Under `wrapped`, too, documents can be told apart afterwards.
+    """TRL's packing, prompts included. Documents keep their boundaries, under `wrapped` too.
 
     Args:
         dataset: what `mark_prompt` returns for samples of one document.
@@ -304,7 +304,7 @@ def filtered(
 
 @dataclass
 class StreamFilter:
-    """Filters a stream, whose end nobody waits for: warns of the first sample that it leaves out, and again whenever
+    """Filters a stream without reading it to its end: warns of the first sample that it leaves out, and again whenever
     there are ten times as many. What is read again, in another epoch or for its columns, counts again.
 
     Args:
@@ -342,7 +342,7 @@ class PromptCollator:
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Returns `prompt_mask`, bool `[B, T]`, beside what the collator returns, which may have it already.
+        """Returns `prompt_mask`, bool `[B, T]`, beside the batch of the collator, which may have it already.
 
         Raises:
             ValueError: the collator's batch does not show where the tokens of the samples are.

@@ -36,7 +36,7 @@ def selective_checkpointing_works() -> bool:
 
     TRL replaces a method of the model that the Trainer calls. TRL 1.15 and 1.16 replace
     `gradient_checkpointing_enable`, and the Trainer of transformers 5.23 calls `activation_checkpointing_enable`, which
-    a PeftModel takes from the model inside it. TRL before 1.15 does not know the setting, and hands it on to torch.
+    a PeftModel takes from the model inside it. TRL before 1.15 does not know the setting, and passes it on to torch.
     """
     try:
         from trl.models import enable_selective_activation_checkpointing

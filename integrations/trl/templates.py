@@ -22,7 +22,7 @@ FEATURES = Features({"prompt": Value("string"), "completion": Value("string")})
 
 
 _ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-"""Renders what lm-eval's renders, to the character."""
+"""Renders exactly as lm-eval's template."""
 
 
 _EMPTY = "samples come out of `prompt_template` or `completion_template` empty."

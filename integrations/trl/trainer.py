@@ -59,7 +59,7 @@ from bitune_plugin.tuner.optimizers import thetas_of, without
 
 @dataclass
 class BituneSFTConfig(SFTConfig):
-    """`SFTConfig`, and what concerns Bitune alone. `BituneSFTTrainer` takes a plain `SFTConfig` as well.
+    """`SFTConfig` with the settings of Bitune. `BituneSFTTrainer` takes a plain `SFTConfig` as well.
 
     Args:
         assistant_turns: what is learnt from a conversation (column `messages`): its "last" assistant turn, or "each"
@@ -213,7 +213,7 @@ class BituneSFTTrainer(SFTTrainer):
         return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
 
     def _with_layout(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Says what is prompt. TRL calls the model without labels in places, and the prompt must not depend on them."""
+        """Adds the layout, because TRL calls the model without labels in places, where the prompt is the same."""
         known = inputs.get("prompt_mask") is not None or inputs.get("labels") is not None
         if not known or isinstance(model, nn.DataParallel):  # which splits the rows of tensors alone
             return inputs

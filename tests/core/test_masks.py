@@ -1,4 +1,4 @@
-"""Who sees whom: every mask, in every layout, against slow, obvious loops over single documents."""
+"""Which keys each query attends to: every mask, in every layout, against slow, obvious loops over single documents."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_no_query_is_left_without_a_key(
 @example(QUESTIONS, Chunk(3), False)
 @example(ALIKE_QUESTIONS, SlidingWindow(2), False)
 @example(Batch(("Pcc", "cc.")), None, False)
-def test_the_joint_mask_says_the_same_of_lengthened_rows(
+def test_the_single_call_mask_says_the_same_of_lengthened_rows(
     batch: Batch, local: LocalAttention | None, causal: bool
 ) -> None:
     layout = batch.plan(one_sequence_per_row=True)
@@ -176,7 +176,7 @@ def test_a_window_as_long_as_the_document_is_no_window(local: LocalAttention) ->
 
 
 @given(batches, local_attentions, local_attentions, st.booleans())
-def test_sights_asked_for_twice_are_the_same_and_do_not_mix_up_windows(
+def test_patterns_asked_for_twice_are_the_same_and_do_not_mix_up_windows(
     batch: Batch, one: LocalAttention | None, other: LocalAttention | None, causal: bool
 ) -> None:
     for group, fresh in zip(batch.plan().groups, batch.plan().groups, strict=True):
@@ -278,7 +278,7 @@ def test_a_window_slides_over_the_prompt_for_each_completion_anew() -> None:
     ]
 
 
-def test_the_joint_mask_of_a_document() -> None:
+def test_the_single_call_mask_of_a_document() -> None:
     assert group_of("PPPc").single_call_mask(4)[0, 0].int().tolist() == [
         # P  P  P  c | copy | P  P  P  c, mixed
         [1, 0, 0, 0, 0, 0, 0, 0, 0, 0],

@@ -15,7 +15,8 @@ from bitune_plugin.core.masks import Chunk, LocalAttention, SequenceGroup, Slidi
 from bitune_plugin.core.planning import plan
 
 settings.register_profile("documents", deadline=None, max_examples=60)
-settings.load_profile("documents")
+if settings.get_current_profile_name() != "fast":
+    settings.load_profile("documents")
 
 
 @dataclass(frozen=True)
