@@ -17,9 +17,11 @@ from transformers import PreTrainedModel
 
 from bitune_plugin import BituneConfig, BituneModel, hookspecs
 from bitune_plugin.core.mixing import MIXING
+from bitune_plugin.default_plugins.architectures import BloomAttention
 from bitune_plugin.errors import UnsupportedModelError
 from bitune_plugin.hookspecs import GROUP, hookimpl
-from bitune_plugin.modeling.architectures import Architecture
+from bitune_plugin.modeling.architectures import Architecture, decoder
+from bitune_plugin.modeling.joint_attention import SingleCallAttention
 from bitune_plugin.plugins import describe, mixings, plugin_manager
 from models import randomise_adapters, tiny
 
