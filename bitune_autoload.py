@@ -1,10 +1,11 @@
 """Makes Bitune adapters load, and lm-eval know `--model bitune`, in programs that never import Bitune.
 
 `torch` calls every entry point of the group `torch.backends` at the end of its own import. Ours only asks to be told
-when a host library is imported. It stands outside the package, because importing the package imports PEFT, for which
-torch is not ready yet. Nothing here may raise: an exception would break `import torch` for everybody.
+when a host library is imported. It stands outside the package, because an editable install holds a copy of it beside its
+metadata: `import torch` then survives a source tree that is gone. Nothing here may raise: an exception would break
+`import torch` for everybody.
 
-`BITUNE_AUTOLOAD=0` in the environment switches it off; `import bitune_plugin` then registers Bitune with PEFT.
+`BITUNE_AUTOLOAD=0` in the environment disables it; `from bitune_plugin import BituneConfig` then registers Bitune.
 """
 
 from __future__ import annotations
