@@ -1,8 +1,8 @@
 """Makes Bitune adapters load, and lm-eval know `--model bitune`, in programs that never import Bitune.
 
 `torch` calls every entry point of the group `torch.backends` at the end of its own import. Ours only asks to be told
-when a host library is imported. It stands outside the package, because an editable install holds a copy of it beside its
-metadata: `import torch` then survives a source tree that is gone. Nothing here may raise: an exception would break
+when a host library is imported. It stands outside the package, because an editable install holds a copy of it beside
+its metadata: `import torch` then survives a source tree that is gone. Nothing here may raise: an exception would break
 `import torch` for everybody.
 
 `BITUNE_AUTOLOAD=0` in the environment disables it; `from bitune_plugin import BituneConfig` then registers Bitune.
