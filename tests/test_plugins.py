@@ -232,7 +232,7 @@ def test_a_plugin_that_is_installed_is_found(tmp_path: Path) -> None:
 
 
 def test_decoder_still_takes_the_old_name_of_the_patch() -> None:
-    model = tiny("bloom")
+    model = tiny("bloom", "eager")
     with pytest.warns(FutureWarning, match=r"attention_extension.*attention_patch"):
         architecture = decoder(
             model, lambda module: "Attention" in type(module).__name__, attention_extension=BloomAttention
