@@ -44,7 +44,7 @@ KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 ATTENTION_ALONE = (
     "Every layer must mix tokens by attention alone: state-space, convolutional and linear-attention mixers carry "
-    "state from token to token, and the copy of the prompt would run through it; and of masks, Bitune knows full "
+    "state from token to token, and the bidirectional stream would run through it; and of masks, Bitune knows full "
     "attention and sliding windows. Use the inner adapter alone, for instance `LoraConfig`."
 )
 
@@ -194,8 +194,8 @@ def _check_attention_functions(name: str, architecture: Architecture) -> None:
         implementation = config._attn_implementation
         if implementation not in ("eager", "sdpa"):
             raise UnsupportedModelError(
-                f"{name} with `attn_implementation={implementation!r}`: its attention modules do their own arithmetic, "
-                "which Bitune can follow with 'eager' and 'sdpa'. Load the model with one of them."
+                f"{name} with `attn_implementation={implementation!r}`: its attention modules bypass the attention "
+                "interface, which Bitune supports with 'eager' and 'sdpa'. Load the model with one of them."
             )
     elif not architecture.backbone._can_set_attn_implementation():
         raise UnsupportedModelError(

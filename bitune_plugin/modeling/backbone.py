@@ -164,13 +164,13 @@ def _check_nothing_follows(kwargs: dict[str, Any], generation: Generation | None
 def _check_outputs(architecture: Architecture, kwargs: dict[str, Any]) -> None:
     if _asked_for("output_attentions", architecture, kwargs):
         raise ValueError(
-            "`output_attentions=True`: a prompt that is read twice has no single attention matrix. Leave it unset, "
+            "`output_attentions=True`: a prompt in two streams has no single attention matrix. Leave it unset, "
             "or look at the base model's inside `with model.disable_adapter():`."
         )
     if _asked_for("output_router_logits", architecture, kwargs) and architecture.flattening_blocks():
         raise ValueError(
-            "`output_router_logits=True`: the routers see the copy of the prompt too, and a balancing loss would count "
-            "its tokens. Set `output_router_logits=False`."
+            "`output_router_logits=True`: the routers see the bidirectional stream too, and a balancing loss would "
+            "count its tokens. Set `output_router_logits=False`."
         )
 
 

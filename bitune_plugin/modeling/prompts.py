@@ -200,12 +200,12 @@ def check_plain_call(prompts: Prompts) -> None:
     answers alone."""
     if prompts.completion_index is not None and (prompts.completion_index > 1).any():
         raise LayoutError(
-            "`completion_index` has several completions in a row, but no prompt is read here: the adapter is switched "
-            "off, or the cache already holds the prompt. Give every completion a row of its own."
+            "`completion_index` has several completions in a row, but no prompt is encoded here: the adapter is "
+            "disabled, or the cache already holds the prompt. Give every completion a row of its own."
         )
     if prompts.answers_only:
         raise LayoutError(
-            "`answers_only=True`, but no prompt is read here: the adapter is switched off, the cache already holds the "
+            "`answers_only=True`, but no prompt is encoded here: the adapter is disabled, the cache already holds the "
             "prompt, or there is nothing but padding. Leave it out."
         )
 
@@ -228,7 +228,7 @@ def padding_mask_in(kwargs: dict[str, Any]) -> Tensor | None:
 def _warn_all_prompt() -> None:
     warnings.warn(
         "A model with a Bitune adapter was called without `prompt_mask` or `labels`, so all of the input is taken as "
-        "prompt: only the logits of its last token see the mixture of both readings, those before it are the causal "
+        "prompt: only the logits of its last token see the mixture of both streams, those before it are the causal "
         "stream's. Pass `prompt_mask` to tell prompt and completion apart. This warning is shown once.",
         stacklevel=2,
     )

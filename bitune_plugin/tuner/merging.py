@@ -50,7 +50,7 @@ class MergesCausalAdapter(BaseTuner):
         """
         (active,) = self.active_adapters
         if not all(mixing.is_enabled for mixing in self._mixing_layers()):
-            raise ValueError("The adapter is switched off (`disable_adapter`). Merge it when it is on again.")
+            raise ValueError("The adapter is disabled (`disable_adapter`). Merge it when it is enabled again.")
         if adapter_names is not None and list(adapter_names) != [active]:
             raise ValueError(
                 f"`adapter_names={adapter_names}`: the adapter that is merged must be the active one, {active!r}. Call "

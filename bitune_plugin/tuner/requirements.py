@@ -63,7 +63,7 @@ def check_bare(model: nn.Module, adapter_name: str) -> None:
         )
     if configs is not None or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
-            "This model already carries another PEFT adapter, and Bitune cannot be put on top of it. Call "
+            "This model already carries another PEFT adapter, and Bitune cannot be added to it. Call "
             "`unload()` or `merge_and_unload()` first, and pass its config as `BituneConfig(adapter=...)`."
         )
 
@@ -82,7 +82,7 @@ def check_not_compiled(model: nn.Module) -> None:
     """Raises ValueError for a compiled model."""
     if hasattr(model, "_orig_mod"):
         raise ValueError(
-            "The model is compiled (`torch.compile`), and Bitune changes how it runs. Put the adapter on first and "
+            "The model is compiled (`torch.compile`), and Bitune changes how it runs. Add the adapter first and "
             "compile then: `torch.compile(get_peft_model(model, config))`; or pass the model from before."
         )
 
@@ -106,7 +106,7 @@ def check_not_offloaded(model: nn.Module) -> None:
         if any(getattr(each, "offload", False) for each in (hook, *getattr(hook, "hooks", ()))):
             raise ValueError(
                 f"Weights of the model are offloaded (`device_map`, {name or 'all of it'!r}), and PEFT would make the "
-                "weights of a new adapter without memory. Put the adapter on first and offload then, with accelerate's "
+                "weights of a new adapter without memory. Add the adapter first and offload then, with accelerate's "
                 "`dispatch_model`."
             )
 

@@ -289,7 +289,7 @@ def _check_ready(model: Any, peft: str | None) -> None:
         )
     if active_adapter(tuner.architecture) is None:
         raise ValueError(
-            "The Bitune adapter of `pretrained` is switched off. Switch it on with `model.set_adapter(name)` or leave "
+            "The Bitune adapter of `pretrained` is disabled. Enable it with `model.set_adapter(name)` or leave "
             "`disable_adapter()`, or evaluate the base model with lm-eval's `HFLM`."
         )
 

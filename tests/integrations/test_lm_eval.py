@@ -1271,7 +1271,7 @@ def test_a_ready_model_without_bitune_is_refused(model: Callable[[], Any]) -> No
 
 def test_a_ready_model_whose_adapter_is_switched_off_is_refused() -> None:
     model = bitune()
-    with model.disable_adapter(), pytest.raises(ValueError, match=r"switched off.*set_adapter"):
+    with model.disable_adapter(), pytest.raises(ValueError, match=r"disabled.*set_adapter"):
         BituneLM(model, tokenizer=word_tokenizer())
     BituneLM(model, tokenizer=word_tokenizer())
 
