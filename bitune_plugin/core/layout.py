@@ -103,7 +103,7 @@ class PromptLayout:
         `[R, M, ...]`."""
         if tokens.shape[0] != self.shape[0]:
             tokens = tokens.expand(self.shape[0], *tokens.shape[1:])
-        return tokens.flatten(0, 1)[self.source]
+        return tokens.flatten(0, 1)[self.source]  # [B * T, ...] -> [R, M, ...]
 
     def restore(self, states: Tensor) -> Tensor:
         """Gathers the causal stream back into the caller's rows: `[R, M, ...]` or `[R, L, ...]` to `[B, T, ...]`. The
@@ -131,9 +131,10 @@ class PromptLayout:
         if self.to_slots is None or self.to_tokens is None:
             encoded, answers = self.groups[0].slots
             return [Segments(*states.split([encoded, answers, encoded], dim=2))]
-        slots = permute_tokens(states.transpose(1, 2).flatten(0, 1), self.to_slots, self.to_tokens)
+        tokens = states.transpose(1, 2).flatten(0, 1)  # [M, heads, head size], because R is 1
+        slots = permute_tokens(tokens, self.to_slots, self.to_tokens)  # [slots of all segments, heads, head size]
         masks = [mask for group in self.groups for mask in group.segments]
-        pieces = slots.split([mask.numel() for mask in masks])
+        pieces = slots.split([mask.numel() for mask in masks])  # each [D * E or D * A, heads, head size]
         in_slots = [piece.unflatten(0, mask.shape).transpose(1, 2) for piece, mask in zip(pieces, masks, strict=True)]
         return list(map(Segments, in_slots[0::3], in_slots[1::3], in_slots[2::3]))
 
@@ -143,4 +144,4 @@ class PromptLayout:
         if self.to_slots is None or self.to_tokens is None:
             return concatenate(segments[0], dim=1)
         slots = concatenate([piece.flatten(0, 1) for each in segments for piece in each])
-        return permute_tokens(slots, self.to_tokens, self.to_slots)[None]
+        return permute_tokens(slots, self.to_tokens, self.to_slots)[None]  # [1, M, heads, head size]

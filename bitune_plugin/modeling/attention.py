@@ -112,9 +112,8 @@ def _attend_by_segment(
     local: LocalAttention | None,
 ) -> tuple[Tensor, None]:
     layout = context.layout
-    queries, keys, values = map(
-        layout.segments, (query, key, value)
-    )  # each a list of segments [D, heads, E or A, size]
+    # [R, heads, M, head size] -> [D, heads, E or A, head size], for each group of sequences
+    queries, keys, values = map(layout.segments, (query, key, value))
     keys_mixed, values_mixed = getattr(module, MIXING)(
         [(segments.prefix, segments.bidirectional) for segments in keys],
         [(segments.prefix, segments.bidirectional) for segments in values],
@@ -131,12 +130,13 @@ def _attend_by_segment(
     for group, *segments in zip(layout.groups, queries, keys, values, keys_kept, values_kept, strict=True):
         q, k, v, k_kept, v_kept = segments
         of_prefix, of_bidirectional, of_answer = group.patterns(local, context.second_pass_causal)
-        prefix = _attended(attend, q.prefix, k.prefix, v.prefix, of_prefix)
+        prefix = _attended(attend, q.prefix, k.prefix, v.prefix, of_prefix)  # [D, E, heads, head size]
+        # [D, heads, E + A, head size]: the mixture, and the answer's own
         k_seen, v_seen = (concatenate([kept.prefix, kept.answer], dim=2) for kept in (k_kept, v_kept))
-        answer = _attended(attend, q.answer, k_seen, v_seen, of_answer)
+        answer = _attended(attend, q.answer, k_seen, v_seen, of_answer)  # [D, A, heads, head size]
         bidirectional = _attended(attend, q.bidirectional, k.bidirectional, v.bidirectional, of_bidirectional)
         attended.append(Segments(prefix, answer, bidirectional))
-    return layout.joined(attended), None
+    return layout.joined(attended), None  # [R, M, heads, head size]
 
 
 def _attended(attend: Attend, query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern) -> Tensor:

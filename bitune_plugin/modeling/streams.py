@@ -44,5 +44,5 @@ def _join(first: Any, second: Any, rows: int) -> Any:
     if first is None:
         return None
     if first.dim() > 2 and first.shape[0] == rows:
-        return concatenate([first, second], dim=1)
+        return concatenate([first, second], dim=1)  # [R, L, ...], [R, M - L, ...] -> [R, M, ...]
     return concatenate([first.unflatten(0, (rows, -1)), second.unflatten(0, (rows, -1))], dim=1).flatten(0, 1)
