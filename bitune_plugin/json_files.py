@@ -1,4 +1,4 @@
-"""JSON out of files that others wrote."""
+"""JSON files of unknown origin."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it holds something else, or is nested too deeply.
+        ValueError: it is not a JSON object, or is nested too deeply.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -31,7 +31,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def is_too_deep(value: Any) -> bool:
-    """Whether lists and dicts lie in each other more than `DEPTH` levels deep."""
+    """Whether lists and dicts are nested more than `DEPTH` levels deep."""
     level = [value]
     for _ in range(DEPTH):
         level = [item for each in level for item in _items(each)]

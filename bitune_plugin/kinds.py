@@ -1,8 +1,8 @@
-"""Whether a setting is of the kind that its type hint says: a number, text, true or false, a list, a mapping.
+"""Kinds of settings: a number, text, true or false, a list, a mapping, checked against type hints.
 
-Settings out of YAML, JSON and command lines have any kind, and PEFT, TRL and lm-eval hand them on as they are, to fail
-somewhere with a message that names no setting. Kinds are coarser than the hints, which are not exact: PEFT's
-`lora_alpha: int` is used with fractions, and its lists with sets.
+Settings from YAML, JSON and command lines may have any kind. PEFT, TRL and lm-eval pass them on, and fail later with a
+message that names no setting. Kinds are coarser than hints, because hints are not exact: PEFT's `lora_alpha: int` is
+used with fractions, and its lists with sets.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def check_kinds(owner: Any, values: Mapping[str, Any]) -> None:
 
 
 def expected_instead(value: Any, hint: Any) -> str | None:
-    """What must be there instead of `value`, in words; `None` if it fits `hint`."""
+    """The expected kind in words, if `value` does not fit `hint`; `None` if it does."""
     kinds = dict.fromkeys(_kinds(hint))
     kind = _kind_of(value)
     if ANYTHING in (kind, *kinds):

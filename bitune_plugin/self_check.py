@@ -1,7 +1,7 @@
 """A guard for untested versions of hosts.
 
 On a version of transformers, PEFT or torch newer than the tested range, Bitune compares itself with a literal
-computation on a tiny model before it is first added to a model, and refuses to go on if they differ. On tested versions
+computation on a tiny model before it is first added to a model, and raises if they differ. On tested versions
 two or three numbers are compared, and nothing is imported.
 """
 
@@ -76,8 +76,8 @@ def _wrong_results() -> list[Result]:
 class _SelfCheck(threading.Thread):
     """A thread for the self-check.
 
-    The caller's autocast, inference mode, `no_grad` and default device do not hold in it, and the adapter of the tiny
-    model can be told from the caller's, which waits for it.
+    A thread of its own, because the caller's autocast, inference mode, `no_grad` and default device do not apply there.
+    The caller waits for it.
 
     Attributes:
         results: one for each check.

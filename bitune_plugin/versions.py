@@ -1,8 +1,8 @@
 """The tested range: the lowest and the highest release of each host that the suite was run on.
 
 Constants only, and no imports of hosts: `bitune doctor` prints them beside the installed versions, and the self-check
-runs on a version above them. `docs/versions.md` lists the sets of versions and their outcomes. No code decides by
-these numbers how a host is called: that is done by looking for the capability.
+runs on a version above them. `docs/versions.md` lists the sets of versions and their outcomes. No code
+decides by these numbers how to call a host; it looks for the capability.
 """
 
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""The folders that the authors' own code saves (arXiv 2405.14862), and how they become Bitune adapters.
+"""Folders of the reference implementation (arXiv 2405.14862), converted to Bitune adapters.
 
     adapter_config.json, adapter_model.safetensors     the causal adapter, and the mixing
     prefill/                                           the bidirectional adapter, and an unused copy of the mixing
@@ -88,11 +88,11 @@ def convert(folder: Path, chosen: Mapping[str, Any]) -> tuple[BituneConfig, dict
 
     Args:
         folder: the folder, with `prefill` inside.
-        chosen: settings of `BituneConfig` by name, for what the folder does not tell. Without, they are the paper's.
+        chosen: settings of `BituneConfig` by name, where the folder has none. By default those of the paper.
 
     Raises:
         OSError: it is no such folder.
-        ValueError: something in it is unknown, missing or contradictory; the message names it.
+        ValueError: a part of it is unknown, missing or contradictory; the message names it.
     """
     inner = _inner_config(folder)
     theta, causal = _split(folder, read_weights(folder))
@@ -150,7 +150,7 @@ def _split(folder: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Mixer
 
 
 def _lacking(inner: MethodConfig, theta: dict[str, Mixer]) -> list[str]:
-    """Mixers that the config says were trained, and of which there is no theta."""
+    """Mixers that were trained by the config, and have no theta."""
     trained = inner.modules_to_save or ()
     return [mixer for kind, mixer in MIXERS.items() if mixer in trained and "weight" not in theta[kind]]
 
@@ -172,7 +172,7 @@ def _number_of_layers(causal: Weights) -> int:
 
 
 def _told_by_weights(folder: Path, theta: dict[str, Mixer], layers: int) -> dict[str, Any]:
-    """What shape theta has, or that there is none."""
+    """The settings that follow from the shape of theta, or from its absence."""
     if not any(theta.values()):
         return {"mixing": NO_MIXING}
     shapes = {tuple(mixer["weight"].shape) if "weight" in mixer else None for mixer in theta.values()}
@@ -192,7 +192,7 @@ def _told_by_weights(folder: Path, theta: dict[str, Mixer], layers: int) -> dict
 
 
 def _told_by_model_config(folder: Path) -> dict[str, Any]:
-    """What the authors' settings in the model's `config.json` say, if there is one."""
+    """The settings in the model's `config.json`, if there is one."""
     path = folder / "config.json"
     try:
         said = read_object(path) if path.is_file() else {}
@@ -225,7 +225,8 @@ def _agreed(folder: Path, sources: Mapping[str, Mapping[str, Any]]) -> dict[str,
 
 
 def _never_trained(adapter: Weights) -> bool:
-    """Whether an adapter is as it starts, doing nothing: the authors make it with shared weights too."""
+    """Whether an adapter still has its initial weights, because the reference implementation saves one for shared
+    weights too."""
     untouched = [not value.any() for key, value in adapter.items() if ".lora_B." in key]
     untouched += [bool((value == 1).all()) for key, value in adapter.items() if ".ia3_l" in key]
     return bool(untouched) and all(untouched)
@@ -259,7 +260,7 @@ def _thetas(config: BituneConfig, theta: dict[str, Mixer], layers: int) -> dict[
 
 
 def _second_key(key: str, inner: MethodConfig) -> str:
-    """The key of the bidirectional stream's weight: after the name of the adapter's part stands that of the stream."""
+    """The key of a weight in the bidirectional stream: the stream stands behind the adapter's part."""
     prefix = re.escape(PEFT_TYPE_TO_PREFIX_MAPPING[inner.peft_type])
     return re.sub(rf"(\.{prefix}[^.]*)", rf"\1.{BIDIRECTIONAL}", key, count=1)
 

@@ -1,7 +1,7 @@
-"""Folders that take the place of others as a whole, whatever happens meanwhile.
+"""Atomic replacement of folders.
 
-    .NAME.bitune-new     the new folder, while it is written; never whole, for all that a later process knows
-    .NAME.bitune-old     the folder that was there before, for the moment between two renames; always whole
+    .NAME.bitune-new     the new folder, while it is written; a later process must assume that it is incomplete
+    .NAME.bitune-old     the old folder, between two renames; always complete
 
 Two renames, because a single step that swaps two folders (`renameat2`) is there on Linux alone, and not on all file
 systems. A process that is killed between them leaves no folder under the name. Whoever looks for it next puts the old
@@ -24,8 +24,8 @@ except ImportError:  # Windows, where two processes must not write to one folder
 
 @contextmanager
 def replacing(destination: Path) -> Iterator[Path]:
-    """A new folder, which takes the place of `destination` if the block ends well. Of several processes that do this at
-    once, each waits for the one before it.
+    """A new folder that replaces `destination` if the block ends without an exception. Several processes wait for each
+    other.
 
     Raises:
         OSError: the folder cannot be written. `destination` is as before, as it is after any other exception.
@@ -47,7 +47,7 @@ def replacing(destination: Path) -> Iterator[Path]:
 
 
 def put_back(destination: Path) -> None:
-    """Puts `destination` back where a process was killed while replacing it."""
+    """Restores `destination` if a process was killed while it replaced it."""
     if _beside(destination, "old").exists():
         with _alone_in(destination.parent):
             _clear(destination)
@@ -70,8 +70,7 @@ def _clear(destination: Path) -> None:
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Waits for other processes that are in such a block for the same folder, and has them wait. The system ends the
-    block of a process that is killed."""
+    """A block that one process at a time enters for a folder. The system ends the block of a killed process."""
     if fcntl is None:
         yield
         return
@@ -85,7 +84,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _flush(folder: Path) -> None:
-    """Has everything in `folder` on the disk, for the case that the machine stops."""
+    """Writes everything in `folder` to the disk, because the machine may stop."""
     for path in (folder, *folder.rglob("*")):
         _flush_entry(path)
 

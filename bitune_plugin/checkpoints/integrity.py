@@ -1,7 +1,7 @@
 """Faults of a saved adapter that its config and its weights show without the model.
 
-With the model, loading compares every key (`BituneModel`); the commands that read folders have these checks instead.
-They refuse nothing that Bitune saves: what only some models or methods have is compared between layers, never assumed.
+Loading compares every key with the model (`BituneModel`); commands that read folders have these checks instead. They
+accept everything that Bitune saves, because parts of some models or methods are compared between layers only.
 
     base_model.model.<module>.<part>                          causal stream
     base_model.model.<module>.<part, with "bidirectional">    bidirectional stream
@@ -41,8 +41,8 @@ def problems_of(config: BituneConfig, weights: Mapping[str, Tensor]) -> list[str
     """Lists the faults of an adapter's weights.
 
     Args:
-        config: what the adapter was saved with.
-        weights: by the keys they are saved under.
+        config: the config of the adapter.
+        weights: its weights by their saved keys.
     """
     found = _Weights(config, weights)
     return [
@@ -108,8 +108,7 @@ class _Weights:
             yield f"theta of keys and of values have different shapes: {attention}"
 
     def wrong_streams(self) -> Iterator[str]:
-        """Every part of the bidirectional stream has its twin in the causal one, and within the backbone the other way
-        round too."""
+        """Parts of the bidirectional stream that the causal stream lacks, and within the backbone the reverse."""
         if not self.causal:
             yield "no weights of the causal stream"
         if not self.bidirectional and not self.config.share_adapter:
@@ -136,8 +135,7 @@ class _Weights:
         return isinstance(self.inner, FullConfig) and is_idle_in_second_stream(module, last)
 
     def wrong_parts(self) -> Iterator[str]:
-        """Both halves of every LoRA; and of the modules of one name in several layers, none has only some of the parts
-        of another."""
+        """LoRAs with one half only, and modules with only some of the parts of the same module in other layers."""
         by_name: dict[str, dict[str, set[str]]] = {}
         for module, parts in self.causal.items():
             names = {part.split(".")[0] for part in parts}
@@ -149,7 +147,7 @@ class _Weights:
             yield from _unequal(modules)
 
     def wrong_ranks(self) -> Iterator[str]:
-        """The two halves of a LoRA have the rank that the config says; experts in one parameter have a multiple."""
+        """LoRAs whose halves have another rank than in the config; experts in one parameter have a multiple of it."""
         if not isinstance(self.inner, LoraConfig) or self.inner.use_bdlora:  # which makes blocks of them
             return
         for module, parts in self.causal.items():
@@ -177,7 +175,7 @@ class _Weights:
                 yield f"unknown: {ROOT}{module}, which is not in `target_modules`"
 
     def missing_layers(self) -> Iterator[str]:
-        """Where layers are numbered, none is left out; and if the adapter goes into every layer, it is in each."""
+        """Layers without an adapter between others, or at all if the adapter goes into every layer."""
         numbers = {number: name for name in self.attentions if (number := _number(name)) is not None}
         if len(numbers) != len(self.attentions) or len(numbers) < 2:
             return
@@ -202,7 +200,7 @@ class _Weights:
 
 
 def _unequal(modules: Mapping[str, set[str]]) -> Iterator[str]:
-    """Parts that one of some modules lacks and another has, which has all of its other parts too."""
+    """Parts that one module lacks, while another module has these and all other parts of the first."""
     count = Counter(part for parts in modules.values() for part in parts)
     for module, parts in modules.items():
         more = {part for others in modules.values() if others > parts for part in others - parts}

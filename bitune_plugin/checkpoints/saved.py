@@ -1,6 +1,6 @@
-"""Adapters as they lie in folders, read without the model they belong to.
+"""Adapters in folders, read without their model.
 
-What the keys mean stands where they are made: `BituneModel`, "How an adapter is saved".
+`tuner/state_dict.py` explains the keys.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ class Size:
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """A Bitune adapter, of which the weights are read from disk when they are looked at.
+    """A Bitune adapter in a folder. Its weights are read from disk at first use.
 
     Attributes:
-        folder: where it was read from.
+        folder: its folder.
         config: its settings.
-        weights: its weights by the keys they are saved under.
+        weights: its weights by their saved keys.
     """
 
     folder: Path
@@ -207,7 +207,7 @@ class SavedAdapter:
 
 
 def peft_type_of(config: PeftConfig) -> str:
-    """PEFT's name of the method of `config`, as it is saved."""
+    """PEFT's name of the method of `config`, as in saved configs."""
     return str(getattr(config.peft_type, "value", config.peft_type))
 
 
@@ -219,7 +219,7 @@ def find_adapters(name: str) -> list[Path]:
             order, and then for the adapter at its root, if there is one.
 
     Raises:
-        OSError: there is nothing of the kind.
+        OSError: there is no such folder or hub id.
     """
     folder = local_folder(name)
     matches = {path: CHECKPOINT.fullmatch(path.name) for path in folder.iterdir() if path.is_dir()}

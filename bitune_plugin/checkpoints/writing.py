@@ -1,4 +1,4 @@
-"""Adapters written into folders, without the model they belong to."""
+"""Adapters written into folders, without their model."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def write_adapter(
     """Writes an adapter atomically, and beside it the tokenizer files of `source`.
 
     Args:
-        destination: a folder that is empty or not there yet.
-        replace: `destination` may also be the folder of an adapter, and is replaced with all that is in it.
+        destination: an empty or a new folder.
+        replace: `destination` may also be the folder of an adapter, and is replaced with all of its content.
 
     Raises:
         OSError: `destination` is something else, or cannot be written, as on a full disk.

@@ -1,5 +1,5 @@
 """Checks of an installation: Bitune on a tiny model against the literal computation.
 
-`table.py` lists them. Two callers run them: the self-check (`bitune_plugin.self_check`), on versions that nobody has
-tried, and `bitune doctor`.
+`table.py` lists them. Two callers run them: the self-check (`bitune_plugin.self_check`), on untested
+versions, and `bitune doctor`.
 """

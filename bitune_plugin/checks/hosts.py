@@ -1,4 +1,4 @@
-"""Checks of the way that Bitune and its hosts work together. Each takes an empty folder to work in."""
+"""Checks of Bitune together with its hosts. Each takes an empty folder to work in."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def none_too_old(_: Path) -> None:
 
 
 def registration(_: Path) -> None:
-    """Raises RuntimeError if PEFT's tables lead to another BITUNE than ours."""
+    """Raises RuntimeError if PEFT's tables have another BITUNE."""
     from peft import mapping
 
     from bitune_plugin.tuner.config import PEFT_TYPE, BituneConfig
@@ -133,7 +133,7 @@ def lm_eval_scores(_: Path) -> float:
 
 
 def run_python(code: str, folder: Path) -> str:
-    """What a new process with this interpreter prints, whose working directory is `folder`.
+    """The output of a new process with this interpreter and the working directory `folder`.
 
     Raises:
         RuntimeError: it failed; the message is the last line of its stderr, and the cause has all of it.

@@ -1,4 +1,4 @@
-"""What came of a check."""
+"""The result of a check."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ class NotRun(Exception):  # noqa: N818, for it is no error
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one check.
+    """The result of one check.
 
     Attributes:
         check: its name.
         where: device, attention implementation and dtype, if it depends on them.
-        difference: what was measured, as a share of the largest value expected; `None` if there is nothing to measure.
-        tolerance: how large the difference may be.
-        error: the exception that the check raised.
-        not_run: why it was not run.
+        difference: the measured difference, relative to the largest expected value; `None` if nothing is measured.
+        tolerance: the largest allowed difference.
+        error: the exception of the check.
+        not_run: the reason if it did not run.
     """
 
     check: str
@@ -33,7 +33,7 @@ class Result:
     @property
     def ok(self) -> bool:
         """Whether nothing is wrong. A difference that is not a number is wrong."""
-        within = self.difference is None or self.tolerance is None or self.difference <= self.tolerance
+        within = self.difference is None or (self.tolerance is not None and self.difference <= self.tolerance)
         return self.error is None and within
 
     @property
@@ -54,7 +54,7 @@ class Result:
 
 
 def measure(check: str, where: str, run: Callable[[], float | None], tolerance: float) -> Result:
-    """Runs a check. Whatever it raises becomes part of the result."""
+    """Runs a check. An exception becomes part of the result."""
     try:
         return Result(check, where, run(), tolerance)
     except NotRun as reason:

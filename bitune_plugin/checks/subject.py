@@ -28,7 +28,7 @@ class Subject:
     """A tiny model with Bitune, beside its literal counterpart.
 
     Args:
-        dtype: of the base model. The adapter's weights get what PEFT makes of it.
+        dtype: of the base model. PEFT derives that of the adapter.
         device: of both.
         attention: attention implementation of the model; the literal computation is always eager.
     """
@@ -101,7 +101,7 @@ def tiny_model() -> LlamaForCausalLM:
 
 
 def fill(model: nn.Module) -> None:
-    """Gives all that is trained in `model` a value that shows, always the same.
+    """Fills all trained parameters of `model` with large values, always the same.
 
     Untrained adapters hide mistakes: LoRA's B is 0, and with an alpha of 0.5 the streams are interchangeable.
     """

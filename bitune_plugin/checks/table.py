@@ -1,4 +1,4 @@
-"""All checks in one place: name -> function that returns the difference, or `None` where there is nothing to measure.
+"""All checks in one place: name -> function that returns the difference, or `None`.
 
 `bitune doctor` runs both tables, the first one for every device, attention implementation and dtype; the self-check
 runs the first one, once.
@@ -66,5 +66,5 @@ def check_host(name: str, folder: Path) -> Result:
 
 
 def tolerance(check: str, dtype: torch.dtype) -> float:
-    """How large the difference may be in a check of a model of `dtype`."""
+    """The largest allowed difference in a check of a model of `dtype`."""
     return BFLOAT16_TOLERANCES.get(check, BFLOAT16_TOLERANCE) if dtype == torch.bfloat16 else TOLERANCE

@@ -1,7 +1,7 @@
 """The command line `bitune`. Each command is a module of this package, whose `main` parses its own arguments.
 
-Nothing heavy is imported before a command is: help does not wait for torch, and an interruption meanwhile is reported
-like any other.
+Nothing heavy is imported before a command, because help must not wait for torch, and because an interruption during an
+import is then reported like any other.
 """
 
 from __future__ import annotations

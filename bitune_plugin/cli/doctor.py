@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def describe(results: Sequence[Result]) -> dict[str, Any]:
-    """All there is to say, for JSON. A difference that is no finite number is only in the outcome."""
+    """Versions and results, for JSON. A difference that is not finite appears only in the outcome."""
     return {
         "ok": all(result.ok for result in results),
         "bitune": bitune_plugin.__version__,

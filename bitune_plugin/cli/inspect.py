@@ -81,7 +81,7 @@ def _plot_file(name: str) -> Path:
 
 
 def describe(adapter: SavedAdapter) -> dict[str, Any]:
-    """What there is to say about an adapter, for JSON. Alphas: a list per layer, one number or one for each head."""
+    """Settings, sizes and alphas of an adapter, for JSON. Alphas: a list per layer, one number or one for each head."""
     settings = adapter.config.to_dict()
     inner = settings.pop("adapter")
     return {
@@ -155,7 +155,7 @@ def _in_words(alpha: Tensor) -> str:
 
 
 def _print_alphas(title: str, columns: dict[str, dict[str, str]], console: Console) -> None:
-    """Prints alphas by layer, in as many tables below each other as the width of the terminal asks for."""
+    """Prints alphas by layer, in several tables if the terminal is narrow."""
     layers = list(dict.fromkeys(layer for column in columns.values() for layer in column))
     widest = max(one_line(text).cell_len for name, column in columns.items() for text in (name, *column.values()))
     at_once = max(1, (console.width - WIDTH_OF_COLUMN) // max(WIDTH_OF_COLUMN, widest + 3))
@@ -171,7 +171,7 @@ def _print_alphas(title: str, columns: dict[str, dict[str, str]], console: Conso
 
 
 def save_plot(adapters: Sequence[SavedAdapter], file: Path) -> None:
-    """Draws alpha by layer into `file`, whole or not at all.
+    """Draws alpha by layer into `file`, atomically.
 
     Raises:
         ImportError: matplotlib is not installed.

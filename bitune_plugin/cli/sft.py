@@ -1,7 +1,7 @@
 """`bitune sft`: `trl sft` with Bitune.
 
-As `trl sft` does, the command reads its settings, hands those of `accelerate launch` to that, and has it start the
-training processes; each of them is `python -m bitune_plugin.cli.sft` with the same arguments.
+Like `trl sft`, the command reads its settings and calls `accelerate launch` with its own, which starts the training
+processes; each of them is `python -m bitune_plugin.cli.sft` with the same arguments.
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ def main(argv: list[str]) -> None:
         argv: all arguments behind `bitune sft`.
 
     Raises:
-        ValueError: settings that do not fit, or that nobody knows.
+        ValueError: settings that are unknown or do not fit.
         OSError: a file that cannot be read.
     """
     unknown = read_settings(argv).for_accelerate
@@ -283,10 +283,10 @@ def train(argv: list[str]) -> BituneSFTTrainer:
     """Trains, and saves the adapter to `output_dir`; each process calls it.
 
     Args:
-        argv: all arguments behind `bitune sft`; those of `accelerate launch` change nothing any more.
+        argv: all arguments behind `bitune sft`; those of `accelerate launch` have no effect here.
 
     Returns:
-        The trainer, when all is done.
+        The trainer, after training.
     """
     settings = read_settings(argv)
     training, script, model = settings.training, settings.script, settings.model

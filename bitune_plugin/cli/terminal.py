@@ -27,21 +27,21 @@ def parser(command: str, description: str, examples: str) -> argparse.ArgumentPa
 
 
 def one_line(text: str, style: str = "") -> Text:
-    """A line for a console or a cell of a table: no markup, nothing that steers the terminal, no second line."""
+    """A line for a console or a cell of a table, without markup, control characters and line breaks."""
     return Text(printable(text).replace("\n", "\\n"), style=style)
 
 
 def say(text: str) -> None:
-    """Prints to stdout, without anything that steers the terminal."""
+    """Prints to stdout, without control characters."""
     print(printable(text))
 
 
 def with_progress(items: Sequence[Item], doing: str) -> Iterable[Item]:
-    """`items`, with a progress bar on a terminal's stderr for as long as they are gone through."""
+    """`items`, with a progress bar on stderr if that is a terminal."""
     console = Console(stderr=True)
     return track(items, doing, console=console, transient=True, disable=not console.is_terminal or len(items) < 2)
 
 
 def busy(doing: str) -> Status:
-    """A sign on a terminal's stderr that something is under way, for a `with` block."""
+    """A spinner on stderr for the duration of a `with` block, if that is a terminal."""
     return Console(stderr=True).status(one_line(doing))
