@@ -1,4 +1,4 @@
-"""What a plugin may do: the specifications of the hooks. Imports nothing of the package.
+"""The specifications of the hooks. Imports nothing of the package.
 
 A plugin is a module with functions marked `@hookimpl`, named in the entry-point group `bitune`:
 
@@ -31,7 +31,7 @@ hookimpl = pluggy.HookimplMarker(GROUP)
 
 @hookspec
 def bitune_register(host: str) -> None:
-    """Announce Bitune to a host library that has just been imported. May be called again, so must bear repetition.
+    """Announce Bitune to a host library that has just been imported. May be called several times.
 
     Args:
         host: name of the module that was imported: `"peft"`.

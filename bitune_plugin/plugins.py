@@ -1,4 +1,4 @@
-"""The plugins of this process: Bitune's own, and all that are installed."""
+"""The plugin manager: Bitune's own plugins, and all installed ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BUILT_IN = ("default_plugins.mixings", "default_plugins.architectures")
 
 @cache
 def plugin_manager() -> pluggy.PluginManager:
-    """The manager of all plugins. Made, and the plugins imported, on the first call."""
+    """The manager of all plugins. The first call makes it and imports the plugins."""
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
     for name in BUILT_IN:
@@ -35,7 +35,7 @@ def plugin_manager() -> pluggy.PluginManager:
 
 
 def mixings() -> dict[str, AlphaFunction]:
-    """All functions from theta to alpha, by the name that `BituneConfig.mixing` gives them."""
+    """All functions from theta to alpha, by their name in `BituneConfig.mixing`."""
     return {name: alpha for plugin in plugin_manager().hook.bitune_mixings() for name, alpha in plugin.items()}
 
 

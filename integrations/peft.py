@@ -1,4 +1,4 @@
-"""Makes PEFT know the method BITUNE: `get_peft_model`, `PeftModel.from_pretrained` and all that builds on them."""
+"""Registers the method BITUNE with PEFT, for `get_peft_model`, `PeftModel.from_pretrained` and their callers."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _wrap_optimizers(optimizers: ModuleType) -> None:
 
 
 def _wrapped_when_called(create: Callable[..., Any], wrapper: str) -> Callable[..., Any]:
-    """`create` in a wrapper of `tuner.optimizers`, which itself imports the module that is being imported."""
+    """`create`, wrapped by `tuner.optimizers` at its first call, because that imports the module being imported."""
 
     @functools.wraps(create)
     def wrapped(*args: Any, **kwargs: Any) -> Any:

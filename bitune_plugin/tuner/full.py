@@ -1,6 +1,6 @@
 """Full fine-tuning as a PEFT method: the trained weights are copies of layers, one per adapter name.
 
-Bitune puts every inner adapter on the model twice, so that each stream gets a set of weights of its own. The base
+Bitune adds every inner adapter twice, so that each stream has a set of weights of its own. The base
 weights stay frozen beside them: disabling the adapter gives the base model back. With weights of size `W` in the
 targeted layers, a model with Bitune holds `3 W`, and AdamW another `6 W` (a gradient and two moments for each set),
 where ordinary full fine-tuning needs `4 W`.
@@ -49,7 +49,7 @@ FINAL_NORMS = frozenset({"norm", "final_layernorm", "final_layer_norm", "ln_f", 
 
 
 class PeftTypeName(str):
-    """Stands in for a member of PEFT's enum `PeftType`, which cannot grow, where PEFT prints one."""
+    """A replacement for a member of PEFT's enum `PeftType`, because an enum cannot grow."""
 
     @property
     def value(self) -> str:

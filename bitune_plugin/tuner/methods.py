@@ -1,4 +1,4 @@
-"""Which PEFT methods and settings are refused as the adapter of both streams, and why. All others are exact."""
+"""The PEFT methods and settings that are refused as inner method, and the reasons. All others are exact."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Setting:
     """A setting that is refused.
 
     Attributes:
-        name: of the field in the PEFT config.
-        refused: whether a value of it is.
+        name: the field of the PEFT config.
+        refused: whether a value is refused.
         because: the reason.
-        instead: what to do.
+        instead: the advice.
     """
 
     name: str

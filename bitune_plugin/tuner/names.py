@@ -1,4 +1,4 @@
-"""Names that an inner config gives and the model lacks.
+"""Checks of names in an inner config that the model lacks.
 
 They are refused when the adapter is added. PEFT warns of some and ignores others: a module in `modules_to_save` that is
 not there is saved in the config, and the folder cannot be loaded. Only the lists `target_modules` and `exclude_modules`
@@ -96,7 +96,7 @@ def warn_of_unmatched(config: PeftConfig, model: nn.Module, expected: Iterable[s
 
 
 def module_names(model: nn.Module) -> list[str]:
-    """Names of the model's own modules, without what adapters have inside."""
+    """Names of the model's own modules, without those inside adapters."""
     inside: tuple[str, ...] = ()
     names = []
     for name, module in model.named_modules():

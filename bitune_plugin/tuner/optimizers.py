@@ -26,7 +26,7 @@ BY_PARAMETER = ("params", "names", "scaling_factors", "scaling_factor")
 
 
 def thetas_of(model: nn.Module) -> list[nn.Parameter]:
-    """The coefficients of the mixing that are trained."""
+    """The trained thetas of a model."""
     return [p for name, p in model.named_parameters() if f".{MIXING}." in name and p.requires_grad]
 
 
@@ -37,8 +37,7 @@ def without(thetas: Iterable[nn.Parameter], parameters: Iterable[nn.Parameter]) 
 
 
 def with_theta_apart(create: Create) -> Create:
-    """PEFT's function `create`, whose optimizer then has theta in a group of its own: at the learning rate that was
-    asked for, without weight decay."""
+    """Wraps PEFT's function `create`: theta has its own group, with the given learning rate and no weight decay."""
 
     @functools.wraps(create)
     def create_optimizer(model: nn.Module, *args: Any, lr: float, **kwargs: Any) -> Optimizer:
@@ -54,7 +53,7 @@ def with_theta_apart(create: Create) -> Create:
 
 
 def with_streams_apart(create: Create) -> Create:
-    """PEFT's function `create_lorafa_optimizer`, whose optimizer then pairs A and B of the same stream."""
+    """Wraps PEFT's `create_lorafa_optimizer`: the optimizer pairs A and B of the same stream."""
 
     @functools.wraps(create)
     def create_optimizer(model: nn.Module, *args: Any, **kwargs: Any) -> Optimizer:

@@ -1,4 +1,4 @@
-"""PEFT's reports on a model, `get_layer_status` and `get_model_status`, with each Bitune adapter as one."""
+"""PEFT's `get_layer_status` and `get_model_status`, with each Bitune adapter as one entry."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LayerStatuses = Callable[[nn.Module], list[TunerLayerStatus]]
 
 
 def with_streams_joined(get_layer_status: LayerStatuses) -> LayerStatuses:
-    """PEFT's function, which goes by the names of weights: those of the bidirectional stream become the adapter's."""
+    """Wraps PEFT's function: the inner adapters of both streams are reported as one adapter."""
 
     def get_layer_status_of_adapters(model: nn.Module) -> list[TunerLayerStatus]:
         """See `peft.get_layer_status`. A Bitune adapter stands for both its streams."""

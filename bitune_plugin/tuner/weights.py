@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of the adapter in `folder`, mapped into memory: they are read when they are looked at.
+    """The weights of the adapter in `folder`, mapped into memory and read at first use.
 
     Raises:
         FileNotFoundError: there are none.
@@ -44,7 +44,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def not_finite(weights: Mapping[str, Tensor]) -> Iterator[str]:
-    """Which weights have values that are no numbers, or infinite."""
+    """Lists the weights with NaN or infinite values."""
     for key, value in weights.items():
         if not value.is_floating_point():
             continue

@@ -1,4 +1,4 @@
-"""Arguments of the lm-eval model: `--model_args` come as whatever kind they look like, and under any name."""
+"""Checks of the arguments of the lm-eval model, because `--model_args` may have any kind and any name."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     """Checks the arguments of `BituneLM`.
 
     Raises:
-        ValueError: one that Bitune cannot do, of a wrong kind, or without meaning; the message names it.
+        ValueError: an argument is not supported, of a wrong kind, or meaningless; the message names it.
     """
     if arguments.get("delta"):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""lm-eval's model `bitune`: its `hf` model with a Bitune adapter, which knows the context from the continuation."""
+"""lm-eval's model `bitune`: its `hf` model with a Bitune adapter. The context is the prompt."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class BituneLM(HFLM):
             ) from error
 
     def _resize_vocabulary(self, peft: str) -> None:
-        """Makes room for the embeddings that an adapter brings, if it was trained with tokens added. The stock model
+        """Resizes the embeddings for an adapter that was trained with added tokens. The stock model
         resizes to the length of the tokenizer for every adapter, which changes the softmax of models whose vocabulary
         is padded."""
         embedding = self._model.get_input_embeddings()
@@ -228,8 +228,8 @@ class BituneLM(HFLM):
 
     @contextmanager
     def _batch_size_for(self, longest: Callable[[], Row], use_cache: bool = False) -> Iterator[None]:
-        """Within the block, `auto` is how many rows such as `longest` fit; the stock model takes rows of `max_length`
-        tokens for it."""
+        """Within the block, `auto` is the number of rows such as `longest` that fit into memory. The stock model
+        assumes rows of `max_length` tokens."""
         given = self.batch_size_per_gpu
         if given == "auto":
             self.batch_size_per_gpu = self._largest_batch(longest(), use_cache)
@@ -239,7 +239,7 @@ class BituneLM(HFLM):
             self.batch_size_per_gpu = given
 
     def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Row]) -> int:
-        """The batch size from row `pos` on: `auto:N` finds it out N times on the way."""
+        """The batch size from row `pos` on: `auto:N` measures it N times."""
         part = int(pos * self.batch_schedule / len(n_reordered_requests))
         if part not in self.batch_sizes:
             reached = max(self.batch_sizes.values(), default=0) == self.max_batch_size
@@ -248,8 +248,8 @@ class BituneLM(HFLM):
         return self.batch_sizes[part]
 
     def _largest_batch(self, row: Row, use_cache: bool = False) -> int:
-        """How many rows like `row` fit into memory, `max_batch_size` at most. Each process finds its own: none waits
-        for the others while it scores."""
+        """How many rows like `row` fit into memory, `max_batch_size` at most. Each process measures its own,
+        because none waits for the others while it scores."""
         # Rows of one length need no masks; real batches do.
         shorter = Row(row.context[1:] or row.context, row.context_is_prompt, row.requests)
 

@@ -37,8 +37,8 @@ class Row:
     """A context and the continuations to score after it.
 
     Attributes:
-        context: token ids, one or more.
-        context_is_prompt: read it as a prompt; otherwise all is plainly causal.
+        context: token ids, at least one.
+        context_is_prompt: encode it as a prompt; otherwise all is plainly causal.
         requests: the continuations, each with the requests that ask for it, by their index.
     """
 
