@@ -31,6 +31,7 @@ from ..plugins import describe
 from ..self_check import check_untried_versions
 from .adapter_layers import FlattenedTokens, ParameterAdapter, TwoAdapterLayer, bidirectional
 from .config import BituneConfig
+from .containers import check_reference_copy, nest_second_stream
 from .full import FullModel, idle_in_second_stream
 from .merging import MergesCausalAdapter
 from .mixing_layer import MixingLayer
@@ -141,7 +142,10 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
             self.unmerge_for("add_adapter")
         with all_or_nothing(self, self.inner):
             self.peft_config[adapter_name] = config
+            others = [name for name in self.peft_config if name != adapter_name]
             self._inject(model, adapter_name, config, autocast_adapter_dtype, options)
+            if not config.unused:  # of one that is loaded, all weights are its own
+                check_reference_copy(model, others, adapter_name)
 
     def _inject(
         self,
@@ -360,6 +364,7 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
                 patch(layer, ParameterAdapter)
             if name not in layer._get_available_adapters():
                 continue
+            nest_second_stream(layer)
             if layer not in inside or layer in idle:
                 layer.delete_adapter(name)
             elif inside[layer].rpartition(".")[2] in self.architecture.flattened:

@@ -46,7 +46,7 @@ def causal_logits(model: PeftModel) -> Tensor:
 
 def bidirectional_logits(model: PeftModel) -> Tensor:
     """Of the other stream, read causally, before an LM head without adapter."""
-    source = {name.replace("default__bidirectional", "default"): p for name, p in model.named_parameters()}
+    source = {name.replace("bidirectional.default", "default"): p for name, p in model.named_parameters()}
     for name, parameter in model.named_parameters():
         if "default" in name and "bidirectional" not in name:
             if "lm_head.lora_" in name:
