@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..core.mixing import MIXING
 from ..modeling.extension import Patch, patch, with_attributes
 from .adapter_layers import bidirectional
+from .config import BituneConfig
 
 BIDIRECTIONAL = "bidirectional"
 """The part of a name, in the model and in a saved adapter, that says that a weight is the bidirectional stream's."""
@@ -146,18 +147,18 @@ def with_names_of(model: nn.Module, adapter_name: str, weights: Mapping[str, Ten
     return {names.get(name, name): value for name, value in weights.items()}
 
 
-def check_reference_copy(model: nn.Module, adapter_names: Iterable[str], new: str) -> None:
+def check_reference_copy(model: nn.Module, configs: Mapping[str, BituneConfig], new: str) -> None:
     """Refuses the adapter that TRL adds for a reference model, where TRL would copy only a part of the weights.
 
     Args:
         model: the model, with the new adapter.
-        adapter_names: of the adapters that are there already.
+        configs: of all adapters.
         new: the name of the new one.
 
     Raises:
         ValueError: `new` is "ref", next to "default", and some weights of "default" would not be copied.
     """
-    if new != REFERENCE or POLICY not in adapter_names:
+    if new != REFERENCE or POLICY not in configs or configs[new].unused:  # one that is loaded has weights of its own
         return
     parts = {POLICY, bidirectional(POLICY)}
     names = [name for name, _ in model.named_parameters() if parts & {*name.split(".")}]

@@ -142,10 +142,8 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
             self.unmerge_for("add_adapter")
         with all_or_nothing(self, self.inner):
             self.peft_config[adapter_name] = config
-            others = [name for name in self.peft_config if name != adapter_name]
             self._inject(model, adapter_name, config, autocast_adapter_dtype, options)
-            if not config.unused:  # of one that is loaded, all weights are its own
-                check_reference_copy(model, others, adapter_name)
+            check_reference_copy(model, self.peft_config, adapter_name)
 
     def _inject(
         self,
@@ -316,11 +314,7 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
         self.inner._create_and_replace(*args, **kwargs)
 
     def _inject_stream(
-        self,
-        name: str,
-        config: MethodConfig,
-        autocast_adapter_dtype: bool,
-        options: dict[str, Any],
+        self, name: str, config: MethodConfig, autocast_adapter_dtype: bool, options: dict[str, Any]
     ) -> None:
         if self.inner is None:
             tuner_cls: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]

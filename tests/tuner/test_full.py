@@ -235,6 +235,14 @@ def test_weights_beside_modules_are_refused_and_change_nothing() -> None:
         get_peft_model(base, BituneConfig(adapter=copy.deepcopy(EVERYTHING)))
 
 
+def test_all_that_is_held_beside_modules_is_named_in_what_to_write(trainer: Any) -> None:
+    """A trainer without `peft_config` trains all weights."""
+    with pytest.raises(
+        ValueError, match=r"peft_config=BituneConfig\(adapter=FullConfig.*exclude_modules=\['self_attn'"
+    ):
+        trainer(model=tiny("gpt_oss", "eager"), peft_config=None)
+
+
 def test_what_a_module_holds_itself_can_be_left_as_it_is() -> None:
     adapter = FullConfig(target_modules="all", exclude_modules=["self_attn"])
     model = get_peft_model(tiny("gpt_oss", "eager"), BituneConfig(adapter=adapter))
