@@ -16,7 +16,21 @@ if TYPE_CHECKING:
     from .errors import LayoutError, UnsupportedModelError
     from .hookspecs import hookimpl
     from .integrations.lm_eval.model import BituneLM
+    from .integrations.trl.experimental import (
+        BituneCPOTrainer,
+        BituneGKDTrainer,
+        BituneOnlineDPOTrainer,
+        BituneORPOTrainer,
+        BituneTPOTrainer,
+    )
     from .integrations.trl.trainer import BituneSFTConfig, BituneSFTTrainer
+    from .integrations.trl.trainers import (
+        BituneDistillationTrainer,
+        BituneDPOTrainer,
+        BituneGRPOTrainer,
+        BituneKTOTrainer,
+        BituneRLOOTrainer,
+    )
     from .modeling.architectures import Architecture, decoder
     from .modeling.causal_lm import plan_ahead
     from .tuner.config import BituneConfig
@@ -25,11 +39,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Architecture",
+    "BituneCPOTrainer",
     "BituneConfig",
+    "BituneDPOTrainer",
+    "BituneDistillationTrainer",
+    "BituneGKDTrainer",
+    "BituneGRPOTrainer",
+    "BituneKTOTrainer",
     "BituneLM",
     "BituneModel",
+    "BituneORPOTrainer",
+    "BituneOnlineDPOTrainer",
+    "BituneRLOOTrainer",
     "BituneSFTConfig",
     "BituneSFTTrainer",
+    "BituneTPOTrainer",
     "FullConfig",
     "LayoutError",
     "UnsupportedModelError",
@@ -40,11 +64,21 @@ __all__ = [
 
 _MODULE_OF = {
     "Architecture": "modeling.architectures",
+    "BituneCPOTrainer": "integrations.trl.experimental",
     "BituneConfig": "tuner.config",
+    "BituneDPOTrainer": "integrations.trl.trainers",
+    "BituneDistillationTrainer": "integrations.trl.trainers",
+    "BituneGKDTrainer": "integrations.trl.experimental",
+    "BituneGRPOTrainer": "integrations.trl.trainers",
+    "BituneKTOTrainer": "integrations.trl.trainers",
     "BituneLM": "integrations.lm_eval.model",
     "BituneModel": "tuner.model",
+    "BituneORPOTrainer": "integrations.trl.experimental",
+    "BituneOnlineDPOTrainer": "integrations.trl.experimental",
+    "BituneRLOOTrainer": "integrations.trl.trainers",
     "BituneSFTConfig": "integrations.trl.trainer",
     "BituneSFTTrainer": "integrations.trl.trainer",
+    "BituneTPOTrainer": "integrations.trl.experimental",
     "FullConfig": "tuner.full",
     "LayoutError": "errors",
     "UnsupportedModelError": "errors",
@@ -54,7 +88,7 @@ _MODULE_OF = {
 }
 """Public names, and the module of each."""
 
-_EXTRA_OF = {"BituneLM": "lm-eval", "BituneSFTConfig": "trl", "BituneSFTTrainer": "trl"}
+_EXTRA_OF = {"BituneLM": "lm-eval"} | {name: "trl" for name in _MODULE_OF if ".trl." in _MODULE_OF[name]}
 """Public names whose host need not be there: the extra to install."""
 
 _stand_in(__name__)

@@ -19,7 +19,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 Sample = tuple[Tensor, int]
 """Tokens `[T]`, and the length of the prompt, `P`."""
 
-STREAMS = {"causal": "default", "bidirectional": "default__bidirectional"}
+STREAMS = {"causal": "default", "bidirectional": "bidirectional.default"}
 """Stream -> its adapter's name in the parameters of a model with Bitune."""
 
 

@@ -31,6 +31,7 @@ from .prompts import (
     plan_call,
     tokens_in,
 )
+from .routers import of_causal_stream
 
 PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "per_layer_inputs")
 """Arguments of backbones with one value per token, `[B, T, ...]`, except positions and masks."""
@@ -167,11 +168,6 @@ def _check_outputs(architecture: Architecture, kwargs: dict[str, Any]) -> None:
             "`output_attentions=True`: a prompt in two streams has no single attention matrix. Leave it unset, "
             "or look at the base model's inside `with model.disable_adapter():`."
         )
-    if _asked_for("output_router_logits", architecture, kwargs) and architecture.flattening_blocks():
-        raise ValueError(
-            "`output_router_logits=True`: the routers see the bidirectional stream too, and a balancing loss would "
-            "count its tokens. Set `output_router_logits=False`."
-        )
 
 
 def _asked_for(name: str, architecture: Architecture, kwargs: dict[str, Any]) -> bool:
@@ -226,6 +222,8 @@ def _restored(context: ForwardContext, outputs: ModelOutput, answers_only: bool)
         outputs["hidden_states"] = tuple(
             x if x is None else context.layout.to(x.device).restore(x) for x in outputs["hidden_states"]
         )
+    if outputs.get("router_logits"):
+        outputs["router_logits"] = of_causal_stream(outputs["router_logits"], context.layout)
     if context.cache is not None:
         put_cache(outputs, context.cache)
     return outputs

@@ -16,6 +16,7 @@ from ..core.planning import plan
 from ..core.prompts import sequence_starts
 from ..errors import LayoutError
 from .architectures import Architecture
+from .boundaries import known_prompts
 from .context import PerThread
 from .host import OF_GENERATE
 
@@ -112,8 +113,11 @@ def plan_call(
         check_per_token("prompt_mask", prompt_mask, tokens)
     elif generation is not None:
         prompt_mask = generation.prompt_mask_for(*tokens.shape[:2])
+    elif (known := known_prompts(tokens, attention_mask)) is not None:
+        prompt_mask = known
     else:
         if tokens.shape[1] > 1:
+            _check_not_trained(architecture)
             _warn_all_prompt()
         prompt_mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     if completion_index is not None:
@@ -222,6 +226,20 @@ def padding_mask_in(kwargs: dict[str, Any]) -> Tensor | None:
             "of [rows, tokens] that is 0 on padding."
         )
     return mask.to(device=tokens_in(kwargs).device, dtype=torch.bool)
+
+
+def _check_not_trained(architecture: Architecture) -> None:
+    """Raises LayoutError in a training step, in which all of the input would be taken as prompt."""
+    if architecture.backbone.training and torch.is_grad_enabled():
+        raise LayoutError(
+            "A model with a Bitune adapter is trained, and was called without `labels` or `prompt_mask`, so it cannot "
+            "be told where prompts end. With TRL, import the trainer from `bitune_plugin`: BituneSFTTrainer, "
+            "BituneDPOTrainer, BituneKTOTrainer, BituneGRPOTrainer, BituneRLOOTrainer; other trainers of TRL may not "
+            "say what is prompt. With transformers' Trainer, label smoothing and `compute_loss_func` keep `labels` "
+            "from the model: add a column 'prompt_mask' to the dataset. In a loop of your own, pass `labels` (-100 on "
+            "the prompt) or `prompt_mask` (True on the prompt). To only compute logits: `model.eval()`, or "
+            "`torch.no_grad()`."
+        )
 
 
 @cache

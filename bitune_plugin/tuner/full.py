@@ -217,20 +217,34 @@ def _name_all(config: FullConfig, model: nn.Module) -> None:
     once = {name for name in whole if not _is_excluded(config, name)}
     elsewhere = (embeddings, head, *(config.modules_to_save or ()), FullModel.prefix, "modules_to_save", MIXING)
     layers: set[str] = set()
+    mixed: dict[str, list[str]] = {}
     for path, module in model.named_modules():
         name = path.removesuffix(".base_layer").removesuffix(".original_module")  # if it carries an adapter already
         own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
         if not own or _is_part_of(name, elsewhere) or _is_excluded(config, name):
             continue
         if any(True for child in module.children() for _ in child.parameters()):
-            raise ValueError(
-                f"`target_modules='all'`: {name or type(module).__name__} holds {', '.join(own)} itself, beside "
-                "layers with weights, so it cannot be there once per stream. Leave what it holds itself as it is, "
-                f"`exclude_modules={[name.rpartition('.')[2]]}`, or use `target_modules='all-linear'`."
-            )
+            mixed[name or type(module).__name__] = own
+            continue
         (once if isinstance(module, nn.Embedding) else layers).add(name)
+    _check_none_mixed(config, mixed)
     config.target_modules = sorted(layers)
     config.modules_to_save = sorted({*(config.modules_to_save or ()), *once})
+
+
+def _check_none_mixed(config: FullConfig, mixed: dict[str, list[str]]) -> None:
+    """Raises ValueError if there are modules, by name, that hold parameters beside layers with weights."""
+    if not mixed:
+        return
+    name, own = next(iter(mixed.items()))
+    given = config.exclude_modules if isinstance(config.exclude_modules, list) else []
+    names = sorted({*given, *(each.rpartition(".")[2] for each in mixed)})
+    raise ValueError(
+        f"`target_modules='all'`: {name} holds {', '.join(own)} itself, beside layers with weights, so it cannot be "
+        f"there once per stream. So it is with {len(mixed)} module(s). Leave what they hold themselves as it is, and "
+        f"train all else: `peft_config=BituneConfig(adapter=FullConfig(target_modules='all', exclude_modules={names}))`"
+        "; or train the linear layers alone, with `target_modules='all-linear'`."
+    )
 
 
 def _are_tied(model: Any) -> bool:

@@ -17,14 +17,29 @@ Pair = tuple[Tensor, Tensor]
 """The same of the causal and of the bidirectional stream."""
 
 
-class Thetas(nn.ParameterDict):
-    """Theta by adapter name. Called as a module, because accelerate's hooks load offloaded parameters at calls."""
+class Theta(nn.Module):
+    """Theta of one adapter, float32, `[1]` or `[heads]`.
 
-    def __call__(self, adapter_name: str) -> nn.Parameter:
+    A module with a `weight`, because code that goes by names expects something behind the adapter's name (see
+    `containers`), and one that is called, so that accelerate's hooks load what is kept off the device.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(value)
+
+    def forward(self) -> Tensor:
+        return self.weight.clone()  # FSDP and offloading take the weight away after the call
+
+
+class Thetas(nn.ModuleDict):
+    """Theta by adapter name. Called as well: it may be a unit of FSDP2."""
+
+    def __call__(self, adapter_name: str) -> Tensor:
         return nn.Module.__call__(self, adapter_name)
 
-    def forward(self, adapter_name: str) -> nn.Parameter:
-        return self[adapter_name]
+    def forward(self, adapter_name: str) -> Tensor:
+        return self[adapter_name]()
 
 
 class MixingLayer(nn.Module, BaseTunerLayer):
@@ -82,7 +97,7 @@ class MixingLayer(nn.Module, BaseTunerLayer):
         size = self.heads if config.mixing_granularity == "head" else 1
         for theta in (self.theta_key, self.theta_value):
             value = torch.full((size,), float(config.theta_init), dtype=torch.float32, device=device)
-            theta[adapter_name] = nn.Parameter(value)
+            theta[adapter_name] = Theta(value)
 
     def alphas(self, adapter_name: str) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Alpha of keys and of values, float32, `[1]` or `[heads]`; `None` twice without mixing."""

@@ -31,6 +31,7 @@ from ..plugins import describe
 from ..self_check import check_untried_versions
 from .adapter_layers import FlattenedTokens, ParameterAdapter, TwoAdapterLayer, bidirectional
 from .config import BituneConfig
+from .containers import check_reference_copy, nest_second_stream
 from .full import FullModel, idle_in_second_stream
 from .merging import MergesCausalAdapter
 from .mixing_layer import MixingLayer
@@ -142,6 +143,7 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
         with all_or_nothing(self, self.inner):
             self.peft_config[adapter_name] = config
             self._inject(model, adapter_name, config, autocast_adapter_dtype, options)
+            check_reference_copy(model, self.peft_config, adapter_name)
 
     def _inject(
         self,
@@ -312,11 +314,7 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
         self.inner._create_and_replace(*args, **kwargs)
 
     def _inject_stream(
-        self,
-        name: str,
-        config: MethodConfig,
-        autocast_adapter_dtype: bool,
-        options: dict[str, Any],
+        self, name: str, config: MethodConfig, autocast_adapter_dtype: bool, options: dict[str, Any]
     ) -> None:
         if self.inner is None:
             tuner_cls: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
@@ -360,6 +358,7 @@ class BituneModel(MergesCausalAdapter, SavesBothStreams):
                 patch(layer, ParameterAdapter)
             if name not in layer._get_available_adapters():
                 continue
+            nest_second_stream(layer)
             if layer not in inside or layer in idle:
                 layer.delete_adapter(name)
             elif inside[layer].rpartition(".")[2] in self.architecture.flattened:

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from ..core.mixing import MIXING
 from .adapter_layers import bidirectional
+from .containers import BIDIRECTIONAL, SUFFIX
 
 Create = Callable[..., Optimizer]
 
@@ -63,6 +64,7 @@ def with_streams_apart(create: Create) -> Create:
         (group,) = optimizer.param_groups
         shared = {key: value for key, value in group.items() if key not in BY_PARAMETER}
         scaling = dict(zip(group["names"], group["scaling_factors"], strict=True))
+        scaling |= {name: _scaling_of_second(model, name) for name in scaling if BIDIRECTIONAL in name.split(".")}
         groups: Any = [{**shared, **part} for part in _groups(dict(model.named_parameters()), scaling)]
         return StreamsLoraFA(groups)
 
@@ -112,7 +114,7 @@ def _groups(parameters: dict[str, nn.Parameter], scaling: dict[str, float | None
     theta = [name for name in parameters if f".{MIXING}." in name and parameters[name].requires_grad]
     known = {*pairs, *theta}
     others = [name for name, parameter in parameters.items() if parameter.requires_grad and name not in known]
-    names = {name: f"second.{name}" if bidirectional("") in name else name for name in pairs}
+    names = {name: f"second.{name}" if _is_second(name) else name for name in pairs}
     names |= {name: name.replace("lora", "trained") for name in (*others, *theta)}
     return [
         {
@@ -124,6 +126,19 @@ def _groups(parameters: dict[str, nn.Parameter], scaling: dict[str, float | None
         for group, settings in ((pairs, {}), (others, {}), (theta, {"weight_decay": 0.0}))
         if group
     ]
+
+
+def _scaling_of_second(model: nn.Module, name: str) -> float | None:
+    """Of a LoRA of the bidirectional stream. PEFT takes the part of a name behind `lora_A` for the adapter's."""
+    container, _, adapter = name.rpartition(f".{BIDIRECTIONAL}.")
+    layer = model.get_submodule(container.rpartition(".")[0])
+    scaling: dict[str, float] = getattr(layer, "scaling", {})
+    return scaling.get(bidirectional(adapter.partition(".")[0]))
+
+
+def _is_second(name: str) -> bool:
+    """Whether a parameter of this name is the bidirectional stream's."""
+    return BIDIRECTIONAL in name.split(".") or SUFFIX in name
 
 
 def _carries_bitune(model: nn.Module) -> bool:

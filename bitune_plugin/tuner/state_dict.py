@@ -21,12 +21,10 @@ from ..core.mixing import MIXING
 from ..errors import shorten
 from .adapter_layers import bidirectional
 from .config import BituneConfig
+from .containers import BIDIRECTIONAL, flattened, with_flat_names, with_names_of
 from .full import embeddings_and_head
 from .host import adapter_prefixes, filter_by_prefixes
 from .weights import not_finite
-
-BIDIRECTIONAL = "bidirectional"
-"""The part of a saved key in the place of the inner adapter's name in the model."""
 
 
 class SavesBothStreams(BaseTuner):
@@ -43,6 +41,7 @@ class SavesBothStreams(BaseTuner):
     ) -> dict[str, Tensor]:
         inner_cls: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.inner.peft_type]
         second = bidirectional(adapter_name)
+        state_dict = flattened(state_dict, [adapter_name, *unwanted_adapter_names])
         of_causal = {key: value for key, value in state_dict.items() if bidirectional("") not in key}
         of_second = {key: value for key, value in state_dict.items() if second in key.split(".")}
         others = [*unwanted_adapter_names, *map(bidirectional, unwanted_adapter_names)]
@@ -69,7 +68,8 @@ class SavesBothStreams(BaseTuner):
                 adapter was just added is left as it was before, after any other exception too.
         """
         try:
-            remapped = cls._remapped(model, config, adapter_name, state_dict)
+            remapped = cls._remapped(with_flat_names(model, adapter_name), config, adapter_name, state_dict)
+            remapped = with_names_of(model, adapter_name, remapped)
             _tuner_of(model).unmerge_for("load_adapter")
             _tie(model, config, adapter_name, remapped)
         except BaseException:

@@ -404,7 +404,7 @@ def _check_has_prompt(columns: Iterable[str], formatting_func: Callable | None, 
             "dataset to columns 'prompt' and 'completion' before, and leave `formatting_func` out."
         )
     if "input_ids" in columns:
-        told = any(column in columns for column in ("labels", "completion_mask", PROMPT_MASK))
+        told = any(column in columns for column in ("labels", "completion_mask", "assistant_masks", PROMPT_MASK))
     else:
         told = _is_conversation(columns) or ("prompt" in columns and "completion" in columns)
     if not told:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,8 @@ def causal_logits(model: PeftModel) -> Tensor:
 
 def bidirectional_logits(model: PeftModel) -> Tensor:
     """Of the other stream, read causally, before an LM head without adapter."""
-    source = {name.replace("default__bidirectional", "default"): p for name, p in model.named_parameters()}
+    second = r"bidirectional\.default|default__bidirectional"  # of modules, and of bare parameters
+    source = {re.sub(second, "default", name): p for name, p in model.named_parameters()}
     for name, parameter in model.named_parameters():
         if "default" in name and "bidirectional" not in name:
             if "lm_head.lora_" in name:

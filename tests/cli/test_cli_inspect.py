@@ -32,8 +32,8 @@ def out(tmp_path: Path) -> Path:
     model = bitune(adapter=SMALL)
     for step in (2, 10):
         for mixing in model.base_model._mixing_layers():
-            mixing.theta_key["default"].data.fill_(0.01 * step)
-            mixing.theta_value["default"].data.fill_(0.001 * step)
+            mixing.theta_key["default"].weight.data.fill_(0.01 * step)
+            mixing.theta_value["default"].weight.data.fill_(0.001 * step)
         model.save_pretrained(tmp_path / "out" / f"checkpoint-{step}")
     return tmp_path / "out"
 

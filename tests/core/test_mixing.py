@@ -159,13 +159,13 @@ def layers(count: int = 2, heads: int = 3, **chosen: object) -> list[MixingLayer
 @pytest.mark.parametrize(("granularity", "sizes"), [("layer", [[1], [1]]), ("head", [[3], [3]]), ("model", [[1], []])])
 def test_granularity_says_how_many_thetas_there_are(granularity: str, sizes: list[list[int]]) -> None:
     made = layers(mixing_granularity=granularity)
-    assert [[len(theta) for theta in layer.theta_key.values()] for layer in made] == sizes
-    assert [[len(theta) for theta in layer.theta_value.values()] for layer in made] == sizes
+    assert [[len(theta.weight) for theta in layer.theta_key.values()] for layer in made] == sizes
+    assert [[len(theta.weight) for theta in layer.theta_value.values()] for layer in made] == sizes
 
 
 def test_theta_starts_where_the_config_says_in_float32() -> None:
     layer = layers(theta_init=0.25)[0]
-    for theta in (layer.theta_key["default"], layer.theta_value["default"]):
+    for theta in (layer.theta_key["default"].weight, layer.theta_value["default"].weight):
         assert theta.dtype == torch.float32
         assert theta.tolist() == [0.25]
         assert theta.requires_grad
@@ -180,8 +180,8 @@ def test_without_mixing_there_is_no_theta() -> None:
 def test_keys_and_values_have_each_their_own_theta() -> None:
     layer = layers()[0]
     with torch.no_grad():
-        layer.theta_key["default"].fill_(0.0)
-        layer.theta_value["default"].fill_(0.03)
+        layer.theta_key["default"].weight.fill_(0.0)
+        layer.theta_value["default"].weight.fill_(0.03)
     keys, values = streams(heads=3), streams(heads=3)
     (mixed_keys,), (mixed_values,) = layer([keys], [values], "default")
     assert torch.equal(mixed_keys, keys[0])
@@ -191,34 +191,34 @@ def test_keys_and_values_have_each_their_own_theta() -> None:
 def test_one_theta_for_the_model_serves_every_layer() -> None:
     first, second = layers(mixing_granularity="model")
     with torch.no_grad():
-        first.theta_key["default"].fill_(0.03)
+        first.theta_key["default"].weight.fill_(0.03)
     assert second.alphas("default")[0].item() == pytest.approx(0.75)
 
 
 def test_one_theta_for_the_model_is_saved_once() -> None:
     made = torch.nn.ModuleList(layers(3, mixing_granularity="model"))
-    assert sorted(made.state_dict()) == ["0.theta_key.default", "0.theta_value.default"]
+    assert sorted(made.state_dict()) == ["0.theta_key.default.weight", "0.theta_value.default.weight"]
     assert len(list(made.parameters())) == 2
 
 
 def test_relu_mixing_is_what_the_layer_uses_when_asked() -> None:
     layer = layers(mixing="relu")[0]
     with torch.no_grad():
-        layer.theta_key["default"].fill_(-0.01)
+        layer.theta_key["default"].weight.fill_(-0.01)
     assert layer.alphas("default")[0].item() == 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_theta_stays_float32_and_exact_when_the_model_changes_dtype(dtype: torch.dtype) -> None:
     layer = layers(theta_init=0.0123)[0]
-    before = layer.theta_key["default"].item()
+    before = layer.theta_key["default"].weight.item()
     layer.to(dtype)
-    assert layer.theta_key["default"].dtype == torch.float32
-    assert layer.theta_key["default"].item() == before
+    assert layer.theta_key["default"].weight.dtype == torch.float32
+    assert layer.theta_key["default"].weight.item() == before
 
 
 def test_theta_goes_where_the_model_goes() -> None:
-    assert layers()[0].to("meta").theta_key["default"].is_meta
+    assert layers()[0].to("meta").theta_key["default"].weight.is_meta
 
 
 def test_a_mixing_layer_survives_pickling() -> None:
@@ -228,4 +228,4 @@ def test_a_mixing_layer_survives_pickling() -> None:
     file.seek(0)
     again = torch.load(file, weights_only=False)
     assert again.alphas("default")[0].item() == 0.5
-    assert again.theta_key["default"].item() == 0.5
+    assert again.theta_key["default"].weight.item() == 0.5

@@ -420,7 +420,7 @@ def test_the_record_tells_adapters_apart(saved: Saved, tmp_path: Path) -> None:
     name = next(name for name in weights if name.endswith("theta_key"))
     weights[name] += 1e-3
     model = saved.model().model
-    model.load_state_dict({name.replace("theta_key", "theta_key.default"): weights[name]}, strict=False)
+    model.load_state_dict({name.replace("theta_key", "theta_key.default.weight"): weights[name]}, strict=False)
     model.save_pretrained(other)
 
     records = [saved.model(peft=peft).get_model_info()["bitune"] for peft in (saved.adapter, str(other))]

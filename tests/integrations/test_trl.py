@@ -138,6 +138,16 @@ class TestPrompt:
             PROMPT_MASK: [True, True, True, False, False],
         }
 
+    def test_of_token_ids_with_assistant_masks(self, trainer: Any) -> None:
+        """What comes before the first assistant token is the prompt; later turns of others do not count."""
+        rows = [{"input_ids": [7, 8, 9, 10, 11, 2], "assistant_masks": [0, 0, 0, 1, 0, 1]}] * 4
+
+        batch = batch_of(t := trainer(train_dataset=Dataset.from_list(rows), **ONE_STEP))
+
+        assert batch["prompt_mask"][0].tolist() == [True, True, True, False, False, False]
+        assert batch["labels"][0].tolist() == [-100, -100, -100, 10, -100, 2]
+        assert_exact(t)
+
     def test_tokens_do_not_count_for_the_loss_of_token_ids_with_a_completion_mask(self, trainer: Any) -> None:
         rows = [{"input_ids": [7, 8, 9], "completion_mask": [0, 1, 1]}] * 4
         assert trainer(train_dataset=Dataset.from_list(rows)).train_dataset[0]["labels"] == [-100, 8, 9]

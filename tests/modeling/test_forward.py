@@ -213,6 +213,28 @@ def test_without_either_all_is_prompt_and_a_warning_says_so_once() -> None:
         model(input_ids=ids[None])
 
 
+def test_training_without_either_is_refused() -> None:
+    model = bitune().train()
+    ids = tokens(9)[None]
+
+    with pytest.raises(LayoutError, match=r"BituneSFTTrainer.*label smoothing.*`labels`.*`prompt_mask`.*`model.eval"):
+        model(input_ids=ids)
+    with pytest.raises(LayoutError, match="where prompts end"):  # as trainers call it that have a head of their own
+        model.get_base_model().model(input_ids=ids)
+
+    model(input_ids=ids, labels=ids.masked_fill(torch.arange(9) < 5, -100)).loss.backward()
+
+
+def test_a_prompt_may_be_evaluated_in_a_model_in_training() -> None:
+    model, oracle = with_oracle()
+    ids = tokens(9)
+
+    with torch.no_grad():
+        logits = model.train()(input_ids=ids[None]).logits
+
+    assert_close(logits[0, -1:], oracle(ids, 9))
+
+
 def test_integers_serve_as_a_prompt_mask() -> None:
     model = bitune()
     as_integers = {**INPUTS, "prompt_mask": INPUTS["prompt_mask"].long()}
@@ -764,12 +786,6 @@ def test_experts_without_adapters_inside_run_once_on_all_tokens() -> None:
     model.base_model.model.model.layers[0].mlp.experts.register_forward_hook(lambda *_: calls.append(2))
     model(**batch(ROWS).inputs)
     assert calls == [2, 1]
-
-
-def test_the_logits_of_routers_are_refused() -> None:
-    model = bitune(tiny("mixtral", "eager"))
-    with pytest.raises(ValueError, match=r"`output_router_logits=True`.*Set `output_router_logits=False`"):
-        model(**batch(ROWS).inputs, output_router_logits=True)
 
 
 def test_experts_come_back_as_they_were() -> None:

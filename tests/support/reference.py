@@ -100,10 +100,14 @@ class Case:
             assert counterparts or prefix != "causal"
         return model
 
+    def _second(self) -> str:
+        """The bidirectional adapter in parameter names. IA3's weights are bare parameters in dicts of PEFT's."""
+        return "default__bidirectional" if self.name.endswith("ia3") else "bidirectional.default"
+
     def counterparts(self, parameters: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """For adapters: reference key -> parameter of the product."""
         found: dict[str, dict[str, Tensor]] = {}
-        for prefix, name in (("causal", "default"), ("bidirectional", "default__bidirectional")):
+        for prefix, name in (("causal", "default"), ("bidirectional", self._second())):
             found[prefix] = {
                 key: parameters[_product_key(key.removeprefix(f"{prefix}."), name)]
                 for key in self.tensors

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
-STREAMS = {"causal": "default", "bidirectional": "default__bidirectional"}
-"""Adapter names here, and in the product."""
+STREAMS = {"causal": ("default",), "bidirectional": ("bidirectional.default", "default__bidirectional")}
+"""Adapter names here, and what stands for them in names of the product: of modules, or of bare parameters."""
 
 CACHE = "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
 """The keyword under which the installed transformers takes the key/value cache."""
@@ -143,13 +143,20 @@ class ThreePass(nn.Module):
         theirs = tensors(product)
         pairs = []
         for name, tensor in tensors(self.model).items():
-            there = ".".join(STREAMS.get(part, part) for part in name.split("."))
-            if there in theirs and (there != name or tensor.requires_grad):
-                pairs.append((tensor, theirs[there]))
+            for there in _names_in_product(name):
+                if there in theirs and (there != name or tensor.requires_grad):
+                    pairs.append((tensor, theirs[there]))
         for kind, thetas in (("theta_key", self.theta_key), ("theta_value", self.theta_value)):
             named = [p for name, p in theirs.items() if f"bitune_mixing.{kind}.default" in name]
             pairs += list(zip(thetas, named, strict=False))
         return pairs
+
+
+def _names_in_product(name: str) -> list[str]:
+    stream = next((part for part in name.split(".") if part in STREAMS), None)
+    return (
+        [name] if stream is None else [f".{name}.".replace(f".{stream}.", f".{x}.").strip(".") for x in STREAMS[stream]]
+    )
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:

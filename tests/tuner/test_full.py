@@ -16,7 +16,6 @@ from transformers import DynamicCache, PreTrainedModel
 
 from bitune_plugin import BituneConfig
 from bitune_plugin.checkpoints.saved import SavedAdapter
-from bitune_plugin.tuner.adapter_layers import bidirectional
 from bitune_plugin.tuner.full import FullConfig, FullLayer
 from helpers import SHAPES, assert_close, batch, lora, observe, samples, tokens, unharmed
 from models import randomise_adapters, tiny
@@ -50,7 +49,7 @@ class TwoModels(ThreePass):
     def pairs(self, product: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
         theirs = dict(product.named_parameters(remove_duplicate=False))
         pairs = [pair for pair in super().pairs(product) if pair[0] is not None and pair[0].dim() == 1]
-        for stream, adapter_name in STREAMS.items():
+        for stream, (adapter_name, *_) in STREAMS.items():
             for name, parameter in self.streams[stream].named_parameters():
                 module, _, weight = name.rpartition(".")
                 for kind in ("bitune_full", "modules_to_save"):
@@ -236,6 +235,14 @@ def test_weights_beside_modules_are_refused_and_change_nothing() -> None:
         get_peft_model(base, BituneConfig(adapter=copy.deepcopy(EVERYTHING)))
 
 
+def test_all_that_is_held_beside_modules_is_named_in_what_to_write(trainer: Any) -> None:
+    """A trainer without `peft_config` trains all weights."""
+    with pytest.raises(
+        ValueError, match=r"peft_config=BituneConfig\(adapter=FullConfig.*exclude_modules=\['self_attn'"
+    ):
+        trainer(model=tiny("gpt_oss", "eager"), peft_config=None)
+
+
 def test_what_a_module_holds_itself_can_be_left_as_it_is() -> None:
     adapter = FullConfig(target_modules="all", exclude_modules=["self_attn"])
     model = get_peft_model(tiny("gpt_oss", "eager"), BituneConfig(adapter=adapter))
@@ -291,7 +298,7 @@ def test_every_copy_gets_a_gradient_and_the_second_stream_has_none_that_it_does_
     model, _ = full(tiny_of(architecture), EVERYTHING)
     model.train()(**{**ROWS.inputs, "labels": ROWS.labels}, use_cache=False).loss.backward()
     names = {name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
-    assert {name for name in names if bidirectional("") in name and "experts" not in name} == set()
+    assert {name for name in names if ".bidirectional." in name and "experts" not in name} == set()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, FullLayer) and "lm_head" not in name}
     once = [name for name, layer in layers.items() if len(layer.bitune_full) == 1]
     assert 3 <= len(once) < len(layers) / 2

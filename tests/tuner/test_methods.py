@@ -97,7 +97,8 @@ def test_equals_three_passes(method: str, settings: dict[str, Any], tmp_path: Pa
 def swap_streams(model: nn.Module) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=True))
     for name, causal in parameters.items():
-        second = parameters.get(name.replace(".default", ".default__bidirectional"))
+        names = (name.replace(".default", second) for second in (".bidirectional.default", ".default__bidirectional"))
+        second = next((parameters[other] for other in names if other in parameters), None)
         if second is not None and second is not causal:
             causal.data, second.data = second.data, causal.data
 

@@ -358,7 +358,7 @@ def test_the_causal_stream_of_a_saved_adapter_is_a_plain_peft_adapter(folder: Pa
 def test_a_process_that_is_killed_while_it_saves_leaves_the_old_adapter_or_the_new(folder: Path) -> None:
     new = bitune()
     randomise_adapters(new, seed=2)
-    known = [load_file(folder / WEIGHTS)[THETA].item(), new.get_parameter(f"{THETA}.default").item()]
+    known = [load_file(folder / WEIGHTS)[THETA].item(), new.get_parameter(f"{THETA}.default.weight").item()]
     loaded = set()
     for step in itertools.count(1):
         ended = killed_at(step, lambda: new.save_pretrained(folder), folder)
@@ -619,7 +619,8 @@ def _trainable(model: nn.Module) -> set[str]:
     found: dict[str, set[bool]] = {}
     for name, parameter in model.named_parameters():
         parts = name.split(".")
-        adapters = {part for part in parts if part.removesuffix("__bidirectional") in model.peft_config}
+        suffix = "__bidirectional" if "bidirectional" in parts else ""
+        adapters = {f"{part}{suffix}" for part in parts if part in model.peft_config}
         for adapter in adapters or {"base"}:
             found.setdefault(adapter, set()).add(parameter.requires_grad)
     assert all(len(values) == 1 for values in found.values()), found

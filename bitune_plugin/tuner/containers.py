@@ -1,0 +1,173 @@
+"""Parameter names of the bidirectional stream: `lora_A.bidirectional.default.weight`.
+
+PEFT keeps the weights of a layer in dicts by adapter name, and the two streams of a Bitune adapter are two inner
+adapters, so the second one would be called `lora_A.default__bidirectional.weight`. Code that copies, counts or filters
+weights by name expects the adapter's name as a part of its own: TRL makes the reference model of DPO, KTO, GRPO and
+RLOO by replacing `".default."` with `".ref."` in the names of parameters. So the entries of the second stream are kept
+in a module of their own inside the dict, while the dict still shows them to PEFT under the flat key.
+
+Dicts of bare parameters (`nn.ParameterDict`: IA3, VeRA, LoRA of embeddings) stay as they are. In PEFT itself their
+names end with the adapter's, without a dot behind it; `check_reference_copy` refuses a copy that would miss them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..core.mixing import MIXING
+from ..modeling.extension import Patch, patch, with_attributes
+from .adapter_layers import bidirectional
+from .config import BituneConfig
+
+BIDIRECTIONAL = "bidirectional"
+"""The part of a name, in the model and in a saved adapter, that says that a weight is the bidirectional stream's."""
+
+SUFFIX = bidirectional("")
+POLICY, REFERENCE = "default", "ref"
+"""Names of TRL: the adapter that is trained, and the copy of it that serves as the reference model."""
+
+
+class SecondStream(nn.Module):
+    """The modules of the bidirectional stream, by adapter name."""
+
+
+class StreamDict(Patch):
+    """Put in front of an `nn.ModuleDict` of a PEFT layer, by `nest_second_stream`.
+
+    A module of the bidirectional stream is at `bidirectional.<adapter>`; keys are PEFT's, `<adapter>__bidirectional`.
+    """
+
+    _modules: dict[str, nn.Module]
+
+    def __getitem__(self, key: str) -> nn.Module:
+        modules, name = self._place(key)
+        return modules[name]
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        if not key.endswith(SUFFIX):
+            super().__setitem__(key, module)  # type: ignore[misc]
+        elif BIDIRECTIONAL in self._modules:
+            self._modules[BIDIRECTIONAL].add_module(key.removesuffix(SUFFIX), module)
+        else:
+            stream = SecondStream()
+            stream.add_module(key.removesuffix(SUFFIX), module)
+            self._modules[BIDIRECTIONAL] = stream
+        if BIDIRECTIONAL in self._modules:
+            # Last, so that the two streams of an adapter follow one another in this order: optimizers save their state
+            # by the number of a parameter.
+            self._modules[BIDIRECTIONAL] = self._modules.pop(BIDIRECTIONAL)
+
+    def __delitem__(self, key: str) -> None:
+        modules, name = self._place(key)
+        del modules[name]
+        if not modules and modules is not self._modules:
+            del self._modules[BIDIRECTIONAL]
+
+    def __contains__(self, key: object) -> bool:
+        modules, name = self._place(str(key))
+        return name in modules and name != BIDIRECTIONAL
+
+    def __len__(self) -> int:
+        return len(self._flat())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._flat())
+
+    def keys(self) -> KeysView[str]:
+        return self._flat().keys()
+
+    def items(self) -> ItemsView[str, nn.Module]:
+        return self._flat().items()
+
+    def values(self) -> ValuesView[nn.Module]:
+        return self._flat().values()
+
+    def _place(self, key: str) -> tuple[dict[str, nn.Module], str]:
+        """The dict that holds the module of a flat key, or would, and its name there."""
+        if not key.endswith(SUFFIX):
+            return self._modules, key
+        stream = self._modules.get(BIDIRECTIONAL)
+        return ({} if stream is None else stream._modules), key.removesuffix(SUFFIX)  # type: ignore[return-value]
+
+    def _flat(self) -> dict[str, nn.Module]:
+        flat = {name: module for name, module in self._modules.items() if name != BIDIRECTIONAL}
+        stream = self._modules.get(BIDIRECTIONAL)
+        return flat if stream is None else flat | {bidirectional(name): x for name, x in stream.named_children()}
+
+
+def nest_second_stream(layer: BaseTunerLayer) -> None:
+    """Gives the weights of the bidirectional stream in a PEFT layer their names. What is nested already stays."""
+    for name, container in layer.named_children():
+        if name == "base_layer" or not isinstance(container, nn.ModuleDict):
+            continue
+        patch(container, StreamDict)
+        for key in [key for key in container._modules if key.endswith(SUFFIX)]:
+            container[key] = container._modules.pop(key)
+
+
+# Names in PEFT's terms, by which an adapter is saved and loaded: the inner adapter's name is one part of the key, and
+# theta is a bare parameter.
+
+
+def flat_name(name: str, adapter_names: Iterable[str]) -> str:
+    """The name that a parameter of the model would have if streams and theta were entries of PEFT's dicts."""
+    for adapter in adapter_names:
+        name = name.replace(f".{BIDIRECTIONAL}.{adapter}.", f".{bidirectional(adapter)}.")
+        if MIXING in name.split("."):
+            name = name.removesuffix(f".{adapter}.weight") + f".{adapter}" * name.endswith(f".{adapter}.weight")
+    return name
+
+
+def with_flat_names(model: nn.Module, adapter_name: str) -> Any:
+    """`model`, whose `state_dict` and `named_parameters` have the names of `flat_name`."""
+
+    def state_dict(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        return flattened(model.state_dict(*args, **kwargs), [adapter_name])
+
+    def named_parameters(*args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in model.named_parameters(*args, **kwargs):
+            yield flat_name(name, [adapter_name]), parameter
+
+    return with_attributes(model, state_dict=state_dict, named_parameters=named_parameters)
+
+
+def flattened(state_dict: Mapping[str, Tensor], adapter_names: Iterable[str]) -> dict[str, Tensor]:
+    """A state dict of the model, with the names of `flat_name`."""
+    adapter_names = [*adapter_names]
+    return {flat_name(name, adapter_names): value for name, value in state_dict.items()}
+
+
+def with_names_of(model: nn.Module, adapter_name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Takes `flattened` back: `weights` by the names that they have in `model`, a PeftModel or the model inside it."""
+    names = {flat_name(name, [adapter_name]): name for name in model.state_dict()}
+    return {names.get(name, name): value for name, value in weights.items()}
+
+
+def check_reference_copy(model: nn.Module, configs: Mapping[str, BituneConfig], new: str) -> None:
+    """Refuses the adapter that TRL adds for a reference model, where TRL would copy only a part of the weights.
+
+    Args:
+        model: the model, with the new adapter.
+        configs: of all adapters.
+        new: the name of the new one.
+
+    Raises:
+        ValueError: `new` is "ref", next to "default", and some weights of "default" would not be copied.
+    """
+    if new != REFERENCE or POLICY not in configs or configs[new].unused:  # one that is loaded has weights of its own
+        return
+    parts = {POLICY, bidirectional(POLICY)}
+    names = [name for name, _ in model.named_parameters() if parts & {*name.split(".")}]
+    missed = [name for name in names if f".{POLICY}." not in name]
+    if missed:
+        raise ValueError(
+            f"`adapter_name={REFERENCE!r}`: TRL copies the adapter {POLICY!r} to it by the names of parameters, and "
+            f"would miss {len(missed)} of {len(names)}, such as {missed[0]}, so that the reference model would not be "
+            "the policy. Pass a copy of the model, `ref_model=copy.deepcopy(model).get_base_model()` (DPO, KTO), set "
+            "`beta=0` (GRPO, RLOO), or train a method whose weights are modules (LoRA of linear layers, DoRA, OFT, "
+            "full fine-tuning). If the adapter is not for TRL, give it another name."
+        )

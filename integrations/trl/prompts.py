@@ -1,0 +1,118 @@
+"""What TRL's trainers of preferences, rewards and distillation need for Bitune: prompts, adapters and refusals.
+
+Most of these trainers hand the model `labels` that are -100 on the prompt, or compute their loss from logits and give
+it nothing. `KnowsPrompts` is a mixin in front of such a trainer. A method of the trainer in which the model is called
+is run inside `prompts_known_by`, so that what the trainer knows of the boundary becomes the `prompt_mask` of the call.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
+
+from bitune_plugin.core.prompts import prompt_from_labels
+from bitune_plugin.integrations.trl.trainer import _bitune_config, _start_theta_in_float32
+from bitune_plugin.modeling.boundaries import Boundary, prompts_of
+from bitune_plugin.tuner.optimizers import thetas_of, without
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
+
+class KnowsPrompts(_Trainer):
+    """Put in front of a trainer of TRL: `class BituneDPOTrainer(KnowsPrompts, DPOTrainer)`.
+
+    `peft_config` may be a `BituneConfig` or any other PEFT config, which then is the adapter of both streams. Without
+    it, a model that already carries Bitune is trained on, and of a bare one all weights are trained, one set for each
+    stream (`FullConfig(target_modules="all")`).
+
+    Attributes:
+        refused_settings: fields of the config that hide what is prompt, and why.
+        refused_arguments: arguments of the trainer that do.
+
+    Raises:
+        ValueError: `model` carries another adapter, or one of these is set; the message says what to change.
+    """
+
+    refused_settings: ClassVar[dict[str, str]] = {}
+    refused_arguments: ClassVar[dict[str, str]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" not in vars(cls):
+            setattr(cls, "__init__", _prepared(cls))  # noqa: B010
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The stock optimizer, with theta in a group of its own, without weight decay."""
+        if self.optimizer is not None:
+            return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        thetas = thetas_of(self.model if model is None else model)
+        for group in optimizer.param_groups:
+            group["params"] = without(thetas, group["params"])
+        optimizer.add_param_group({"params": thetas, "weight_decay": 0.0})
+        return optimizer
+
+
+def _prepared(cls: type[KnowsPrompts]) -> Any:
+    """The `__init__` of a trainer that looks at its arguments first. It has the signature of TRL's, which users and the
+    command line read."""
+    stock = next(base for base in cls.__mro__[1:] if not issubclass(base, KnowsPrompts) and "__init__" in vars(base))
+
+    @functools.wraps(stock.__init__)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        arguments = inspect.signature(stock.__init__).bind(self, *args, **kwargs).arguments
+        del arguments["self"]
+        more = arguments.pop("kwargs", {})
+        check_settings(cls, arguments)
+        arguments["peft_config"] = _config_of(arguments)
+        stock.__init__(self, **arguments, **more)
+        if arguments["peft_config"] is not None:
+            _start_theta_in_float32(self.model.base_model)
+
+    return __init__
+
+
+def check_settings(trainer: type[KnowsPrompts], arguments: dict[str, Any]) -> None:
+    """Raises ValueError for arguments of a trainer, or fields of its config, under which prompts would not be read in
+    training as in generation."""
+    args = arguments.get("args")
+    given = {name: arguments.get(name) for name in trainer.refused_arguments}
+    given |= {name: getattr(args, name, None) for name in trainer.refused_settings}
+    for name, reason in {**trainer.refused_arguments, **trainer.refused_settings}.items():
+        if given[name]:
+            raise ValueError(f"`{name}={given[name]!r}`: {reason}")
+
+
+def _config_of(arguments: dict[str, Any]) -> PeftConfig | None:
+    return _bitune_config(arguments.get("model"), arguments.get("peft_config"))
+
+
+# Boundaries, of what trainers have in their batches.
+
+
+def by_completion_mask(batch: dict[str, Any]) -> Boundary:
+    """The boundary of a batch with `input_ids`, `attention_mask` and `completion_mask`, `[B, T]`."""
+    completion = batch["completion_mask"].bool()
+    return prompts_of(batch["input_ids"], _before(completion) & batch["attention_mask"].bool())
+
+
+def by_labels(input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None) -> Boundary:
+    """The boundary of a batch whose `labels` are -100 on prompts, which the model is not given.
+
+    Raises:
+        LayoutError: a row without a prompt.
+    """
+    return prompts_of(input_ids, prompt_from_labels(labels, attention_mask))
+
+
+def _before(completion: Tensor) -> Tensor:
+    """bool `[B, T]`: the tokens before the first completion token of a row."""
+    return completion.long().cumsum(dim=1) == 0

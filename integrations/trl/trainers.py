@@ -1,0 +1,86 @@
+"""TRL's trainers of preferences, rewards and distillation for Bitune: `from bitune_plugin import BituneDPOTrainer`.
+
+Each is the stock trainer behind `KnowsPrompts`. Which of them hand the model `labels` themselves was read in TRL 1.16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from trl import DistillationTrainer, DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer
+
+from bitune_plugin.integrations.trl.prompts import KnowsPrompts, by_completion_mask
+from bitune_plugin.modeling.boundaries import prompts_before_last, prompts_known_by
+
+VLLM = (
+    "vLLM would generate with the weights of one stream, from prompts that it reads causally, and not from the policy "
+    "that is trained. Set `use_vllm=False`."
+)
+TOOLS = (
+    "after a tool was called, generation goes on from a longer prompt, the turns so far included, while in training "
+    "only the first prompt is one. Leave it out."
+)
+OF_SAMPLING = {"use_vllm": VLLM}
+
+
+class BituneDPOTrainer(KnowsPrompts, DPOTrainer):
+    """Direct preference optimization with Bitune. Takes the arguments of `trl.DPOTrainer`; see `KnowsPrompts`.
+
+    The loss is the stock trainer's, which hands the model labels. Here the logits for `compute_metrics` are right too.
+    """
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with prompts_known_by(by_completion_mask(inputs)):
+            return super()._compute_loss(model, inputs, *args, **kwargs)
+
+
+class BituneKTOTrainer(KnowsPrompts, KTOTrainer):
+    """Kahneman-Tversky optimization with Bitune. Takes the arguments of `trl.KTOTrainer`; see `KnowsPrompts`."""
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with prompts_known_by(by_completion_mask(inputs)):
+            return super()._compute_loss(model, inputs, *args, **kwargs)
+
+
+class BituneGRPOTrainer(KnowsPrompts, GRPOTrainer):
+    """Group relative policy optimization with Bitune. Takes the arguments of `trl.GRPOTrainer`; see `KnowsPrompts`.
+
+    The stock trainer hands the model labels, so it is exact as it is. This one refuses what makes rollouts differ from
+    training: vLLM, tools and environments.
+    """
+
+    refused_settings = OF_SAMPLING
+    refused_arguments = {  # noqa: RUF012
+        "tools": TOOLS,
+        "environment_factory": TOOLS,
+        "rollout_func": "Bitune cannot see what it generates from. Leave it out.",
+    }
+
+
+class BituneRLOOTrainer(KnowsPrompts, RLOOTrainer):
+    """REINFORCE leave-one-out with Bitune. Takes the arguments of `trl.RLOOTrainer`; see `BituneGRPOTrainer`."""
+
+    refused_settings = OF_SAMPLING
+    refused_arguments = {"tools": TOOLS, "environment_factory": TOOLS}  # noqa: RUF012
+
+
+class BituneDistillationTrainer(KnowsPrompts, DistillationTrainer):
+    """Distillation into a student with Bitune. Takes the arguments of `trl.DistillationTrainer`; see `KnowsPrompts`."""
+
+    refused_settings = OF_SAMPLING
+    refused_arguments = {"tools": TOOLS, "environment_factory": TOOLS}  # noqa: RUF012
+
+    def _get_last_hidden_state(
+        self,
+        unwrapped_model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        with prompts_known_by(prompts_before_last(logits_to_keep)):
+            return super()._get_last_hidden_state(
+                unwrapped_model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
