@@ -1314,7 +1314,8 @@ def own_task(name: str, documents: list[dict[str, Any]], folder: Path) -> Config
 def manager_of(task: ConfigurableTask) -> TaskManager:
     """One that knows a task that was made by hand: lm-eval 0.4.10 looks for its file to print where it lies."""
     manager = TaskManager(include_defaults=False)
-    manager.task_index.setdefault(task.config.task, {"yaml_path": str(TASKS / f"{task.config.task}.yaml")})
+    if not hasattr(manager, "load"):
+        manager.task_index[task.config.task] = {"yaml_path": str(TASKS / f"{task.config.task}.yaml")}
     return manager
 
 
