@@ -13,15 +13,17 @@ names end with the adapter's, without a dot behind it; `check_reference_copy` re
 from __future__ import annotations
 
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..core.mixing import MIXING
 from ..modeling.extension import Patch, patch, with_attributes
 from .adapter_layers import bidirectional
 from .config import BituneConfig
+
+if TYPE_CHECKING:
+    from .host import PeftLayer
 
 BIDIRECTIONAL = "bidirectional"
 """The part of a name, in the model and in a saved adapter, that says that a weight is the bidirectional stream's."""
@@ -41,7 +43,7 @@ class StreamDict(Patch):
     A module of the bidirectional stream is at `bidirectional.<adapter>`; keys are PEFT's, `<adapter>__bidirectional`.
     """
 
-    _modules: dict[str, nn.Module]
+    _modules: dict[str, Any]
 
     def __getitem__(self, key: str) -> nn.Module:
         modules, name = self._place(key)
@@ -91,7 +93,7 @@ class StreamDict(Patch):
         if not key.endswith(SUFFIX):
             return self._modules, key
         stream = self._modules.get(BIDIRECTIONAL)
-        return ({} if stream is None else stream._modules), key.removesuffix(SUFFIX)  # type: ignore[return-value]
+        return ({} if stream is None else stream._modules), key.removesuffix(SUFFIX)
 
     def _flat(self) -> dict[str, nn.Module]:
         flat = {name: module for name, module in self._modules.items() if name != BIDIRECTIONAL}
@@ -99,7 +101,7 @@ class StreamDict(Patch):
         return flat if stream is None else flat | {bidirectional(name): x for name, x in stream.named_children()}
 
 
-def nest_second_stream(layer: BaseTunerLayer) -> None:
+def nest_second_stream(layer: PeftLayer) -> None:
     """Gives the weights of the bidirectional stream in a PEFT layer their names. What is nested already stays."""
     for name, container in layer.named_children():
         if name == "base_layer" or not isinstance(container, nn.ModuleDict):

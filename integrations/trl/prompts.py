@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from peft import PeftConfig
@@ -54,7 +54,7 @@ class KnowsPrompts(_Trainer):
         if self.optimizer is not None:
             return super().create_optimizer(model)
         optimizer = super().create_optimizer(model)
-        thetas = thetas_of(self.model if model is None else model)
+        thetas = thetas_of(cast("nn.Module", self.model if model is None else model))
         for group in optimizer.param_groups:
             group["params"] = without(thetas, group["params"])
         optimizer.add_param_group({"params": thetas, "weight_decay": 0.0})
