@@ -674,7 +674,7 @@ def numbers(*values: int) -> dict[str, Tensor]:
     return {"completion_index": torch.tensor([values])}
 
 
-NO_PROMPT = r"`completion_index` has several completions in a row, but no prompt is read.*a row of its own"
+NO_PROMPT = r"`completion_index` has several completions in a row, but no prompt is encoded.*a row of its own"
 REFUSED_CHOICES: dict[str, tuple[dict, str]] = {
     "a cache to fill": ({"use_cache": True}, "`completion_index` came with `use_cache=True`.*Pass `use_cache=False`"),
     "a cache by default": ({"use_cache": None}, "`completion_index` came with `use_cache=True`"),

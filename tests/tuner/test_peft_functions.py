@@ -259,7 +259,7 @@ def test_casting_of_inputs_can_be_disabled(adapter: PeftConfig) -> None:
 
 
 def test_a_compiled_model_is_refused_with_the_order_that_works() -> None:
-    with pytest.raises(ValueError, match="adapter on first"):
+    with pytest.raises(ValueError, match="adapter first"):
         get_peft_model(torch.compile(tiny()), BituneConfig())
 
 
