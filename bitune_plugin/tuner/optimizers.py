@@ -37,17 +37,26 @@ def without(thetas: Iterable[nn.Parameter], parameters: Iterable[nn.Parameter]) 
     return [parameter for parameter in parameters if id(parameter) not in left_out]
 
 
+def put_theta_apart(optimizer: Optimizer, model: nn.Module, **settings: Any) -> None:
+    """Moves theta into a group of its own without weight decay; the group is empty if no theta is trained.
+
+    Args:
+        settings: further settings of that group, such as `lr`.
+    """
+    thetas = thetas_of(model)
+    for group in optimizer.param_groups:
+        group["params"] = without(thetas, group["params"])
+    optimizer.add_param_group({"params": thetas, "weight_decay": 0.0, **settings})
+
+
 def with_theta_apart(create: Create) -> Create:
     """Wraps PEFT's function `create`: theta has its own group, with the given learning rate and no weight decay."""
 
     @functools.wraps(create)
     def create_optimizer(model: nn.Module, *args: Any, lr: float, **kwargs: Any) -> Optimizer:
         optimizer = create(model, *args, lr=lr, **kwargs)
-        thetas = thetas_of(model)
-        if thetas:
-            for group in optimizer.param_groups:
-                group["params"] = without(thetas, group["params"])
-            optimizer.add_param_group({"params": thetas, "lr": lr, "weight_decay": 0.0})
+        if thetas_of(model):
+            put_theta_apart(optimizer, model, lr=lr)
         return optimizer
 
     return create_optimizer

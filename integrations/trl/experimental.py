@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bitune_plugin.integrations.trl.prompts import KnowsPrompts, by_completion_mask, by_labels
-from bitune_plugin.integrations.trl.trainers import OF_SAMPLING
+from bitune_plugin.integrations.trl.prompts import KnowsPrompts, by_labels
+from bitune_plugin.integrations.trl.trainers import OF_SAMPLING, HasCompletionMask
 from bitune_plugin.modeling.boundaries import prompts_before_last, prompts_known_by
 
 
@@ -32,14 +32,6 @@ class _HasLabels(KnowsPrompts):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-class _HasCompletionMask(KnowsPrompts):
-    """A trainer that has a `completion_mask` in its batches, and computes its loss from logits."""
-
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        with prompts_known_by(by_completion_mask(inputs)):
-            return super()._compute_loss(model, inputs, *args, **kwargs)
-
-
 class _Samples(KnowsPrompts):
     """A trainer that samples completions and scores them behind their prompts."""
 
@@ -56,7 +48,7 @@ STOCK = {
     "BituneCPOTrainer": ("cpo", "CPOTrainer", _Concatenates),
     "BituneORPOTrainer": ("orpo", "ORPOTrainer", _Concatenates),
     "BituneGKDTrainer": ("gkd", "GKDTrainer", _HasLabels),
-    "BituneTPOTrainer": ("tpo", "TPOTrainer", _HasCompletionMask),
+    "BituneTPOTrainer": ("tpo", "TPOTrainer", HasCompletionMask),
     "BituneOnlineDPOTrainer": ("online_dpo", "OnlineDPOTrainer", _Samples),
 }
 """Public names: the module in `trl.experimental`, the stock trainer, and what is put in front of it."""

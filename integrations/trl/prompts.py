@@ -16,9 +16,9 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from bitune_plugin.core.prompts import prompt_from_labels
-from bitune_plugin.integrations.trl.trainer import _bitune_config, _start_theta_in_float32
+from bitune_plugin.integrations.trl.trainer import bitune_config, start_theta_in_float32
 from bitune_plugin.modeling.boundaries import Boundary, prompts_of
-from bitune_plugin.tuner.optimizers import thetas_of, without
+from bitune_plugin.tuner.optimizers import put_theta_apart
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -54,10 +54,7 @@ class KnowsPrompts(_Trainer):
         if self.optimizer is not None:
             return super().create_optimizer(model)
         optimizer = super().create_optimizer(model)
-        thetas = thetas_of(cast("nn.Module", self.model if model is None else model))
-        for group in optimizer.param_groups:
-            group["params"] = without(thetas, group["params"])
-        optimizer.add_param_group({"params": thetas, "weight_decay": 0.0})
+        put_theta_apart(optimizer, cast("nn.Module", self.model if model is None else model))
         return optimizer
 
 
@@ -75,7 +72,7 @@ def _prepared(cls: type[KnowsPrompts]) -> Any:
         arguments["peft_config"] = _config_of(arguments)
         stock.__init__(self, **arguments, **more)
         if arguments["peft_config"] is not None:
-            _start_theta_in_float32(self.model.base_model)
+            start_theta_in_float32(self.model.base_model)
 
     return __init__
 
@@ -92,7 +89,7 @@ def check_settings(trainer: type[KnowsPrompts], arguments: dict[str, Any]) -> No
 
 
 def _config_of(arguments: dict[str, Any]) -> PeftConfig | None:
-    return _bitune_config(arguments.get("model"), arguments.get("peft_config"))
+    return bitune_config(arguments.get("model"), arguments.get("peft_config"))
 
 
 # Boundaries, of what trainers have in their batches.

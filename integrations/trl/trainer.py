@@ -54,7 +54,7 @@ from bitune_plugin.tuner.config import BituneConfig
 from bitune_plugin.tuner.full import FullConfig
 from bitune_plugin.tuner.mixing_layer import Thetas
 from bitune_plugin.tuner.model import BituneModel
-from bitune_plugin.tuner.optimizers import thetas_of, without
+from bitune_plugin.tuner.optimizers import put_theta_apart, thetas_of, without
 
 
 @dataclass
@@ -137,7 +137,7 @@ class BituneSFTTrainer(SFTTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         arguments = inspect.signature(SFTTrainer.__init__).bind(self, *args, **kwargs).arguments
         del arguments["self"]
-        arguments["peft_config"] = _bitune_config(arguments["model"], arguments.get("peft_config"))
+        arguments["peft_config"] = bitune_config(arguments["model"], arguments.get("peft_config"))
         _check_settings(arguments.get("args"), arguments.get("data_collator"))
         if isinstance(arguments.get("train_dataset"), Dataset | IterableDataset):  # TRL refuses anything else
             _check_not_empty(arguments["train_dataset"], "train")
@@ -148,7 +148,7 @@ class BituneSFTTrainer(SFTTrainer):
         _check_theta_clip(self.args, self.accelerator.distributed_type)
         self.data_collator = PromptCollator(self.data_collator)
         if arguments["peft_config"] is not None:
-            _start_theta_in_float32(self.model.base_model)
+            start_theta_in_float32(self.model.base_model)
 
     # The prompt, from the dataset to the model.
 
@@ -231,13 +231,8 @@ class BituneSFTTrainer(SFTTrainer):
         if self.optimizer is not None:
             return super().create_optimizer(model)
         optimizer = super().create_optimizer(model)
-        thetas = thetas_of(self.model if model is None else model)
-        for group in optimizer.param_groups:
-            group["params"] = without(thetas, group["params"])
-        settings: dict[str, Any] = {"params": thetas, "weight_decay": 0.0}
-        if getattr(self.args, "theta_learning_rate", None) is not None:
-            settings["lr"] = self.args.theta_learning_rate
-        optimizer.add_param_group(settings)
+        rate = getattr(self.args, "theta_learning_rate", None)
+        put_theta_apart(optimizer, self.model if model is None else model, **({} if rate is None else {"lr": rate}))
         return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | float:
@@ -272,7 +267,7 @@ def answers_only(inputs: dict[str, Any]) -> dict[str, Any]:
     return {**inputs, "labels": of_answers, "answers_only": True}
 
 
-def _bitune_config(model: Any, peft_config: PeftConfig | None) -> PeftConfig | None:
+def bitune_config(model: Any, peft_config: PeftConfig | None) -> PeftConfig | None:
     tuner = getattr(model, "base_model", None)
     if isinstance(tuner, BituneModel):
         return peft_config  # TRL refuses a config for a model that already carries an adapter
@@ -470,7 +465,7 @@ def _workers(dataset: Any, args: SFTConfig) -> dict[str, Any]:
     return {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
 
 
-def _start_theta_in_float32(model: BituneModel) -> None:
+def start_theta_in_float32(model: BituneModel) -> None:
     """Of a quantised model TRL rounds all that is trained to bfloat16, in which theta could hardly move."""
     for theta in thetas_of(model):
         if theta.dtype != torch.float32:

@@ -24,23 +24,23 @@ TOOLS = (
 OF_SAMPLING = {"use_vllm": VLLM}
 
 
-class BituneDPOTrainer(KnowsPrompts, DPOTrainer):
+class HasCompletionMask(KnowsPrompts):
+    """A trainer that has a `completion_mask` in its batches, and calls the model in `_compute_loss`."""
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with prompts_known_by(by_completion_mask(inputs)):
+            return super()._compute_loss(model, inputs, *args, **kwargs)
+
+
+class BituneDPOTrainer(HasCompletionMask, DPOTrainer):
     """Direct preference optimization with Bitune. Takes the arguments of `trl.DPOTrainer`; see `KnowsPrompts`.
 
     The loss is the stock trainer's, which hands the model labels. Here the logits for `compute_metrics` are right too.
     """
 
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        with prompts_known_by(by_completion_mask(inputs)):
-            return super()._compute_loss(model, inputs, *args, **kwargs)
 
-
-class BituneKTOTrainer(KnowsPrompts, KTOTrainer):
+class BituneKTOTrainer(HasCompletionMask, KTOTrainer):
     """Kahneman-Tversky optimization with Bitune. Takes the arguments of `trl.KTOTrainer`; see `KnowsPrompts`."""
-
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        with prompts_known_by(by_completion_mask(inputs)):
-            return super()._compute_loss(model, inputs, *args, **kwargs)
 
 
 class BituneGRPOTrainer(KnowsPrompts, GRPOTrainer):
