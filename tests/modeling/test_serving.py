@@ -1,15 +1,17 @@
-"""Around a model that is served: workers, event loops, compiled and parallel wrappers, quantised caches."""
+"""Around a served model: workers, event loops, compiled and parallel wrappers, quantised and offloaded caches."""
 
 from __future__ import annotations
 
 import asyncio
 import multiprocessing
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache, QuantizedCache
+from transformers.cache_utils import CacheLayerMixin
 
 from agreement import assert_tokens_agree
 from helpers import bitune, observe, one, tokens, with_oracle
@@ -92,3 +94,26 @@ def test_a_quantised_cache_holds_the_mixed_keys_and_values() -> None:
     assert_tokens_agree(model, oracle)
     generated = model.generate(input_ids=ids, cache_implementation="quantized", cache_config=settings, **GREEDY)
     assert generated.shape == (1, 18)
+
+
+def test_an_offloaded_cache_is_used_through_its_own_methods_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offloading needs a GPU, so a stand-in hides what is offloaded: who reads a layer past `update` finds no data."""
+
+    def offload(layer: CacheLayerMixin) -> None:
+        layer.hidden = layer.keys, layer.values
+        layer.keys, layer.values = (each.to("meta") for each in layer.hidden)
+
+    def prefetch(layer: CacheLayerMixin) -> None:
+        if layer.is_initialized and layer.keys.is_meta:
+            layer.keys, layer.values = layer.hidden
+
+    monkeypatch.setattr(torch, "Stream", MagicMock)
+    monkeypatch.setattr(torch.cuda, "Stream", MagicMock)
+    monkeypatch.setattr(torch.cuda, "default_stream", MagicMock())
+    monkeypatch.setattr(CacheLayerMixin, "offload", offload)
+    monkeypatch.setattr(CacheLayerMixin, "prefetch", prefetch)
+    model, oracle = with_oracle()
+    ids = tokens(12)[None]
+    generated = model.generate(input_ids=ids, **{CACHE: DynamicCache(config=model.config, offloading=True)}, **GREEDY)
+    assert torch.equal(generated, model.generate(input_ids=ids, **GREEDY))
+    assert_tokens_agree(model, oracle)
