@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .errors import LayoutError, UnsupportedModelError
     from .hookspecs import hookimpl
     from .integrations.lm_eval.model import BituneLM
+    from .integrations.trl.config import BituneSFTConfig
     from .integrations.trl.experimental import (
         BituneCPOTrainer,
         BituneGKDTrainer,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
         BituneORPOTrainer,
         BituneTPOTrainer,
     )
-    from .integrations.trl.trainer import BituneSFTConfig, BituneSFTTrainer
+    from .integrations.trl.trainer import BituneSFTTrainer
     from .integrations.trl.trainers import (
         BituneDistillationTrainer,
         BituneDPOTrainer,
@@ -76,7 +77,7 @@ _MODULE_OF = {
     "BituneORPOTrainer": "integrations.trl.experimental",
     "BituneOnlineDPOTrainer": "integrations.trl.experimental",
     "BituneRLOOTrainer": "integrations.trl.trainers",
-    "BituneSFTConfig": "integrations.trl.trainer",
+    "BituneSFTConfig": "integrations.trl.config",
     "BituneSFTTrainer": "integrations.trl.trainer",
     "BituneTPOTrainer": "integrations.trl.experimental",
     "FullConfig": "tuner.full",

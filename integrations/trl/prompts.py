@@ -16,7 +16,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from bitune_plugin.core.prompts import prompt_from_labels
-from bitune_plugin.integrations.trl.trainer import bitune_config, start_theta_in_float32
+from bitune_plugin.integrations.trl.adapters import bitune_config, start_theta_in_float32
 from bitune_plugin.modeling.boundaries import Boundary, prompts_of
 from bitune_plugin.tuner.optimizers import put_theta_apart
 
