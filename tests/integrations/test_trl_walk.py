@@ -67,8 +67,7 @@ CASES: dict[str, Any] = {
 
 OF_TRL = [row for row in ROWS if not row.experimental]
 EXACT_AS_IT_IS = [f"{row.name}Trainer" for row in OF_TRL if row.stock_is_exact]
-WITH_OURS = [f"{row.name}Trainer" for row in OF_TRL if row.ours and row.name != "SFT"]
-"""`BituneSFTTrainer` has tests of its own: its backbone returns the answers alone."""
+WITH_OURS = [f"{row.name}Trainer" for row in OF_TRL if row.ours]
 
 
 def build(folder: Path, name: str, cls: type, adapter: LoraConfig | None = None, **more: Any) -> Any:
