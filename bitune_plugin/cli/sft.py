@@ -36,9 +36,10 @@ from trl import (
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from bitune_plugin.cli import printable, run
-from bitune_plugin.integrations.trl.data import Samples
+from bitune_plugin.integrations.trl.config import BituneSFTConfig
+from bitune_plugin.integrations.trl.filters import Samples
 from bitune_plugin.integrations.trl.templates import apply_templates
-from bitune_plugin.integrations.trl.trainer import BituneSFTConfig, BituneSFTTrainer
+from bitune_plugin.integrations.trl.trainer import BituneSFTTrainer
 from bitune_plugin.kinds import check_kinds
 from bitune_plugin.tuner.config import BituneConfig
 from bitune_plugin.tuner.full import FullConfig

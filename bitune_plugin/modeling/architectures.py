@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..core.mixing import MIXING
@@ -153,6 +153,7 @@ def decoder(
         attention_patch = attention_extension
     _check_config(name, model.config)
     backbone = _backbone(model)
+    _check_generates(name, model)
     layers = _layers(backbone)
     attentions = [module for module in backbone.modules() if (is_attention or _is_attention)(module)]
     _check_attention_alone(name, layers, attentions)
@@ -228,6 +229,16 @@ def _backbone(model: PreTrainedModel) -> PreTrainedModel:
             "`AutoModelForCausalLM`."
         )
     return around[-1]
+
+
+def _check_generates(name: str, model: PreTrainedModel) -> None:
+    """Raises UnsupportedModelError for models that score or label a text: reward models, classifiers."""
+    if not isinstance(model, GenerationMixin):
+        raise UnsupportedModelError(
+            f"{name} scores or labels texts and generates none, so no part of a text is a completion, and none a "
+            "prompt. Use the inner adapter alone (`LoraConfig(task_type='SEQ_CLS')` for a reward model), or load the "
+            "model with `AutoModelForCausalLM`."
+        )
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

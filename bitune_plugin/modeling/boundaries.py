@@ -9,7 +9,7 @@ from one knows the boundary all the same, and says it for the time of the call:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -27,7 +27,8 @@ _boundary: PerThread[Boundary] = PerThread()
 
 def prompts_known_by(boundary: Boundary) -> AbstractContextManager[None]:
     """Asks `boundary` where prompts end, in this thread and for the length of the block, whenever a model is called
-    without `labels`, `prompt_mask` or a layout. What such a call says itself counts before."""
+    without `labels`, `prompt_mask` or a layout, or generates without a `prompt_mask`. What such a call says itself
+    counts before."""
     return _boundary.set(boundary)
 
 
@@ -59,5 +60,18 @@ def prompts_before_last(completion_length: int) -> Boundary:
         attended = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask
         in_prompt = torch.arange(tokens.shape[1], device=tokens.device) < tokens.shape[1] - completion_length
         return attended & in_prompt
+
+    return boundary
+
+
+def prompts_of_lengths(lengths: Sequence[int]) -> Boundary:
+    """The boundary of a batch in which row `i` begins with a prompt of `lengths[i]` tokens, behind its padding."""
+
+    def boundary(tokens: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+        if len(tokens) != len(lengths):
+            return None
+        attended = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        longest = torch.tensor(lengths, device=tokens.device)[:, None]
+        return attended & (attended.cumsum(dim=1) <= longest)
 
     return boundary

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from ..errors import LayoutError
 from .architectures import Architecture, active_adapter
 from .attention import base_of
+from .boundaries import known_prompts
 from .context import PerThread
 from .extension import Patch, by_name
 from .host import OF_GENERATE, cache_in, translate_cache
@@ -47,7 +48,7 @@ class GeneratesFromPrompt(Patch):
 
         Args:
             prompt_mask: bool `[B, T]`, to continue a completion: True on the prompt, False on the completion so far. By
-                default all of the input is prompt.
+                default what `prompts_known_by` says, and otherwise all of the input.
 
         Raises:
             LayoutError: a setting hides the end of the prompt, or `prompt_mask` does not fit the tokens.
@@ -59,6 +60,8 @@ class GeneratesFromPrompt(Patch):
         # The first step takes embeddings if there are any.
         given = (kwargs.get(name) for name in ("inputs_embeds", "input_ids", "inputs"))
         tokens = next((x for x in given if x is not None), None)
+        if prompt_mask is None and tokens is not None:
+            prompt_mask = known_prompts(tokens, kwargs.get("attention_mask"))
         if prompt_mask is None:
             # On the device of the tokens, because `self.device` is the meta device if weights are kept on disk.
             start = torch.ones(1, 1, device=self.device) if tokens is None else tokens

@@ -7,17 +7,19 @@ RLOO by replacing `".default."` with `".ref."` in the names of parameters. So th
 in a module of their own inside the dict, while the dict still shows them to PEFT under the flat key.
 
 Dicts of bare parameters (`nn.ParameterDict`: IA3, VeRA, LoRA of embeddings) stay as they are. In PEFT itself their
-names end with the adapter's, without a dot behind it; `check_reference_copy` refuses a copy that would miss them.
+names end with the adapter's, without a dot behind it; `check_reference_copy` sees to a copy that would miss them.
 """
 
 from __future__ import annotations
 
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..core.mixing import MIXING
+from ..modeling.context import PerThread
 from ..modeling.extension import Patch, patch, with_attributes
 from .adapter_layers import bidirectional
 from .config import BituneConfig
@@ -31,6 +33,9 @@ BIDIRECTIONAL = "bidirectional"
 SUFFIX = bidirectional("")
 POLICY, REFERENCE = "default", "ref"
 """Names of TRL: the adapter that is trained, and the copy of it that serves as the reference model."""
+
+OF_REFERENCE = {POLICY: REFERENCE, bidirectional(POLICY): bidirectional(REFERENCE)}
+"""Parts of names of the policy's weights, and those of their copies."""
 
 
 class SecondStream(nn.Module):
@@ -149,8 +154,18 @@ def with_names_of(model: nn.Module, adapter_name: str, weights: Mapping[str, Ten
     return {names.get(name, name): value for name, value in weights.items()}
 
 
+_copies_whole: PerThread[bool] = PerThread()
+
+
+def whole_reference_copies() -> AbstractContextManager[None]:
+    """For the length of the block, in this thread, an adapter "ref" that is added next to "default" gets those of its
+    weights that TRL would not copy. Bitune's trainers are built inside it."""
+    return _copies_whole.set(True)
+
+
 def check_reference_copy(model: nn.Module, configs: Mapping[str, BituneConfig], new: str) -> None:
-    """Refuses the adapter that TRL adds for a reference model, where TRL would copy only a part of the weights.
+    """Refuses the adapter that TRL adds for a reference model, where TRL would copy only a part of the weights, or
+    copies the others inside `whole_reference_copies`.
 
     Args:
         model: the model, with the new adapter.
@@ -162,14 +177,22 @@ def check_reference_copy(model: nn.Module, configs: Mapping[str, BituneConfig], 
     """
     if new != REFERENCE or POLICY not in configs or configs[new].unused:  # one that is loaded has weights of its own
         return
-    parts = {POLICY, bidirectional(POLICY)}
-    names = [name for name, _ in model.named_parameters() if parts & {*name.split(".")}]
+    parameters = dict(model.named_parameters())
+    names = [name for name in parameters if OF_REFERENCE.keys() & {*name.split(".")}]
     missed = [name for name in names if f".{POLICY}." not in name]
-    if missed:
+    if _copies_whole.value:
+        for name in missed:
+            parameters[_of_reference(name)].data.copy_(parameters[name].data)
+    elif missed:
         raise ValueError(
             f"`adapter_name={REFERENCE!r}`: TRL copies the adapter {POLICY!r} to it by the names of parameters, and "
             f"would miss {len(missed)} of {len(names)}, such as {missed[0]}, so that the reference model would not be "
-            "the policy. Pass a copy of the model, `ref_model=copy.deepcopy(model).get_base_model()` (DPO, KTO), set "
-            "`beta=0` (GRPO, RLOO), or train a method whose weights are modules (LoRA of linear layers, DoRA, OFT, "
-            "full fine-tuning). If the adapter is not for TRL, give it another name."
+            "the policy. Import the trainer from `bitune_plugin`, whose trainers copy all of them "
+            "(`BituneDPOTrainer`, ...), or set `beta=0` (GRPO, RLOO). If the adapter is not for TRL, give it another "
+            "name."
         )
+
+
+def _of_reference(name: str) -> str:
+    """The name in the reference adapter of a parameter of the policy."""
+    return ".".join(OF_REFERENCE.get(part, part) for part in name.split("."))

@@ -9,8 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitune_plugin.integrations.trl.prompts import KnowsPrompts, by_labels
-from bitune_plugin.integrations.trl.trainers import OF_SAMPLING, HasCompletionMask
+from bitune_plugin.integrations.trl.tools import CallsTools
+from bitune_plugin.integrations.trl.trainers import OF_SAMPLING, BituneGRPOTrainer, HasCompletionMask
 from bitune_plugin.modeling.boundaries import prompts_before_last, prompts_known_by
+
+VLLM_SERVER = "a vLLM server would generate with the weights of one stream, from prompts that it reads causally."
 
 
 class _Concatenates(KnowsPrompts):
@@ -44,18 +47,86 @@ class _Samples(KnowsPrompts):
             return super()._forward(model, prompt_ids, prompt_mask, completion_ids, *args, **kw)
 
 
+class _ScoresCompletions(KnowsPrompts):
+    """A trainer that has `completion_ids` in its batches, the last columns of what it calls the model with."""
+
+    refused_settings = OF_SAMPLING
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with prompts_known_by(prompts_before_last(inputs["completion_ids"].shape[1])):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+class _KeepsLogits(KnowsPrompts):
+    """A trainer that asks for the logits of the last `logits_to_keep` tokens, the completion, of policy and teacher."""
+
+    refused_settings = OF_SAMPLING
+
+    def _forward_logits(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kw: Any
+    ) -> Tensor:
+        with prompts_known_by(prompts_before_last(logits_to_keep)):
+            return super()._forward_logits(model, input_ids, attention_mask, logits_to_keep, *args, **kw)
+
+
+class _SumsLogProbabilities(KnowsPrompts):
+    """A trainer that asks for the probability of whole completions."""
+
+    def _get_sequence_logps(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int
+    ) -> Tensor:
+        with prompts_known_by(prompts_before_last(logits_to_keep)):
+            return super()._get_sequence_logps(model, input_ids, attention_mask, logits_to_keep)
+
+
+class _Distils(_HasLabels):
+    """A trainer that has `labels` in its batches, some of which it samples itself."""
+
+    refused_settings = OF_SAMPLING
+
+
+class _SamplesGroups(CallsTools):
+    """GRPO with another loss."""
+
+    refused_settings = OF_SAMPLING
+    refused_arguments = BituneGRPOTrainer.refused_arguments
+
+
 STOCK = {
+    "BituneA2POTrainer": ("a2po", "A2POTrainer", _SumsLogProbabilities),
     "BituneCPOTrainer": ("cpo", "CPOTrainer", _Concatenates),
-    "BituneORPOTrainer": ("orpo", "ORPOTrainer", _Concatenates),
     "BituneGKDTrainer": ("gkd", "GKDTrainer", _HasLabels),
-    "BituneTPOTrainer": ("tpo", "TPOTrainer", HasCompletionMask),
+    "BituneGMPOTrainer": ("gmpo", "GMPOTrainer", _SamplesGroups),
+    "BituneGOLDTrainer": ("gold", "GOLDTrainer", _Distils),
+    "BituneIWOPDTrainer": ("iw_opd", "IWOPDTrainer", _Distils),
+    "BituneORPOTrainer": ("orpo", "ORPOTrainer", _Concatenates),
     "BituneOnlineDPOTrainer": ("online_dpo", "OnlineDPOTrainer", _Samples),
+    "BituneSDFTTrainer": ("sdft", "SDFTTrainer", _KeepsLogits),
+    "BituneSDPOTrainer": ("sdpo", "SDPOTrainer", _KeepsLogits),
+    "BituneServerDistillationTrainer": ("server_distillation", "ServerDistillationTrainer", _ScoresCompletions),
+    "BituneTPOTrainer": ("tpo", "TPOTrainer", HasCompletionMask),
 }
 """Public names: the module in `trl.experimental`, the stock trainer, and what is put in front of it."""
+
+REFUSED = {
+    "BituneAsyncDistillationTrainer": "BituneDistillationTrainer",
+    "BituneAsyncGRPOTrainer": "BituneGRPOTrainer",
+}
+"""Trainers whose completions come from a vLLM server, and what to use."""
+
+
+class _Refused:
+    """A trainer that cannot be built. Raises ValueError."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        name = type(self).__name__
+        raise ValueError(f"`{name.removeprefix('Bitune')}`: {VLLM_SERVER} Use `{REFUSED[name]}`.")
 
 
 @cache
 def __getattr__(name: str) -> Any:
+    if name in REFUSED:
+        return type(name, (_Refused,), {"__module__": __name__, "__doc__": f"Refused: {VLLM_SERVER}"})
     if name not in STOCK:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, stock, mixin = STOCK[name]

@@ -16,8 +16,10 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from bitune_plugin.core.prompts import prompt_from_labels
-from bitune_plugin.integrations.trl.trainer import bitune_config, start_theta_in_float32
+from bitune_plugin.integrations.trl.adapters import bitune_config, start_theta_in_float32
 from bitune_plugin.modeling.boundaries import Boundary, prompts_of
+from bitune_plugin.tuner.containers import whole_reference_copies
+from bitune_plugin.tuner.model import BituneModel
 from bitune_plugin.tuner.optimizers import put_theta_apart
 
 if TYPE_CHECKING:
@@ -63,14 +65,21 @@ def _prepared(cls: type[KnowsPrompts]) -> Any:
     command line read."""
     stock = next(base for base in cls.__mro__[1:] if not issubclass(base, KnowsPrompts) and "__init__" in vars(base))
 
+    signature = inspect.signature(stock.__init__)
+
     @functools.wraps(stock.__init__)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        arguments = inspect.signature(stock.__init__).bind(self, *args, **kwargs).arguments
+        arguments = dict(signature.bind(self, *args, **kwargs).arguments)
         del arguments["self"]
-        more = arguments.pop("kwargs", {})
+        arguments |= arguments.pop("kwargs", {})
         check_settings(cls, arguments)
+        if not {"peft_config", "kwargs"} & {*signature.parameters}:
+            check_carries_bitune(cls, arguments["model"])
+            stock.__init__(self, **arguments)
+            return
         arguments["peft_config"] = _config_of(arguments)
-        stock.__init__(self, **arguments, **more)
+        with whole_reference_copies():
+            stock.__init__(self, **arguments)
         if arguments["peft_config"] is not None:
             start_theta_in_float32(self.model.base_model)
 
@@ -86,6 +95,15 @@ def check_settings(trainer: type[KnowsPrompts], arguments: dict[str, Any]) -> No
     for name, reason in {**trainer.refused_arguments, **trainer.refused_settings}.items():
         if given[name]:
             raise ValueError(f"`{name}={given[name]!r}`: {reason}")
+
+
+def check_carries_bitune(trainer: type[KnowsPrompts], model: Any) -> None:
+    """Raises ValueError for a model without Bitune, for trainers that do not take a `peft_config`."""
+    if not isinstance(getattr(model, "base_model", None), BituneModel):
+        raise ValueError(
+            f"{trainer.__name__} takes no `peft_config`, as TRL's. Pass a model that carries the adapter: "
+            "`model=get_peft_model(model, BituneConfig())`."
+        )
 
 
 def _config_of(arguments: dict[str, Any]) -> PeftConfig | None:

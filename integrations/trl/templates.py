@@ -15,7 +15,7 @@ from jinja2 import StrictUndefined, Template, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from trl.data_utils import get_dataset_column_names
 
-from bitune_plugin.integrations.trl.data import Samples, filtered
+from bitune_plugin.integrations.trl.filters import Samples, filtered
 from bitune_plugin.integrations.trl.host import main_process_first
 
 FEATURES = Features({"prompt": Value("string"), "completion": Value("string")})

@@ -11,17 +11,15 @@ from torch import Tensor, nn
 from trl import DistillationTrainer, DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer
 
 from bitune_plugin.integrations.trl.prompts import KnowsPrompts, by_completion_mask
+from bitune_plugin.integrations.trl.tools import CallsTools
 from bitune_plugin.modeling.boundaries import prompts_before_last, prompts_known_by
 
 VLLM = (
     "vLLM would generate with the weights of one stream, from prompts that it reads causally, and not from the policy "
     "that is trained. Set `use_vllm=False`."
 )
-TOOLS = (
-    "after a tool was called, generation goes on from a longer prompt, the turns so far included, while in training "
-    "only the first prompt is one. Leave it out."
-)
-OF_SAMPLING = {"use_vllm": VLLM}
+BATCHING = "it reads prompts in pieces, and Bitune reads a prompt in one piece. Leave it out."
+OF_SAMPLING = {"use_vllm": VLLM, "use_transformers_continuous_batching": BATCHING}
 
 
 class HasCompletionMask(KnowsPrompts):
@@ -43,33 +41,27 @@ class BituneKTOTrainer(HasCompletionMask, KTOTrainer):
     """Kahneman-Tversky optimization with Bitune. Takes the arguments of `trl.KTOTrainer`; see `KnowsPrompts`."""
 
 
-class BituneGRPOTrainer(KnowsPrompts, GRPOTrainer):
+class BituneGRPOTrainer(CallsTools, GRPOTrainer):
     """Group relative policy optimization with Bitune. Takes the arguments of `trl.GRPOTrainer`; see `KnowsPrompts`.
 
-    The stock trainer hands the model labels, so it is exact as it is. This one refuses what makes rollouts differ from
-    training: vLLM, tools and environments.
+    The stock trainer hands the model labels, so without tools it is exact as it is. With tools and environments, this
+    one generates every turn from the first prompt. It refuses what makes rollouts differ from training.
     """
 
     refused_settings = OF_SAMPLING
-    refused_arguments = {  # noqa: RUF012
-        "tools": TOOLS,
-        "environment_factory": TOOLS,
-        "rollout_func": "Bitune cannot see what it generates from. Leave it out.",
-    }
+    refused_arguments = {"rollout_func": "Bitune cannot see what it generates from. Leave it out."}  # noqa: RUF012
 
 
 class BituneRLOOTrainer(KnowsPrompts, RLOOTrainer):
     """REINFORCE leave-one-out with Bitune. Takes the arguments of `trl.RLOOTrainer`; see `BituneGRPOTrainer`."""
 
     refused_settings = OF_SAMPLING
-    refused_arguments = {"tools": TOOLS, "environment_factory": TOOLS}  # noqa: RUF012
 
 
-class BituneDistillationTrainer(KnowsPrompts, DistillationTrainer):
+class BituneDistillationTrainer(CallsTools, DistillationTrainer):
     """Distillation into a student with Bitune. Takes the arguments of `trl.DistillationTrainer`; see `KnowsPrompts`."""
 
     refused_settings = OF_SAMPLING
-    refused_arguments = {"tools": TOOLS, "environment_factory": TOOLS}  # noqa: RUF012
 
     def _get_last_hidden_state(
         self,

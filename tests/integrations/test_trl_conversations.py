@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig
 
 from bitune_plugin import BituneSFTTrainer
-from bitune_plugin.integrations.trl.data import assistant_turns, split_turns
+from bitune_plugin.integrations.trl.conversations import assistant_turns, split_turns
 from models import tiny, word_tokenizer
 from training import LORA, ONE_STEP, TEMPLATE, assert_exact, conversation, conversations, pairs
 

@@ -12,7 +12,8 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from bitune_plugin.integrations.trl.data import PromptCollator, document_lengths, mark_prompt, pack
+from bitune_plugin.integrations.trl.collator import PromptCollator
+from bitune_plugin.integrations.trl.samples import document_lengths, mark_prompt, pack
 from models import word_tokenizer
 from training import ONE_STEP, assert_exact, batch_of, documents, pairs, plain
 

@@ -13,9 +13,9 @@ from datasets import Dataset
 from peft import IA3Config, PeftModel, get_peft_model
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer
 
-from bitune_plugin import BituneConfig
+from bitune_plugin import BituneConfig, BituneDPOTrainer, BituneGRPOTrainer, BituneKTOTrainer, BituneRLOOTrainer
 from helpers import bitune
-from models import tiny, word_tokenizer
+from models import randomise_adapters, tiny, word_tokenizer
 from training import SHORT_RUN, pairs
 
 ONE_STEP = {**SHORT_RUN, "max_steps": 1, "learning_rate": 0.0, "per_device_train_batch_size": 4}
@@ -47,7 +47,7 @@ def length(completions: list[str], **_: Any) -> list[float]:
 
 
 def first_step(folder: Path, cls: type, config: type, model: PeftModel, dataset: Dataset, **settings: Any) -> dict:
-    extra = {"reward_funcs": length} if cls in (GRPOTrainer, RLOOTrainer) else {}
+    extra = {"reward_funcs": length} if issubclass(cls, GRPOTrainer | RLOOTrainer) else {}
     trainer = cls(
         model=model,
         args=config(output_dir=str(folder / "run"), **{**ONE_STEP, **settings}),
@@ -88,18 +88,39 @@ def test_the_reference_is_not_the_policy_of_later_steps(tmp_path: Path) -> None:
     assert logs["rewards/margins"] != pytest.approx(0, abs=1e-3)
 
 
-def test_a_half_copied_reference_is_refused(tmp_path: Path) -> None:
-    """Names of IA3's weights have no dot behind the adapter's, here and in PEFT itself."""
+def bare_parameters() -> PeftModel:
+    """IA3, which TRL does not copy: names of its weights have no dot behind the adapter's, in PEFT itself."""
     adapter = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
     model = get_peft_model(tiny("llama"), BituneConfig(adapter=adapter))
+    randomise_adapters(model)
+    return model
 
-    with pytest.raises(ValueError, match="reference model would not be the policy"):
-        first_step(tmp_path, DPOTrainer, DPOConfig, model, preferences())
+
+def test_a_half_copied_reference_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"reference model would not be the policy. Import the trainer from `bitune"):
+        first_step(tmp_path, DPOTrainer, DPOConfig, bare_parameters(), preferences())
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "dataset", "settings", "expected"),
+    [
+        (BituneDPOTrainer, DPOConfig, preferences, {}, {"loss": math.log(2), "rewards/margins": 0}),
+        (BituneKTOTrainer, KTOConfig, judged, {}, {"loss": 0.5, "rewards/chosen": 0}),
+        (BituneGRPOTrainer, GRPOConfig, preferences, SAMPLING, {"kl": 0}),
+        (BituneRLOOTrainer, RLOOConfig, preferences, SAMPLING, {"kl": 0}),
+    ],
+    ids=["DPO", "KTO", "GRPO", "RLOO"],
+)
+def test_ours_copies_the_other_half(
+    tmp_path: Path, cls: type, config: type, dataset: Any, settings: dict[str, Any], expected: dict[str, float]
+) -> None:
+    logs = first_step(tmp_path, cls, config, bare_parameters(), dataset(), **settings)
+
+    assert {name: logs[name] for name in expected} == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_half_copied_reference_is_not_needed_with_a_reference_model(tmp_path: Path) -> None:
-    adapter = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
-    model = get_peft_model(tiny("llama"), BituneConfig(adapter=adapter))
+    model = bare_parameters()
     args = DPOConfig(output_dir=str(tmp_path / "run"), **ONE_STEP)
     kinds = {"args": args, "train_dataset": preferences(), "processing_class": word_tokenizer()}
 

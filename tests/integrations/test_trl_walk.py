@@ -22,7 +22,7 @@ from trl import (
 )
 
 import bitune_plugin
-from bitune_plugin import BituneConfig, LayoutError
+from bitune_plugin import BituneConfig, LayoutError, UnsupportedModelError
 from models import tiny, word_tokenizer
 from trainer_table import PAGE, ROWS, page
 from training import LORA
@@ -67,8 +67,7 @@ CASES: dict[str, Any] = {
 
 OF_TRL = [row for row in ROWS if not row.experimental]
 EXACT_AS_IT_IS = [f"{row.name}Trainer" for row in OF_TRL if row.stock_is_exact]
-WITH_OURS = [f"{row.name}Trainer" for row in OF_TRL if row.ours and row.name != "SFT"]
-"""`BituneSFTTrainer` has tests of its own: its backbone returns the answers alone."""
+WITH_OURS = [f"{row.name}Trainer" for row in OF_TRL if row.ours]
 
 
 def build(folder: Path, name: str, cls: type, adapter: LoraConfig | None = None, **more: Any) -> Any:
@@ -141,9 +140,14 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"`use_vllm=True`.*weights of one stream.*Set `use_vllm=False`"):
             build(tmp_path, name, getattr(bitune_plugin, f"Bitune{name}"), config={"use_vllm": True})
 
-    def test_tools(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"`tools=.*only the first prompt"):
-            build(tmp_path, "GRPOTrainer", bitune_plugin.BituneGRPOTrainer, tools=[length])
+    def test_continuous_batching(self, tmp_path: Path) -> None:
+        batching = {"use_transformers_continuous_batching": True}
+        with pytest.raises(ValueError, match=r"`use_transformers_continuous_batching=True`.*in one piece"):
+            build(tmp_path, "GRPOTrainer", bitune_plugin.BituneGRPOTrainer, config=batching)
+
+    def test_rollouts_of_the_user(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"`rollout_func=.*cannot see what it generates from"):
+            build(tmp_path, "GRPOTrainer", bitune_plugin.BituneGRPOTrainer, rollout_func=length)
 
     def test_reward_models(self, tmp_path: Path) -> None:
         """A reward is read off the last token, and no token of a sample is a prompt."""
@@ -151,10 +155,8 @@ class TestRefusals:
         config.num_labels = 1
         model = AutoModelForSequenceClassification.from_config(config)
 
-        trainer = build(tmp_path, "RewardTrainer", trl.RewardTrainer, model=model)
-
-        with pytest.raises(LayoutError, match="where prompts end"):
-            trainer.train()
+        with pytest.raises(UnsupportedModelError, match=r"LlamaForSequenceClassification scores or labels.*SEQ_CLS"):
+            build(tmp_path, "RewardTrainer", trl.RewardTrainer, model=model)
 
     def test_another_adapter(self, tmp_path: Path) -> None:
         model = get_peft_model(tiny(), copy.deepcopy(LORA))

@@ -18,37 +18,50 @@ class Row:
         name: without "Trainer".
         experimental: it is in `trl.experimental`.
         stock_is_exact: the stock class with `peft_config=BituneConfig()` is exact; it is refused otherwise.
-        ours: Bitune has a class of its own, which is exact.
-        remark: what else there is to say of the stock class.
+        ours: what there is to say of Bitune's own class; empty if there is none.
+        remark: what there is to say of the stock class, if more than that.
     """
 
     name: str
     experimental: bool = False
     stock_is_exact: bool = False
-    ours: bool = True
+    ours: str = "exact"
     remark: str = ""
 
     @property
     def line(self) -> str:
         module = "trl.experimental" if self.experimental else "trl"
         stock = "exact" if self.stock_is_exact else "refused in the first training step"
-        ours = f"`Bitune{self.name}Trainer`: exact" if self.ours else "none"
+        ours = f"`Bitune{self.name}Trainer`: {self.ours}" if self.ours else "none"
         return f"| `{module}` `{self.name}Trainer` | {self.remark or stock} | {ours} |\n"
 
+
+SAMPLES = "exact, without vLLM and tools"
+WITH_TOOLS = "exact, with tools too"
+NOT_BUILT = {"ours": "refused when it is built", "remark": "refused (it needs a vLLM server)"}
 
 ROWS = (
     Row("SFT", stock_is_exact=True, remark="exact, from prompts and completions"),
     Row("DPO", stock_is_exact=True, remark="exact; not the logits for `compute_metrics`"),
     Row("KTO", stock_is_exact=True, remark="exact; not the logits for `compute_metrics`"),
-    Row("GRPO", stock_is_exact=True, remark="exact, without vLLM and tools"),
-    Row("RLOO", stock_is_exact=True, remark="exact, without vLLM and tools"),
-    Row("Distillation"),
-    Row("Reward", ours=False),
+    Row("GRPO", stock_is_exact=True, remark=SAMPLES, ours=WITH_TOOLS),
+    Row("RLOO", stock_is_exact=True, remark="exact, without vLLM"),
+    Row("Distillation", ours=WITH_TOOLS),
+    Row("Reward", ours="", remark="refused when the adapter is added"),
+    Row("A2PO", experimental=True, ours="exact; its model must carry the adapter"),
+    Row("AsyncDistillation", experimental=True, **NOT_BUILT),
+    Row("AsyncGRPO", experimental=True, **NOT_BUILT),
     Row("CPO", experimental=True),
-    Row("ORPO", experimental=True),
-    Row("TPO", experimental=True),
     Row("GKD", experimental=True),
+    Row("GMPO", experimental=True, stock_is_exact=True, remark=SAMPLES, ours=WITH_TOOLS),
+    Row("GOLD", experimental=True),
+    Row("IWOPD", experimental=True),
+    Row("ORPO", experimental=True),
     Row("OnlineDPO", experimental=True),
+    Row("SDFT", experimental=True),
+    Row("SDPO", experimental=True),
+    Row("ServerDistillation", experimental=True),
+    Row("TPO", experimental=True),
 )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from replay import Replay
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -62,18 +63,23 @@ def settings_of(config: type, folder: Path, **more: Any) -> Any:
 
 
 class Witness(TrainerCallback):
-    """Compares every training step with three passes: hidden states, and with the loss's gradient with respect to
-    these, every gradient. The loss is a function of the hidden states, and the trainer's own.
+    """Compares every training step with three passes: hidden states; the loss, which is that of the stock trainer on
+    these; and with the loss's gradient with respect to them, every gradient.
+
+    Args:
+        trainer: of a model from `tiny`, with an adapter from `LORA`.
+        monkeypatch: pytest's.
+        loss: the trainer's method that returns the loss.
 
     Attributes:
         masks: for each call, its tokens and what of them was taken for the prompt.
         steps: how many steps were compared.
     """
 
-    def __init__(self, trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, trainer: Any, monkeypatch: pytest.MonkeyPatch, loss: str = "compute_loss") -> None:
         self.trainer, self.steps = trainer, 0
         self.masks: list[tuple[Tensor, Tensor]] = []
-        self.calls: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self.calls: list[tuple[Tensor, Tensor, Tensor, Any]] = []
         randomise_adapters(trainer.model)
         plan = prompts.plan
 
@@ -82,8 +88,9 @@ class Witness(TrainerCallback):
             return plan(prompt_mask, attention_mask, *args, **kwargs)
 
         monkeypatch.setattr(prompts, "plan", recording)
-        backbone = trainer.model.get_base_model().base_model
-        backbone.register_forward_hook(self.note, with_kwargs=True)
+        self.backbone = trainer.model.get_base_model().base_model
+        self.hook = self.backbone.register_forward_hook(self.note, with_kwargs=True)
+        self.replay = Replay(trainer, loss)
         trainer.add_callback(self)
 
     def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
@@ -92,34 +99,35 @@ class Witness(TrainerCallback):
             return
         self.masks.append((tokens, self.latest))
         if torch.is_grad_enabled() and module.training:
-            hidden = outputs.last_hidden_state
-            hidden.retain_grad()
+            outputs.last_hidden_state.retain_grad()
             attended = kwargs.get("attention_mask")
             attended = torch.ones_like(tokens) if attended is None else attended
-            self.calls.append((tokens, attended.bool(), self.latest, hidden))
+            self.calls.append((tokens, attended.bool(), self.latest, outputs))
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        assert self.calls
+        self.hook.remove()  # not for the replay, in which nothing is new
         oracle = ThreePass(tiny(), LORA)
         oracle.load_product(self.trainer.model)
-        states: list[Tensor] = []
-        oracle.model.get_base_model().model.register_forward_hook(lambda *x: states.append(x[2].last_hidden_state[0]))
-        total = torch.zeros(())
-        for tokens, attended, mask, hidden in self.calls:
-            for row, ids in enumerate(tokens):
-                here = attended[row]
-                states.clear()
-                oracle(ids[here], int(mask[row].sum()))
-                expected = torch.cat([states[0], states[-1]]) if len(states) > 1 else states[0]
-                assert_close(hidden[row][here], expected, 1e-4)
-                total = total + (expected * hidden.grad[row][here]).sum()
-        assert self.calls
+        total, expected = torch.zeros(()), []
+        for tokens, attended, mask, outputs in self.calls:
+            hidden = literal_states(oracle, tokens, attended, mask)
+            found = outputs.last_hidden_state
+            everywhere = found.shape[:2] == tokens.shape
+            compared = attended if everywhere else answers(attended, mask)  # `BituneSFTTrainer` asks for answers alone
+            gradient = found.grad[attended] if everywhere else found.grad[0]
+            assert_close(found[attended] if everywhere else found[0], hidden[compared], 1e-4)
+            total = total + (hidden[compared] * gradient).sum()
+            expected.append((tokens, type(outputs)(last_hidden_state=hidden.detach())))
         total.backward()
         for mine, theirs in oracle.pairs(self.trainer.model):
             wanted = torch.zeros_like(mine) if mine.grad is None else mine.grad
             got = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad
             assert_close(got, wanted, 1e-4 * max(1.0, wanted.abs().max().item()))
+        self.replay.check(self.backbone, expected)
         self.calls.clear()
         self.steps += 1
+        self.hook = self.backbone.register_forward_hook(self.note, with_kwargs=True)
 
     def wrong_tokens(self) -> Iterator[str]:
         """Tokens that were taken for what they are not. (The marks of a chat template between prompt and completion
@@ -131,6 +139,27 @@ class Witness(TrainerCallback):
                     yield f"prompt token {token} as completion"
                 if token in OF_COMPLETIONS and is_prompt:
                     yield f"completion token {token} as prompt"
+
+
+def literal_states(oracle: ThreePass, tokens: Tensor, attended: Tensor, mask: Tensor) -> Tensor:
+    """Hidden states `[B, T, H]` of a batch, row by row by three passes; 0 on padding."""
+    states: list[Tensor] = []
+    backbone = oracle.model.get_base_model().model
+    hook = backbone.register_forward_hook(lambda *x: states.append(x[2].last_hidden_state[0]))
+    rows = []
+    for row, here, prompt in zip(tokens, attended, mask, strict=True):
+        states.clear()
+        oracle(row[here], int(prompt.sum()))
+        read = torch.cat([states[0], states[-1]]) if len(states) > 1 else states[0]
+        rows.append(torch.zeros(len(row), read.shape[-1]).masked_scatter(here[:, None], read))
+    hook.remove()
+    return torch.stack(rows)
+
+
+def answers(attended: Tensor, mask: Tensor) -> Tensor:
+    """bool `[B, T]`: each row from its last prompt token on."""
+    places = attended.long().cumsum(1)
+    return attended & (places >= mask.sum(1, keepdim=True))
 
 
 def only_completion_words() -> dict[str, Any]:

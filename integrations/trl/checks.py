@@ -1,0 +1,118 @@
+"""Refusals: settings, arguments and datasets from which `BituneSFTTrainer` could not tell prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import transformers
+import trl
+from accelerate.utils import DistributedType
+from datasets import Dataset, IterableDataset
+from transformers import ProcessorMixin
+
+from bitune_plugin.integrations.trl.config import check_choice, check_values
+from bitune_plugin.integrations.trl.host import checkpointing_settings, selective_checkpointing_works
+from bitune_plugin.integrations.trl.samples import DOCUMENT_LENGTHS, PROMPT_MASK
+
+# Settings.
+
+
+def check_settings(args: Any, data_collator: Any) -> None:
+    check_choice(args, "truncation_mode", ("keep_start", "keep_end"))
+    check_values(args)
+    theta_norm = getattr(args, "theta_max_grad_norm", None)
+    if theta_norm is not None and args.max_grad_norm <= 0:
+        raise ValueError(
+            f"`max_grad_norm={args.max_grad_norm}` switches all clipping off, and with it `theta_max_grad_norm="
+            f"{theta_norm}`. To clip theta alone, set `max_grad_norm` to a very large number."
+        )
+    if getattr(args, "drop_overlong", False) and args.max_length is None:
+        raise ValueError("`drop_overlong=True` came with `max_length=None`: nothing is too long. Set `max_length`.")
+    for name in ("packing", "eval_packing"):
+        if getattr(args, name, None):
+            _check_packing(name, args, data_collator)
+    check_parallelism(getattr(args, "parallelism_config", None))
+    checkpointing = checkpointing_settings(args)
+    if checkpointing.get("selective") and not selective_checkpointing_works():
+        raise ValueError(
+            f"`gradient_checkpointing_kwargs={checkpointing}`: TRL {trl.__version__} hands 'selective' on to "
+            f"transformers {transformers.__version__}, which does not know it. Leave 'selective' out."
+        )
+
+
+def _check_packing(name: str, args: Any, data_collator: Any) -> None:
+    if args.max_length is None:
+        raise ValueError(f"`{name}=True` fills rows of `max_length` tokens, and `max_length=None`. Set `max_length`.")
+    if data_collator is not None:
+        raise ValueError(
+            f"`{name}=True` came with a `data_collator` ({type(data_collator).__name__}), which cannot know the "
+            f"documents of a packed row. Leave `data_collator` out, or set `{name}=False`."
+        )
+
+
+def check_theta_clip(args: Any, kind: DistributedType) -> None:
+    norm = getattr(args, "theta_max_grad_norm", None)
+    if norm is not None and kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            f"`theta_max_grad_norm={norm}` is not supported with {kind.value}, which clips sharded gradients by "
+            "itself. Leave it unset."
+        )
+
+
+def check_parallelism(config: Any) -> None:
+    """Raises ValueError for settings that share a row out among processes."""
+    for setting in ("cp", "sp"):
+        if getattr(config, f"{setting}_enabled", False):
+            raise ValueError(
+                f"`parallelism_config` has `{setting}_size={getattr(config, f'{setting}_size')}`, which cuts every row "
+                f"into pieces, and Bitune reads a prompt in one piece. Set `{setting}_size=1`."
+            )
+
+
+# Datasets.
+
+
+def check_not_empty(dataset: Dataset | IterableDataset, name: str) -> None:
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(f"The {name} dataset is empty.")
+
+
+def check_text(columns: Iterable[str], processing_class: Any, name: str) -> None:
+    images = sorted({"image", "images"} & set(columns))
+    if images:
+        raise ValueError(
+            f"The {name} dataset has images (column {images[0]!r}), and Bitune reads text alone. Remove the column to "
+            "train on the text of the samples."
+        )
+    if isinstance(processing_class, ProcessorMixin):
+        raise ValueError(
+            f"`processing_class` is a {type(processing_class).__name__}, for more than text, and Bitune reads text "
+            "alone. Pass its tokenizer: `processing_class=processor.tokenizer`."
+        )
+
+
+def check_has_prompt(columns: Iterable[str], formatting_func: Callable | None, name: str) -> None:
+    if formatting_func is not None:
+        raise ValueError(
+            "`formatting_func` makes plain text, in which nothing tells the prompt from the completion. Map the "
+            "dataset to columns 'prompt' and 'completion' before, and leave `formatting_func` out."
+        )
+    if "input_ids" in columns:
+        told = any(column in columns for column in ("labels", "completion_mask", "assistant_masks", PROMPT_MASK))
+    else:
+        told = is_conversation(columns) or ("prompt" in columns and "completion" in columns)
+    if not told:
+        raise ValueError(
+            f"The {name} dataset has columns {sorted(columns)}, which do not tell the prompt from the completion, and "
+            "Bitune reads the two differently. Map it to columns 'prompt' and 'completion', or to 'messages', or add "
+            "a 'completion_mask' beside 'input_ids'. (`bitune sft`: set `prompt_template` and `completion_template`.)"
+        )
+
+
+def is_conversation(columns: Iterable[str]) -> bool:
+    return not {"input_ids", "completion"} & set(columns) and bool({"messages", "conversations"} & set(columns))
+
+
+def is_packed(columns: Iterable[str]) -> bool:
+    return bool({DOCUMENT_LENGTHS, "position_ids"} & set(columns))

@@ -1,0 +1,72 @@
+"""From a dataset to samples of tokens that know their prompts, around TRL's own preparation.
+
+In this order: a conversation becomes a prompt and a completion (`conversations`); TRL makes tokens of them; each sample
+gets a `prompt_mask`, one bool per token, which truncation and packing cut like the tokens themselves (`samples`); the
+collator pads or flattens it beside them (`collator`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from datasets import Dataset
+from trl import SFTConfig
+from trl.data_utils import get_dataset_column_names
+
+from bitune_plugin.integrations.trl.checks import is_packed
+from bitune_plugin.integrations.trl.conversations import (
+    ASSISTANT_TURNS,
+    chatml,
+    has_assistant_turn,
+    split_conversations,
+)
+from bitune_plugin.integrations.trl.filters import filtered
+from bitune_plugin.integrations.trl.host import main_process_first
+from bitune_plugin.integrations.trl.samples import fits, has_prompt_and_completion, mark_prompt
+
+CHANGED = (
+    "samples of the {} dataset: the chat template renders the messages of the prompt differently once the completion "
+    "follows, so that generation would start from another prompt. Use a template that does not, or render 'prompt' "
+    "and 'completion' to text."
+)
+"""Why a sample is left out whose prompt does not keep."""
+
+
+def split_turns_of(dataset: Any, args: SFTConfig, name: str) -> Any:
+    """Prompts and completions of conversations, without those that have none."""
+    workers = workers_of(dataset, args)
+    reason = (
+        f"conversations of the {name} dataset have no turn of the role 'assistant' that something comes before: there "
+        "is no completion to learn."
+    )
+    with main_process_first():
+        if "conversations" in get_dataset_column_names(dataset):
+            dataset = chatml(dataset, workers)
+        dataset = filtered(dataset, has_assistant_turn, reason, workers)
+        return split_conversations(dataset, getattr(args, "assistant_turns", ASSISTANT_TURNS[0]), workers)
+
+
+def marked(dataset: Any, given: Iterable[str], args: SFTConfig, packing: bool, name: str) -> Any:
+    """Samples that know their prompts and are no longer than they may be, without those that then have nothing to
+    learn. `given` are the columns that the dataset came with."""
+    cuts_itself = packing and args.packing_strategy != "bfd"  # and throws nothing away
+    marking = {
+        "completion_only": args.completion_only_loss is not False and "labels" not in given,
+        "max_length": None if cuts_itself else args.max_length,
+        "keep_end": args.truncation_mode == "keep_end",
+    }
+    workers, packed = workers_of(dataset, args), is_packed(given)
+    if getattr(args, "drop_overlong", False) and not packed:
+        reason = f"samples of the {name} dataset are longer than `max_length={args.max_length}`."
+        dataset = filtered(dataset, fits, reason, workers, max_length=args.max_length)
+    marked = dataset.map(mark_prompt, fn_kwargs=marking, **workers)
+    reason = (
+        f"samples of the {name} dataset have no prompt or no completion left within `max_length={args.max_length}`. "
+        "Raise `max_length`, or look at the dataset: its labels or completion masks may mark nothing."
+    )
+    return marked if packed else filtered(marked, has_prompt_and_completion, reason, workers)
+
+
+def workers_of(dataset: Any, args: SFTConfig) -> dict[str, Any]:
+    return {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}

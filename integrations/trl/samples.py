@@ -1,0 +1,159 @@
+"""Samples of tokens: which of their tokens are prompt, truncated and packed.
+
+A *document* is a prompt and its completion. A sample holds one, and several once it is packed (column `seq_lengths`,
+as TRL calls it). Where packing cut a document in two, its *fragments* are documents of their own, and prompt is what
+belonged to the prompt.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+from trl import pack_dataset
+
+from bitune_plugin.core.prompts import IGNORED
+from bitune_plugin.integrations.trl.filters import Samples
+
+PROMPT_MASK = "prompt_mask"
+"""Dataset column: for each token of a sample, whether it is prompt."""
+
+
+DOCUMENT_LENGTHS = "seq_lengths"
+"""Dataset column, TRL's: the lengths of the documents in a packed sample."""
+
+
+# One sample.
+
+
+def mark_prompt(sample: dict[str, Any], completion_only: bool, max_length: int | None, keep_end: bool) -> dict:
+    """Says of each token of a sample whether it is prompt, and cuts the sample to `max_length`.
+
+    Args:
+        sample: `input_ids` and `labels`, and what tells the prompt: a `prompt_mask`, or else the zeros that a
+            `completion_mask` begins with, or else the -100 that the labels begin with. If packed, `seq_lengths` or
+            `position_ids`.
+        completion_only: prompt tokens do not count for the loss.
+        max_length: tokens to keep, `None` for all; packed samples are not cut.
+        keep_end: cut from the left.
+
+    Returns:
+        `input_ids`, `labels` and `prompt_mask`, and `seq_lengths` of a packed sample.
+
+    Raises:
+        ValueError: a packed sample with a document whose prompt cannot be told.
+    """
+    lengths = document_lengths(sample)
+    prompt_mask = _prompt_mask(sample, lengths)
+    labels = sample["labels"]
+    if completion_only:
+        labels = [IGNORED if prompt else label for label, prompt in zip(labels, prompt_mask, strict=True)]
+    marked = {"input_ids": sample["input_ids"], "labels": labels, PROMPT_MASK: prompt_mask}
+    if lengths is not None:
+        return {**marked, DOCUMENT_LENGTHS: lengths}
+    if max_length is None:
+        return marked
+    kept = slice(-max_length, None) if keep_end else slice(max_length)
+    return {name: values[kept] for name, values in marked.items()}
+
+
+def document_lengths(sample: dict[str, Any]) -> list[int] | None:
+    """The lengths of the documents in a packed sample; `None` for a sample that is one document."""
+    if DOCUMENT_LENGTHS in sample:
+        return sample[DOCUMENT_LENGTHS]
+    positions = sample.get("position_ids")
+    if positions is None:
+        return None
+    starts = [i for i, position in enumerate(positions) if i == 0 or position <= positions[i - 1]]
+    return [stop - start for start, stop in pairwise([*starts, len(positions)])]
+
+
+def _prompt_mask(sample: dict[str, Any], lengths: list[int] | None) -> list[bool]:
+    """The prompt of every document. Raises ValueError for columns that do not go together, and for a document of a
+    packed sample that seems to have none."""
+    tokens, lengths = len(sample["input_ids"]), lengths or [len(sample["input_ids"])]
+    if sum(lengths) != tokens:
+        raise ValueError(f"A sample has {tokens} `input_ids`, and `{DOCUMENT_LENGTHS}` of {sum(lengths)} in all.")
+    if sample.get(PROMPT_MASK) is not None:
+        _check_prompt_mask(sample[PROMPT_MASK], lengths)
+        return [bool(prompt) for prompt in sample[PROMPT_MASK]]
+    completion = sample.get("completion_mask") or [label != IGNORED for label in sample["labels"]]
+    if len(completion) != len(sample["input_ids"]):
+        raise ValueError(
+            f"A sample has {len(sample['input_ids'])} `input_ids` and a `completion_mask` (or `labels`) of "
+            f"{len(completion)}. Give one value for every token."
+        )
+    prompt_mask: list[bool] = []
+    for number, length in enumerate(lengths):
+        document = completion[len(prompt_mask) : len(prompt_mask) + length]
+        prompt = leading(document, 0)
+        if prompt == 0 and document_lengths(sample) is not None:
+            raise ValueError(
+                f"The dataset is packed, and document {number} of a sample of {len(lengths)} has no prompt that "
+                "could be told: its first token already counts for the loss. Pass the dataset from before "
+                "`pack_dataset` and set `packing=True`, or add a column 'prompt_mask' (True on prompt tokens)."
+            )
+        prompt_mask += [True] * prompt + [False] * (length - prompt)
+    return prompt_mask
+
+
+def _check_prompt_mask(mask: list[Any], lengths: list[int]) -> None:
+    """Raises ValueError unless there is a value for every token, and those of prompts come first in their documents."""
+    if len(mask) != sum(lengths):
+        raise ValueError(f"A sample has {sum(lengths)} `input_ids` and a `{PROMPT_MASK}` of {len(mask)}.")
+    start = 0
+    for length in lengths:
+        document = [bool(prompt) for prompt in mask[start : start + length]]
+        if any(document[leading(document, True) :]):
+            raise ValueError(
+                f"`{PROMPT_MASK}` of a sample marks a prompt token after a completion token. Mark all tokens before "
+                "the completion, and no others."
+            )
+        start += length
+
+
+def leading(values: list[Any], value: Any) -> int:
+    """How many entries `values` has before the first that is not `value`."""
+    return next((i for i, other in enumerate(values) if other != value), len(values))
+
+
+def has_prompt_and_completion(sample: dict[str, Any]) -> bool:
+    """Whether something is left on both sides of the boundary of a sample that is one document."""
+    length = leading(sample[PROMPT_MASK], True)
+    return length > 0 and any(label != IGNORED for label in sample["labels"][length:])
+
+
+def fits(sample: dict[str, Any], max_length: int) -> bool:
+    """Whether a sample has no more than `max_length` tokens."""
+    return len(sample["input_ids"]) <= max_length
+
+
+# Packing.
+
+
+def pack(dataset: Samples, max_length: int, strategy: str, workers: dict[str, Any]) -> Samples:
+    """TRL's packing, prompts included. Documents keep their boundaries, under `wrapped` too.
+
+    Args:
+        dataset: what `mark_prompt` returns for samples of one document.
+        max_length: tokens in a row.
+        strategy: TRL's `packing_strategy`.
+        workers: keywords of `Dataset.map`.
+
+    Returns:
+        Columns `input_ids`, `labels`, `prompt_mask` and `seq_lengths`.
+    """
+    columns = ["input_ids", "labels", PROMPT_MASK]
+    if strategy != "wrapped":
+        return pack_dataset(dataset.select_columns(columns), max_length, strategy, workers)
+    numbered = dataset.map(_number_tokens, **workers).select_columns([*columns, "position_ids"])
+    packed = pack_dataset(numbered, max_length, strategy, workers)
+    return packed.map(_tell_documents, remove_columns="position_ids", **workers)
+
+
+def _number_tokens(sample: dict[str, Any]) -> dict[str, list[int]]:
+    return {"position_ids": list(range(len(sample["input_ids"])))}
+
+
+def _tell_documents(sample: dict[str, Any]) -> dict[str, list[int] | None]:
+    return {DOCUMENT_LENGTHS: document_lengths(sample)}
