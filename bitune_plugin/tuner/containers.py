@@ -18,17 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..core.mixing import MIXING
 from ..modeling.context import PerThread
 from ..modeling.extension import Patch, patch, with_attributes
 from .adapter_layers import bidirectional
 from .config import BituneConfig
+from .keys import BIDIRECTIONAL, is_theta
 
 if TYPE_CHECKING:
     from .host import PeftLayer
-
-BIDIRECTIONAL = "bidirectional"
-"""The part of a name, in the model and in a saved adapter, that says that a weight is the bidirectional stream's."""
 
 SUFFIX = bidirectional("")
 POLICY, REFERENCE = "default", "ref"
@@ -124,7 +121,7 @@ def flat_name(name: str, adapter_names: Iterable[str]) -> str:
     """The name that a parameter of the model would have if streams and theta were entries of PEFT's dicts."""
     for adapter in adapter_names:
         name = name.replace(f".{BIDIRECTIONAL}.{adapter}.", f".{bidirectional(adapter)}.")
-        if MIXING in name.split("."):
+        if is_theta(name):
             name = name.removesuffix(f".{adapter}.weight") + f".{adapter}" * name.endswith(f".{adapter}.weight")
     return name
 

@@ -26,6 +26,7 @@ import bitune_plugin
 from bitune_plugin.errors import UnsupportedModelError
 from bitune_plugin.modeling.architectures import active_adapter, takes_several_completions
 from bitune_plugin.tuner.config import BituneConfig
+from bitune_plugin.tuner.keys import ROOT
 from bitune_plugin.tuner.model import BituneModel
 
 from .arguments import check_arguments, unknown_named
@@ -364,7 +365,7 @@ def _rows_of_embedding(weights: Path | None, model: PreTrainedModel) -> int | No
         rows = [
             file.get_slice(key).get_shape()[0]
             for key in file.keys()  # noqa: SIM118  not a dict
-            if key.startswith(f"base_model.model.{name}.") and key.endswith(".weight") and "lora_" not in key
+            if key.startswith(f"{ROOT}{name}.") and key.endswith(".weight") and "lora_" not in key
         ]
     return max(rows, default=None)
 
