@@ -62,7 +62,8 @@ class MergesCausalAdapter(BaseTuner):
         problems = list(not_mergeable(layers))
         if problems:
             raise ValueError(
-                f"The adapter cannot be merged: {'; '.join(shorten(problems, 3))}. Leave it as it is, which is exact too."
+                f"The adapter cannot be merged: {'; '.join(shorten(problems, 3))}. Leave it as it is, which is exact "
+                "too."
             )
         merged_before = any(mixing.merged for mixing in self._mixing_layers())
         try:
