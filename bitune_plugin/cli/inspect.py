@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DESCRIPTION = """\
-Shows how much of the bidirectional reading each layer takes: alpha of keys and of values, 0 for the causal reading
-alone, 1 for the bidirectional one alone. And how large the parts of an adapter are. The base model is not loaded.
+Shows alpha of each layer, for keys and for values: 0 takes the causal stream alone, 1 the bidirectional stream alone.
+And how large the parts of an adapter are. The base model is not loaded.
 
 With one theta per key/value head, a layer's alpha is the mean over its heads, least and greatest in brackets.
 """
@@ -104,7 +104,7 @@ def show(adapters: Sequence[SavedAdapter], console: Console) -> None:
         console.print(one_line(f"{who}: {text}"), soft_wrap=True)
     console.print(_table_of_sizes(names, adapters))
     if not any(adapter.attentions for adapter in adapters):
-        console.print("There is no alpha with `mixing='none'`: answers see the bidirectional reading alone.")
+        console.print("There is no alpha with `mixing='none'`: answers see the bidirectional stream alone.")
         return
     console.print("alpha by layer", style="italic")
     pairs = zip(names, adapters, strict=True)
@@ -185,10 +185,10 @@ def draw(adapters: Sequence[SavedAdapter], figure: Figure) -> None:
 
     steps = [adapter.step for adapter in adapters if adapter.step is not None]
     by_step = len(steps) > 1 and len(set(steps)) == len(steps)
-    places = [adapter.step for adapter in adapters] if by_step else list(range(len(adapters)))
-    numbers = [place for place in places if place is not None]
+    marks = [adapter.step for adapter in adapters] if by_step else list(range(len(adapters)))
+    numbers = [mark for mark in marks if mark is not None]
     scale = Normalize(min(numbers), max(numbers) if len(numbers) > 1 else min(numbers) + 1)
-    colours = ["black" if place is None else colormaps["viridis"](scale(place)) for place in places]
+    colours = ["black" if mark is None else colormaps["viridis"](scale(mark)) for mark in marks]
     panels = figure.subplots(1, len(KINDS), sharey=True)
     for axes, (kind, title) in zip(panels, KINDS.items(), strict=True):
         axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")

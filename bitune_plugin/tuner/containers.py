@@ -48,7 +48,7 @@ class StreamDict(Patch):
     _modules: dict[str, Any]
 
     def __getitem__(self, key: str) -> nn.Module:
-        modules, name = self._place(key)
+        modules, name = self._locate(key)
         return modules[name]
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
@@ -66,13 +66,13 @@ class StreamDict(Patch):
             self._modules[BIDIRECTIONAL] = self._modules.pop(BIDIRECTIONAL)
 
     def __delitem__(self, key: str) -> None:
-        modules, name = self._place(key)
+        modules, name = self._locate(key)
         del modules[name]
         if not modules and modules is not self._modules:
             del self._modules[BIDIRECTIONAL]
 
     def __contains__(self, key: object) -> bool:
-        modules, name = self._place(str(key))
+        modules, name = self._locate(str(key))
         return name in modules and name != BIDIRECTIONAL
 
     def __len__(self) -> int:
@@ -90,7 +90,7 @@ class StreamDict(Patch):
     def values(self) -> ValuesView[nn.Module]:
         return self._flat().values()
 
-    def _place(self, key: str) -> tuple[dict[str, nn.Module], str]:
+    def _locate(self, key: str) -> tuple[dict[str, nn.Module], str]:
         """The dict that holds the module of a flat key, or would, and its name there."""
         if not key.endswith(SUFFIX):
             return self._modules, key

@@ -103,9 +103,9 @@ class StreamsLoraFA(LoraFAOptimizer):
 def _leave_out_without_gradient(group: dict[str, Any]) -> None:
     by_pair = len(group["params"]) > 0 and "lora" in group["names"][0]
     size = 2 if by_pair else 1
-    places = range(0, len(group["params"]), size)
+    starts = range(0, len(group["params"]), size)
     kept = [
-        i for start in places if group["params"][start + size - 1].grad is not None for i in range(start, start + size)
+        i for start in starts if group["params"][start + size - 1].grad is not None for i in range(start, start + size)
     ]
     for name in BY_PARAMETER:
         if name in group:
