@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import cached_file
 
+from bitune_plugin.checkpoints.saved import peft_type_of
 from bitune_plugin.tuner.config import BituneConfig
 from bitune_plugin.tuner.keys import ROOT
 
@@ -33,7 +34,7 @@ def adapter_config(adapter: str, revision: str, missing: str) -> BituneConfig:
         reason = "" if Path(adapter).is_dir() else f" Revision {revision} on the hub: {error.__cause__}"
         raise ValueError(f"{missing}.{reason}") from error
     raise ValueError(
-        f"{adapter} is a {getattr(config.peft_type, 'value', config.peft_type)} adapter, not a Bitune adapter. Use "
+        f"{adapter} is a {peft_type_of(config)} adapter, not a Bitune adapter. Use "
         f"`--model hf --model_args pretrained={config.base_model_name_or_path or 'BASE'},peft={adapter}` for it."
     )
 
