@@ -73,9 +73,9 @@ format: $(VENV)/installed      ## repair the style of the code
 docs: $(VENV)/installed        ## build the documentation into site/, and fail on a warning
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# $(call measure,SCRIPT,FILE): a table, its JSON and its plots. OPTIONS=--resume goes on where it was stopped.
+# $(call measure,NAME,FILE): a table, its JSON and its plots. OPTIONS=--resume goes on where it was stopped.
 RESULTS = examples/benchmarks/results
-measure = $(BIN)/python examples/benchmarks/$(1).py --models smollm2-135m gemma-3-270m --json $(RESULTS)/$(2).json $(OPTIONS)
+measure = $(BIN)/python examples/benchmarks $(1) --models smollm2-135m gemma-3-270m --json $(RESULTS)/$(2).json $(OPTIONS)
 
 benchmarks: $(VENV)/installed  ## measure every table of examples/benchmarks
 	$(call measure,train_step,train_step) --shapes 128x64 256x128 256x64 --rounds 4

@@ -5,8 +5,8 @@ A plugin is a module with functions marked `@hookimpl`, named in the entry-point
     [project.entry-points.bitune]
     my_plugin = "my_package.my_module"
 
-It is imported when Bitune is, so it should import heavy libraries inside its functions. Bitune's own mixings,
-architectures and integrations use the same hooks; plugins are asked first.
+It is imported with PEFT, in every program that imports that, so it should import heavy libraries inside its functions.
+Bitune's own mixings, architectures and integrations use the same hooks; plugins are asked first.
 """
 
 from __future__ import annotations

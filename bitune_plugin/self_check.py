@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -88,14 +90,20 @@ class _SelfCheck(threading.Thread):
         self.results: list[Result] = []
 
     def run(self) -> None:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # to share out the work of a tiny model costs more than the work
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                self.results = _results()
-        finally:
-            torch.set_num_threads(threads)
+        with single_thread(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.results = _results()
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Computes in one thread, because sharing out the work of a tiny model costs more than the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _results() -> list[Result]:

@@ -102,7 +102,7 @@ def print_examples(questions: Dataset, answers: list[str], count: int = 3) -> No
 
 
 def print_alphas(alphas: dict[str, list[torch.Tensor]], width: int = 24) -> None:
-    """How much of the bidirectional reading each layer takes, as bars from 0 to 1."""
+    """Alpha of each layer, as bars from 0 to 1."""
     chart = Table(
         "layer", "keys", "", "values", "", title="alpha: 0 is causal, 1 is bidirectional, training starts at 0.5"
     )

@@ -24,7 +24,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from bitune_plugin import BituneConfig
-from bitune_plugin.cli.sft import read_settings
+from bitune_plugin.cli.sft_settings import read_settings
 from bitune_plugin.integrations.lm_eval import TASKS
 from models import WORDS, tiny, word_tokenizer
 from reference import DATA

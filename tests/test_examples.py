@@ -75,7 +75,7 @@ def measured(script: str, model: Path, tmp_path: Path, *arguments: object) -> li
     """What a benchmark writes; it prints it and draws it, too."""
     stem = tmp_path / "new folder" / script
     arguments = ["--models", model, "--rounds", 1, *arguments, "--json", stem.with_suffix(".json")]
-    printed = run(f"benchmarks/{script}.py", *arguments)
+    printed = run("benchmarks", script, *arguments)
     assert f"| {model} |" in printed
     assert all(stem.with_suffix(ending).stat().st_size > 1000 for ending in (".png", ".svg"))
     return json.loads(stem.with_suffix(".json").read_text())

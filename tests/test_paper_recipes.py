@@ -25,7 +25,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from bitune_plugin.cli.sft import read_settings, train
+from bitune_plugin.cli.sft import train
+from bitune_plugin.cli.sft_settings import read_settings
 from bitune_plugin.integrations.lm_eval import TASKS
 from bitune_plugin.integrations.trl.trainer import BituneSFTTrainer
 from models import tiny

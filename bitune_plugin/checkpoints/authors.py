@@ -23,14 +23,12 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import Tensor
 
-from ..core.mixing import MIXING
 from ..errors import shorten
 from ..json_files import read_object
 from ..plugins import mixings
 from ..tuner.config import NO_MIXING, BituneConfig
-from ..tuner.state_dict import BIDIRECTIONAL
+from ..tuner.keys import BIDIRECTIONAL, ROOT, theta_key
 from ..tuner.weights import not_finite, read_weights
-from .integrity import ROOT
 from .saved import read_config
 
 if TYPE_CHECKING:
@@ -253,7 +251,7 @@ def _thetas(config: BituneConfig, theta: dict[str, Mixer], layers: int) -> dict[
         return {}
     owners = 1 if config.mixing_granularity == "model" else layers
     return {
-        f"{ROOT}{ATTENTION.format(layer)}.{MIXING}.theta_{kind}": mixer["weight"][layer].float().flatten()
+        theta_key(ATTENTION.format(layer), kind): mixer["weight"][layer].float().flatten()
         for kind, mixer in theta.items()
         for layer in range(owners)
     }

@@ -2,9 +2,6 @@
 
 Loading compares every key with the model (`BituneModel`); commands that read folders have these checks instead. They
 accept everything that Bitune saves, because parts of some models or methods are compared between layers only.
-
-    base_model.model.<module>.<part>                          causal stream
-    base_model.model.<module>.<part, with "bidirectional">    bidirectional stream
 """
 
 from __future__ import annotations
@@ -19,15 +16,19 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from ..core.mixing import MIXING
 from ..tuner.config import NO_MIXING, BituneConfig
 from ..tuner.full import ALL, FullConfig, is_idle_in_second_stream
-from ..tuner.state_dict import BIDIRECTIONAL
+from ..tuner.keys import (
+    KINDS,
+    ROOT,
+    attentions_in,
+    is_bidirectional,
+    is_theta,
+    module_and_part,
+    numbers_in,
+    theta_key,
+)
 from ..tuner.weights import lacking_whole, not_finite
-
-ROOT = "base_model.model."
-"""What PEFT puts before the names of a model's modules."""
-
 
 Parts = dict[str, Tensor]
 """The weights of one module's adapter, by the rest of their keys behind the module, without the stream."""
@@ -62,22 +63,21 @@ class _Weights:
 
     def __init__(self, config: BituneConfig, weights: Mapping[str, Tensor]) -> None:
         self.config, self.inner = config, config.inner
-        self.prefix = PEFT_TYPE_TO_PREFIX_MAPPING[self.inner.peft_type]
-        self.theta = {key: value for key, value in weights.items() if MIXING in key.split(".")}
+        prefix = PEFT_TYPE_TO_PREFIX_MAPPING[self.inner.peft_type]
+        self.theta = {key: value for key, value in weights.items() if is_theta(key)}
         self.causal: dict[str, Parts] = {}
         self.bidirectional: dict[str, Parts] = {}
         for key in weights.keys() - self.theta.keys():
-            names = key.split(".")
-            stream = self.bidirectional if BIDIRECTIONAL in names else self.causal
-            place = next((i for i, name in enumerate(names) if name.startswith(self.prefix)), None)
-            if place is not None:
-                part = ".".join(name for name in names[place:] if name != BIDIRECTIONAL)
-                stream.setdefault(".".join(names[:place]).removeprefix(ROOT), {})[part] = weights[key]
+            found = module_and_part(key, prefix)
+            if found is not None:
+                module, part = found
+                stream = self.bidirectional if is_bidirectional(key) else self.causal
+                stream.setdefault(module, {})[part] = weights[key]
 
     @cached_property
     def attentions(self) -> list[str]:
         """Names of the modules with a theta."""
-        return sorted({key.removeprefix(ROOT).split(f".{MIXING}.")[0] for key in self.theta})
+        return attentions_in(self.theta)
 
     def wrong_theta(self) -> Iterator[str]:
         if not self.theta and self.config.mixing != NO_MIXING:
@@ -91,7 +91,7 @@ class _Weights:
             yield from self._wrong_theta_of(name)
 
     def _wrong_theta_of(self, attention: str) -> Iterator[str]:
-        keys = [f"{ROOT}{attention}.{MIXING}.theta_{kind}" for kind in ("key", "value")]
+        keys = [theta_key(attention, kind) for kind in KINDS]
         yield from (f"missing: {key}" for key in keys if key not in self.theta)
         by_head = self.config.mixing_granularity == "head"
         for key in keys:
@@ -131,7 +131,7 @@ class _Weights:
 
     def _is_idle(self, module: str) -> bool:
         """Whether the bidirectional stream has no copy of a module, because it does not use one."""
-        last = max((number for name in self.causal if (number := _number(name)) is not None), default=0)
+        last = max((numbers_in(name)[-1] for name in self.causal if numbers_in(name)), default=0)
         return isinstance(self.inner, FullConfig) and is_idle_in_second_stream(module, last)
 
     def wrong_parts(self) -> Iterator[str]:
@@ -176,7 +176,7 @@ class _Weights:
 
     def missing_layers(self) -> Iterator[str]:
         """Layers without an adapter between others, or at all if the adapter goes into every layer."""
-        numbers = {number: name for name in self.attentions if (number := _number(name)) is not None}
+        numbers = {numbers_in(name)[-1]: name for name in self.attentions if numbers_in(name)}
         if len(numbers) != len(self.attentions) or len(numbers) < 2:
             return
         name = numbers[max(numbers)]
@@ -195,7 +195,7 @@ class _Weights:
         if isinstance(names, str) or isinstance(excluded, str) or not names:
             return False
         return getattr(self.inner, "layers_to_transform", None) is None and not any(
-            map(_has_number, [*names, *excluded])
+            map(numbers_in, [*names, *excluded])
         )
 
 
@@ -209,16 +209,7 @@ def _unequal(modules: Mapping[str, set[str]]) -> Iterator[str]:
         yield from (f"unknown: {ROOT}{module}.{part}" for part in sorted(less) if 2 * count[part] <= len(modules))
 
 
-def _has_number(name: str) -> bool:
-    return any(part.isdigit() for part in name.split("."))
-
-
-def _number(name: str) -> int | None:
-    numbers = [int(part) for part in name.split(".") if part.isdigit()]
-    return numbers[-1] if numbers else None
-
-
 def _with_number(name: str, number: int) -> str:
     """The name of the same module in another layer."""
-    before, _, behind = name.rpartition(f".{_number(name)}.")
+    before, _, behind = name.rpartition(f".{numbers_in(name)[-1]}.")
     return f"{before}.{number}.{behind}"

@@ -1,7 +1,4 @@
-"""Adapters in folders, read without their model.
-
-`tuner/state_dict.py` explains the keys.
-"""
+"""Adapters in folders, read without their model. `tuner/keys.py` explains the keys of their weights."""
 
 from __future__ import annotations
 
@@ -19,15 +16,24 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import CONFIG_NAME, PeftType
 from torch import Tensor
 
-from ..core.mixing import MIXING
 from ..errors import shorten
 from ..json_files import read_object
 from ..plugins import mixings
 from ..tuner.config import BituneConfig
-from ..tuner.state_dict import BIDIRECTIONAL
+from ..tuner.keys import (
+    KINDS,
+    ROOT,
+    attentions_in,
+    is_bidirectional,
+    is_theta,
+    module_and_part,
+    numbers_in,
+    theta_key,
+    without_stream,
+)
 from ..tuner.weights import read_weights
 from .folders import put_back
-from .integrity import ROOT, problems_of
+from .integrity import problems_of
 
 Config = TypeVar("Config", bound=PeftConfig)
 
@@ -100,13 +106,12 @@ class SavedAdapter:
 
     @cached_property
     def theta(self) -> dict[str, Tensor]:
-        return {key: value for key, value in self.weights.items() if MIXING in key.split(".")}
+        return {key: value for key, value in self.weights.items() if is_theta(key)}
 
     @cached_property
     def bidirectional(self) -> dict[str, Tensor]:
         """The adapter of the bidirectional stream, under the keys of the causal stream."""
-        second = {key: value for key, value in self.weights.items() if BIDIRECTIONAL in key.split(".")}
-        return {_without_stream(key): value for key, value in second.items()}
+        return {without_stream(key): value for key, value in self.weights.items() if is_bidirectional(key)}
 
     @cached_property
     def causal(self) -> dict[str, Tensor]:
@@ -120,12 +125,14 @@ class SavedAdapter:
 
     @property
     def _of_causal(self) -> dict[str, Tensor]:
-        second = {key for key in self.weights if BIDIRECTIONAL in key.split(".")}
-        return {key: value for key, value in self.weights.items() if key not in second and key not in self.theta}
+        return {key: value for key, value in self.weights.items() if not is_bidirectional(key) and not is_theta(key)}
 
     def _is_adapter(self, key: str) -> bool:
-        prefix = PEFT_TYPE_TO_PREFIX_MAPPING[self.config.inner.peft_type]
-        return key in self.bidirectional or any(part.startswith(prefix) for part in key.split("."))
+        return key in self.bidirectional or module_and_part(key, self._prefix) is not None
+
+    @property
+    def _prefix(self) -> str:
+        return PEFT_TYPE_TO_PREFIX_MAPPING[self.config.inner.peft_type]
 
     @property
     def sizes(self) -> dict[str, Size]:
@@ -140,12 +147,12 @@ class SavedAdapter:
     @cached_property
     def attentions(self) -> list[str]:
         """Names of the attention modules that have a theta, in the order of the numbers in them."""
-        return sorted({key.removeprefix(ROOT).split(f".{MIXING}.")[0] for key in self.theta}, key=_by_numbers)
+        return attentions_in(self.theta)
 
     @property
     def layers(self) -> list[int]:
         """Number of the layer of each of `attentions`: the last number in its name, if those differ."""
-        numbers = [[int(part) for part in name.split(".") if part.isdigit()][-1:] for name in self.attentions]
+        numbers = [numbers_in(name)[-1:] for name in self.attentions]
         last = {number for found in numbers for number in found}
         return [number for (number,) in numbers] if len(last) == len(numbers) else list(range(len(numbers)))
 
@@ -156,10 +163,10 @@ class SavedAdapter:
             Under `"key"` and `"value"`, one alpha each: float32, `[1]` or `[key/value heads]`. Lists of one with
             `mixing_granularity="model"`; empty ones with `mixing="none"`.
         """
-        return {kind: [self._alpha(name, kind) for name in self.attentions] for kind in ("key", "value")}
+        return {kind: [self._alpha(name, kind) for name in self.attentions] for kind in KINDS}
 
     def _alpha(self, attention: str, kind: str) -> Tensor:
-        theta = self.theta[f"{ROOT}{attention}.{MIXING}.theta_{kind}"].float()
+        theta = self.theta[theta_key(attention, kind)].float()
         return mixings()[self.config.mixing](theta, self.config.theta_init)
 
     def plain(self, stream: str) -> tuple[PeftConfig, dict[str, Tensor]]:
@@ -193,8 +200,7 @@ class SavedAdapter:
 
     def _modules(self, weights: Mapping[str, Tensor]) -> set[str]:
         """Names of the modules that have an adapter in `weights`."""
-        prefix = PEFT_TYPE_TO_PREFIX_MAPPING[self.config.inner.peft_type]
-        return {key.split(f".{prefix}")[0].removeprefix(ROOT) for key in weights if f".{prefix}" in key}
+        return {found[0] for key in weights if (found := module_and_part(key, self._prefix)) is not None}
 
     def _check(self) -> None:
         """Raises ValueError if the weights are not those of the config."""
@@ -294,12 +300,3 @@ def _replace_start(key: str, starts: Mapping[str, str]) -> str:
         if key.startswith(start):
             return other + key.removeprefix(start)
     return key
-
-
-def _without_stream(key: str) -> str:
-    return ".".join(part for part in key.split(".") if part != BIDIRECTIONAL)
-
-
-def _by_numbers(name: str) -> list[tuple[int, str]]:
-    """A key that sorts `layers.10` behind `layers.9`."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
-import torch
 from huggingface_hub import constants
 
-from bitune_plugin.self_check import SWITCH
+from bitune_plugin.self_check import SWITCH, single_thread
 
 from .places import places
 from .result import Result
@@ -36,7 +35,7 @@ def examine(announce: Callable[[str], None]) -> list[Result]:
         announce: is called with the name of each group of checks before it is run.
     """
     results = []
-    with _offline(), _silent(), _single_thread():
+    with _offline(), _silent(), single_thread():
         for name in HOSTS:
             announce(name)
             with tempfile.TemporaryDirectory(prefix="bitune-doctor-", ignore_cleanup_errors=True) as folder:
@@ -73,14 +72,3 @@ def _silent() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
-
-
-@contextmanager
-def _single_thread() -> Iterator[None]:
-    """Sharing out the work of a tiny model costs more than the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

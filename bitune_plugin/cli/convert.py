@@ -46,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     settings.add_argument("--theta-init", type=float, metavar="NUMBER", help="start of theta (the paper's: 0.01)")
     settings.add_argument("--mixing", choices=("abs", "relu", NO_MIXING), help="from theta to alpha (the paper's: abs)")
     settings.add_argument(
-        "--second-pass-attention", choices=SECOND_PASSES, help="of the second reading (the paper's: bidirectional)"
+        "--second-pass-attention",
+        choices=SECOND_PASSES,
+        help="of the second pass (the paper's: bidirectional)",
     )
     settings.add_argument(
         "--share-adapter",

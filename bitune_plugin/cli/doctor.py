@@ -24,6 +24,7 @@ from bitune_plugin.checks.places import devices
 from bitune_plugin.checks.result import Result
 from bitune_plugin.cli import TRACEBACK, printable
 from bitune_plugin.cli.terminal import one_line, parser
+from bitune_plugin.errors import shorten
 from bitune_plugin.self_check import SWITCH, release
 from bitune_plugin.versions import TESTED
 
@@ -156,9 +157,8 @@ def _coloured(text: str, kind: str) -> Text:
 
 def _summary(wrong: Sequence[Result], count: int) -> str:
     """Which checks are wrong, in one line."""
-    named = ", ".join(result.title for result in wrong[:NAMED])
-    more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
-    return f"{len(wrong)} of {count} checks found something wrong: {named}{more}"
+    named = ", ".join(shorten([result.title for result in wrong], NAMED))
+    return f"{len(wrong)} of {count} checks found something wrong: {named}"
 
 
 def _traceback(result: Result) -> str | None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.columns import Columns
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DESCRIPTION = """\
-Shows how much of the bidirectional reading each layer takes: alpha of keys and of values, 0 for the causal reading
-alone, 1 for the bidirectional one alone. And how large the parts of an adapter are. The base model is not loaded.
+Shows alpha of each layer, for keys and for values: 0 takes the causal stream alone, 1 the bidirectional stream alone.
+And how large the parts of an adapter are. The base model is not loaded.
 
 With one theta per key/value head, a layer's alpha is the mean over its heads, least and greatest in brackets.
 """
@@ -39,9 +40,6 @@ EXAMPLES = """\
 
 KINDS = {"key": "keys", "value": "values"}
 PLOTS = (".png", ".svg")
-
-WIDTH_OF_COLUMN = 9
-"""Of a column of alphas, its margins included, if nothing in it is wider."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -106,15 +104,11 @@ def show(adapters: Sequence[SavedAdapter], console: Console) -> None:
         console.print(one_line(f"{who}: {text}"), soft_wrap=True)
     console.print(_table_of_sizes(names, adapters))
     if not any(adapter.attentions for adapter in adapters):
-        console.print("There is no alpha with `mixing='none'`: answers see the bidirectional reading alone.")
+        console.print("There is no alpha with `mixing='none'`: answers see the bidirectional stream alone.")
         return
-    if len(adapters) == 1:
-        columns = {title: _by_layer(adapters[0], kind) for kind, title in KINDS.items()}
-        _print_alphas("alpha", columns, console)
-        return
-    for kind, title in KINDS.items():
-        columns = {name: _by_layer(adapter, kind) for name, adapter in zip(names, adapters, strict=True)}
-        _print_alphas(f"alpha of {title}", columns, console)
+    console.print("alpha by layer", style="italic")
+    pairs = zip(names, adapters, strict=True)
+    console.print(Columns(_table_of_alphas(name, adapter) for name, adapter in pairs if adapter.attentions))
 
 
 def _names(adapters: Sequence[SavedAdapter]) -> list[str]:
@@ -142,32 +136,22 @@ def _table_of_sizes(names: Sequence[str], adapters: Sequence[SavedAdapter]) -> T
     return table
 
 
-def _by_layer(adapter: SavedAdapter, kind: str) -> dict[str, str]:
-    """Alpha in words, by layer."""
-    layers = ["all"] if adapter.config.mixing_granularity == "model" else map(str, adapter.layers)
-    return dict(zip(layers, map(_in_words, adapter.alphas()[kind]), strict=False))
-
-
 def _in_words(alpha: Tensor) -> str:
     if alpha.numel() == 1:
         return f"{alpha.item():.3f}"
     return f"{alpha.mean():.3f} ({alpha.min():.3f}-{alpha.max():.3f})"
 
 
-def _print_alphas(title: str, columns: dict[str, dict[str, str]], console: Console) -> None:
-    """Prints alphas by layer, in several tables if the terminal is narrow."""
-    layers = list(dict.fromkeys(layer for column in columns.values() for layer in column))
-    widest = max(one_line(text).cell_len for name, column in columns.items() for text in (name, *column.values()))
-    at_once = max(1, (console.width - WIDTH_OF_COLUMN) // max(WIDTH_OF_COLUMN, widest + 3))
-    names = list(columns)
-    for start in range(0, len(names), at_once):
-        table = Table(title=title, title_justify="left")
-        table.add_column("layer", justify="right")
-        for name in names[start : start + at_once]:
-            table.add_column(one_line(name), justify="right", overflow="fold")
-        for layer in layers:
-            table.add_row(layer, *(columns[name].get(layer, "") for name in names[start : start + at_once]))
-        console.print(table)
+def _table_of_alphas(name: str, adapter: SavedAdapter) -> Table:
+    title = one_line(name)
+    title.overflow = "fold"
+    table = Table(title=title, title_justify="left")
+    for column in ("layer", *KINDS.values()):
+        table.add_column(column, justify="right", overflow="fold")
+    layers = ["all"] if adapter.config.mixing_granularity == "model" else [*map(str, adapter.layers)]
+    for layer, *alphas in zip(layers, *adapter.alphas().values(), strict=True):
+        table.add_row(layer, *map(_in_words, alphas))
+    return table
 
 
 def save_plot(adapters: Sequence[SavedAdapter], file: Path) -> None:
@@ -201,10 +185,10 @@ def draw(adapters: Sequence[SavedAdapter], figure: Figure) -> None:
 
     steps = [adapter.step for adapter in adapters if adapter.step is not None]
     by_step = len(steps) > 1 and len(set(steps)) == len(steps)
-    places = [adapter.step for adapter in adapters] if by_step else list(range(len(adapters)))
-    numbers = [place for place in places if place is not None]
+    marks = [adapter.step for adapter in adapters] if by_step else list(range(len(adapters)))
+    numbers = [mark for mark in marks if mark is not None]
     scale = Normalize(min(numbers), max(numbers) if len(numbers) > 1 else min(numbers) + 1)
-    colours = ["black" if place is None else colormaps["viridis"](scale(place)) for place in places]
+    colours = ["black" if mark is None else colormaps["viridis"](scale(mark)) for mark in marks]
     panels = figure.subplots(1, len(KINDS), sharey=True)
     for axes, (kind, title) in zip(panels, KINDS.items(), strict=True):
         axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")

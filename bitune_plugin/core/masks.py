@@ -105,7 +105,7 @@ class SequenceGroup:
     Attributes:
         encoded: bool `[D, E]`, True where a slot holds a token of an encoded prompt.
         answer: bool `[D, A]`, True where a slot holds a token of an answer.
-        places: int64 `[D or 1, A]`, the position of each token of an answer in its sequence, without the other
+        positions: int64 `[D or 1, A]`, the position of each token of an answer in its sequence, without the other
             completions of its prompt.
         completion_index: `[D, A]`, the completion of the token in each slot of `answer`, 0 for tokens that all
             completions share; `None` if every prompt has one completion.
@@ -114,7 +114,7 @@ class SequenceGroup:
 
     encoded: Tensor
     answer: Tensor
-    places: Tensor
+    positions: Tensor
     completion_index: Tensor | None
     uniform: bool
     _memo: Memo = field(default_factory=dict, repr=False, compare=False)
@@ -241,9 +241,9 @@ class SequenceGroup:
             own = own & _same_completion(self.completion_index)
         prompt = self._filled(self.encoded)[:, None, :].expand(-1, answers, -1)
         if local is not None:
-            place = self.places
-            own = own & local.allows(place[:, :, None], place[:, None, :])
-            prompt = prompt & local.allows(place[:, :, None], torch.arange(encoded, device=place.device))
+            position = self.positions
+            own = own & local.allows(position[:, :, None], position[:, None, :])
+            prompt = prompt & local.allows(position[:, :, None], torch.arange(encoded, device=position.device))
         rows = max(own.shape[0], prompt.shape[0])
         return torch.cat([prompt.expand(rows, -1, -1), own.expand(rows, -1, -1)], dim=2)[
             :, None
@@ -257,14 +257,14 @@ class SequenceGroup:
         query, key = _pairs(length, self.encoded.device)
         encoded = key < encoded_length
         answer = (key < lengths) & ~encoded
-        place, own = key.expand(rows, -1), answer[:, None, :] & (query >= key)
+        position, own = key.expand(rows, -1), answer[:, None, :] & (query >= key)
         if self.completion_index is not None:
             slot = (key - encoded_length).clamp(0, self.answer.shape[1] - 1)
-            place = torch.where(answer, self.places.gather(1, slot), key)
+            position = torch.where(answer, self.positions.gather(1, slot), key)
             own = own & _same_completion(torch.where(answer, self.completion_index.gather(1, slot), 0))
-        near = (
-            torch.ones_like(encoded[:, None]) if local is None else local.allows(place[:, :, None], place[:, None, :])
-        )
+        near = torch.ones_like(encoded[:, None])
+        if local is not None:
+            near = local.allows(position[:, :, None], position[:, None, :])
         causally = encoded[:, :, None] & encoded[:, None, :] & (query >= key) & near
         padding = (key >= lengths)[:, :, None] & (query == key)
         from_mixture = answer[:, :, None] & (encoded[:, None, :] | own) & near

@@ -65,7 +65,7 @@ class _Tokens:
     Attributes:
         present: `[N]`, the index of each token among the caller's `B * T`.
         sequence: `[N]`, the index of its sequence.
-        place: `[N]`, the number of tokens before it in its sequence.
+        offset: `[N]`, the number of tokens before it in its sequence.
         position: `[N]`, the same without tokens of other completions.
         length, encoded_length: `[D]`, tokens of each sequence and of its encoded prompt.
         packed: some row holds several sequences.
@@ -75,7 +75,7 @@ class _Tokens:
 
     present: Tensor
     sequence: Tensor
-    place: Tensor
+    offset: Tensor
     position: Tensor
     length: Tensor
     encoded_length: Tensor
@@ -90,11 +90,11 @@ class _Tokens:
         starts_here = starts.flatten()[present]
         first = starts_here.nonzero().flatten()
         sequence = starts_here.cumsum(0) - 1
-        place = torch.arange(len(present)) - first[sequence]
+        offset = torch.arange(len(present)) - first[sequence]
         prompt = prompt_mask.flatten()[present]
         zeros = torch.zeros(len(first), dtype=torch.long)
         prompt_length = zeros.index_add(0, sequence, prompt.long())
-        scattered = prompt != (place < prompt_length[sequence])
+        scattered = prompt != (offset < prompt_length[sequence])
         if scattered.any():
             rows = (present[scattered] // prompt_mask.shape[1]).unique().tolist()
             raise LayoutError(
@@ -106,8 +106,8 @@ class _Tokens:
         return cls(
             present,
             sequence,
-            place,
-            place,
+            offset,
+            offset,
             length=torch.bincount(sequence, minlength=len(first)),
             encoded_length=(prompt_length - 1).clamp(min=0),
             packed=bool((starts.sum(dim=1) > 1).any()),
@@ -127,7 +127,7 @@ class _Tokens:
     @property
     def is_encoded(self) -> Tensor:
         """bool `[N]`, True for tokens of encoded prompts."""
-        return self.place < self.encoded_length[self.sequence]
+        return self.offset < self.encoded_length[self.sequence]
 
     @property
     def is_plain_causal(self) -> bool:
@@ -154,8 +154,8 @@ class _Tokens:
         token, answer = _slots(self.first[members] + encoded_length, answer_length)
         uniform = bool(encoded.all() and answer.all())
         index = None if self.completion_index is None else self.completion_index[token]
-        places = self.position[token]
-        return SequenceGroup(encoded, answer, places[:1] if uniform and index is None else places, index, uniform)
+        positions = self.position[token]
+        return SequenceGroup(encoded, answer, positions[:1] if uniform and index is None else positions, index, uniform)
 
 
 def _rows_kept(tokens: _Tokens, shape: tuple[int, int]) -> PromptLayout:
@@ -181,7 +181,7 @@ def _one_sequence_per_row(tokens: _Tokens, shape: tuple[int, int]) -> PromptLayo
     rows, longest = len(tokens.length), int(tokens.length.max())
     copies = tokens.is_encoded.nonzero().flatten()
     length = longest + max(int(tokens.encoded_length.max()), 1)
-    in_row, in_stream = (tokens.sequence * size + tokens.place for size in (length, longest))
+    in_row, in_stream = (tokens.sequence * size + tokens.offset for size in (length, longest))
     filled = torch.cat([in_row, in_row[copies] + longest])
     return PromptLayout(
         shape,
@@ -252,9 +252,9 @@ def _of_similar_length(lengths: Tensor) -> Iterator[Tensor]:
         order = order[~near]
 
 
-def _filled(size: int, places: Tensor, values: Tensor) -> Tensor:
-    """`[size]`: `values` at `places`, and 0 elsewhere."""
-    return torch.zeros(size, dtype=torch.long).index_put((places,), values)
+def _filled(size: int, index: Tensor, values: Tensor) -> Tensor:
+    """`[size]`: `values` at `index`, and 0 elsewhere."""
+    return torch.zeros(size, dtype=torch.long).index_put((index,), values)
 
 
 def _check_completions(completion_index: Tensor, prompt: Tensor, attended: Tensor) -> None:
@@ -273,8 +273,8 @@ def _check_completions(completion_index: Tensor, prompt: Tensor, attended: Tenso
 def _positions_in_completion(completion_index: Tensor, attended: Tensor) -> Tensor:
     """Positions in a row as if its completion were the only one, for each token. All int64 `[B, T]`."""
     index = torch.where(attended, completion_index, 0)
-    place = attended.cumsum(dim=1) - 1
+    offset = attended.cumsum(dim=1) - 1
     before = nn.functional.pad(index, (1, 0))[:, :-1].cummax(dim=1).values
-    start = torch.where(index > before, place, 0).cummax(dim=1).values
+    start = torch.where(index > before, offset, 0).cummax(dim=1).values
     shared = (attended & (index == 0)).sum(dim=1, keepdim=True)
-    return torch.where(index > 0, shared + place - start, place)
+    return torch.where(index > 0, shared + offset - start, offset)

@@ -53,8 +53,8 @@ class TemperedAttention(PlacedQueries):
         factor = self._scale(layout.positions) / self._scale(place)
         return (query * factor[:, None, :, None]).to(query.dtype)
 
-    def _scale(self, place: Tensor) -> Tensor:
-        return torch.log1p(torch.floor((place.float() + 1) / self.floor_scale)) * self.attn_scale + 1
+    def _scale(self, number: Tensor) -> Tensor:
+        return torch.log1p(torch.floor((number.float() + 1) / self.floor_scale)) * self.attn_scale + 1
 
 
 class GPTNeoAttention(SingleCallAttention):
@@ -110,7 +110,7 @@ class MptAttention(SingleCallAttention):
 
 
 def _at_positions(alibi: Tensor, layout: PromptLayout, heads: int) -> Tensor:
-    """The biases of all keys: `[D * heads, 1, N]` by position to `[D, heads, 1, 2L + E]`."""
+    """The biases of all keys: `[D * heads, 1, M]` by position to `[D, heads, 1, 2L + E]`."""
     by_position = alibi.unflatten(0, (-1, heads))
     positions = torch.cat([layout.positions, layout.positions[:, : layout.tokens]], dim=1)
     return by_position.gather(3, positions[:, None, None, :].expand(*by_position.shape[:3], -1))

@@ -163,16 +163,12 @@ def _check_nothing_follows(kwargs: dict[str, Any], generation: Generation | None
 
 
 def _check_outputs(architecture: Architecture, kwargs: dict[str, Any]) -> None:
-    if _asked_for("output_attentions", architecture, kwargs):
+    given = kwargs.get("output_attentions")
+    if getattr(architecture.backbone.config, "output_attentions", False) if given is None else given:
         raise ValueError(
             "`output_attentions=True`: a prompt in two streams has no single attention matrix. Leave it unset, "
             "or look at the base model's inside `with model.disable_adapter():`."
         )
-
-
-def _asked_for(name: str, architecture: Architecture, kwargs: dict[str, Any]) -> bool:
-    given = kwargs.get(name)
-    return bool(getattr(architecture.backbone.config, name, False) if given is None else given)
 
 
 def _use_attention_of_bitune(architecture: Architecture) -> None:

@@ -30,18 +30,18 @@ def of_causal_stream(recorded: Sequence[Tensor], layout: PromptLayout) -> tuple[
         ValueError: the logits are not one row per token.
     """
     rows, causal = layout.source.shape[0], layout.tokens
-    places = {length: rows * length for length in (layout.length, causal)}
+    tokens_of = {length: rows * length for length in (layout.length, causal)}
     found, skip = [], False
     for logits in recorded:
         flat = logits.flatten(0, -2)
         if skip or len(flat) == 0:  # the bidirectional stream of the block before
             skip = False
             continue
-        length = next((length for length, tokens in places.items() if tokens == len(flat)), None)
+        length = next((length for length, tokens in tokens_of.items() if tokens == len(flat)), None)
         if length is None:
             raise ValueError(
                 f"`output_router_logits=True`: a router returned logits of shape {list(logits.shape)}, where Bitune "
-                f"expects one row for each of {places[layout.length]} tokens. Set `output_router_logits=False`."
+                f"expects one row for each of {tokens_of[layout.length]} tokens. Set `output_router_logits=False`."
             )
         skip = length == causal != layout.length
         layout_here = layout.to(flat.device)

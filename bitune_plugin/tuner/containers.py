@@ -18,17 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..core.mixing import MIXING
 from ..modeling.context import PerThread
 from ..modeling.extension import Patch, patch, with_attributes
 from .adapter_layers import bidirectional
 from .config import BituneConfig
+from .keys import BIDIRECTIONAL, is_theta
 
 if TYPE_CHECKING:
     from .host import PeftLayer
-
-BIDIRECTIONAL = "bidirectional"
-"""The part of a name, in the model and in a saved adapter, that says that a weight is the bidirectional stream's."""
 
 SUFFIX = bidirectional("")
 POLICY, REFERENCE = "default", "ref"
@@ -51,7 +48,7 @@ class StreamDict(Patch):
     _modules: dict[str, Any]
 
     def __getitem__(self, key: str) -> nn.Module:
-        modules, name = self._place(key)
+        modules, name = self._locate(key)
         return modules[name]
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
@@ -69,13 +66,13 @@ class StreamDict(Patch):
             self._modules[BIDIRECTIONAL] = self._modules.pop(BIDIRECTIONAL)
 
     def __delitem__(self, key: str) -> None:
-        modules, name = self._place(key)
+        modules, name = self._locate(key)
         del modules[name]
         if not modules and modules is not self._modules:
             del self._modules[BIDIRECTIONAL]
 
     def __contains__(self, key: object) -> bool:
-        modules, name = self._place(str(key))
+        modules, name = self._locate(str(key))
         return name in modules and name != BIDIRECTIONAL
 
     def __len__(self) -> int:
@@ -93,7 +90,7 @@ class StreamDict(Patch):
     def values(self) -> ValuesView[nn.Module]:
         return self._flat().values()
 
-    def _place(self, key: str) -> tuple[dict[str, nn.Module], str]:
+    def _locate(self, key: str) -> tuple[dict[str, nn.Module], str]:
         """The dict that holds the module of a flat key, or would, and its name there."""
         if not key.endswith(SUFFIX):
             return self._modules, key
@@ -124,7 +121,7 @@ def flat_name(name: str, adapter_names: Iterable[str]) -> str:
     """The name that a parameter of the model would have if streams and theta were entries of PEFT's dicts."""
     for adapter in adapter_names:
         name = name.replace(f".{BIDIRECTIONAL}.{adapter}.", f".{bidirectional(adapter)}.")
-        if MIXING in name.split("."):
+        if is_theta(name):
             name = name.removesuffix(f".{adapter}.weight") + f".{adapter}" * name.endswith(f".{adapter}.weight")
     return name
 

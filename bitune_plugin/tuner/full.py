@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from ..core.mixing import MIXING
 from ..modeling.context import Stream, current_context
 from .adapter_layers import bidirectional
+from .keys import numbers_in
 
 if TYPE_CHECKING:
     from ..modeling.architectures import Architecture
@@ -271,8 +272,7 @@ def idle_in_second_stream(architecture: Architecture) -> Iterator[nn.Module]:
 
 def is_idle_in_second_stream(name: str, last_layer: int) -> bool:
     """Whether a module of this name is one of `idle_in_second_stream`, in a model whose last layer has that number."""
-    parts = name.split(".")
-    numbers = [int(part) for part in parts if part.isdigit()]
+    parts, numbers = name.split("."), numbers_in(name)
     if not numbers:
         return parts[-1] in FINAL_NORMS
     return numbers[0] == last_layer and bool(AFTER_KEYS & {*parts})

@@ -26,6 +26,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..errors import shorten
 from .adapter_layers import UNMERGED, bidirectional
 from .full import FullLayer
 from .plain_lora import is_plain_lora
@@ -61,7 +62,8 @@ class MergesCausalAdapter(BaseTuner):
         problems = list(not_mergeable(layers))
         if problems:
             raise ValueError(
-                f"The adapter cannot be merged: {'; '.join(problems[:3])}. Leave it as it is, which is exact too."
+                f"The adapter cannot be merged: {'; '.join(shorten(problems, 3))}. Leave it as it is, which is exact "
+                "too."
             )
         merged_before = any(mixing.merged for mixing in self._mixing_layers())
         try:

@@ -16,9 +16,9 @@ from peft.optimizers.lorafa import LoraFAOptimizer
 from torch import nn
 from torch.optim import Optimizer
 
-from ..core.mixing import MIXING
 from .adapter_layers import bidirectional
-from .containers import BIDIRECTIONAL, SUFFIX
+from .containers import SUFFIX
+from .keys import BIDIRECTIONAL, is_bidirectional, is_theta
 
 Create = Callable[..., Optimizer]
 
@@ -28,7 +28,7 @@ BY_PARAMETER = ("params", "names", "scaling_factors", "scaling_factor")
 
 def thetas_of(model: nn.Module) -> list[nn.Parameter]:
     """The trained thetas of a model."""
-    return [p for name, p in model.named_parameters() if f".{MIXING}." in name and p.requires_grad]
+    return [p for name, p in model.named_parameters() if is_theta(name) and p.requires_grad]
 
 
 def without(thetas: Iterable[nn.Parameter], parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
@@ -73,7 +73,7 @@ def with_streams_apart(create: Create) -> Create:
         (group,) = optimizer.param_groups
         shared = {key: value for key, value in group.items() if key not in BY_PARAMETER}
         scaling = dict(zip(group["names"], group["scaling_factors"], strict=True))
-        scaling |= {name: _scaling_of_second(model, name) for name in scaling if BIDIRECTIONAL in name.split(".")}
+        scaling |= {name: _scaling_of_second(model, name) for name in scaling if is_bidirectional(name)}
         groups: Any = [{**shared, **part} for part in _groups(dict(model.named_parameters()), scaling)]
         return StreamsLoraFA(groups)
 
@@ -103,9 +103,9 @@ class StreamsLoraFA(LoraFAOptimizer):
 def _leave_out_without_gradient(group: dict[str, Any]) -> None:
     by_pair = len(group["params"]) > 0 and "lora" in group["names"][0]
     size = 2 if by_pair else 1
-    places = range(0, len(group["params"]), size)
+    starts = range(0, len(group["params"]), size)
     kept = [
-        i for start in places if group["params"][start + size - 1].grad is not None for i in range(start, start + size)
+        i for start in starts if group["params"][start + size - 1].grad is not None for i in range(start, start + size)
     ]
     for name in BY_PARAMETER:
         if name in group:
@@ -120,7 +120,7 @@ def _groups(parameters: dict[str, nn.Parameter], scaling: dict[str, float | None
     """
     halves = [name for name in parameters if ".lora_B." in name and parameters[name].requires_grad]
     pairs = [each for name in halves for each in (name.replace(".lora_B.", ".lora_A."), name)]
-    theta = [name for name in parameters if f".{MIXING}." in name and parameters[name].requires_grad]
+    theta = [name for name in parameters if is_theta(name) and parameters[name].requires_grad]
     known = {*pairs, *theta}
     others = [name for name, parameter in parameters.items() if parameter.requires_grad and name not in known]
     names = {name: f"second.{name}" if _is_second(name) else name for name in pairs}
@@ -147,8 +147,8 @@ def _scaling_of_second(model: nn.Module, name: str) -> float | None:
 
 def _is_second(name: str) -> bool:
     """Whether a parameter of this name is the bidirectional stream's."""
-    return BIDIRECTIONAL in name.split(".") or SUFFIX in name
+    return is_bidirectional(name) or SUFFIX in name
 
 
 def _carries_bitune(model: nn.Module) -> bool:
-    return any(MIXING in name.split(".") for name, _ in model.named_modules())
+    return any(is_theta(name) for name, _ in model.named_modules())

@@ -16,7 +16,7 @@ from torch import nn
 from .adapter_layers import bidirectional
 from .config import BituneConfig
 from .host import name_all_linear
-from .state_dict import BIDIRECTIONAL
+from .keys import BIDIRECTIONAL
 
 if TYPE_CHECKING:
     from .host import MethodConfig

@@ -1,29 +1,25 @@
-"""The saved state of an adapter.
+"""The saved state of an adapter: between the names of the model's parameters and the keys of `keys.py`.
 
 The causal stream is a plain PEFT adapter; keys of the bidirectional stream carry `bidirectional` where PEFT has no
-adapter name:
-
-    base_model.model.<module>.lora_A.weight
-    base_model.model.<module>.lora_A.bidirectional.weight
-    base_model.model.<attention module>.bitune_mixing.theta_key
+adapter name.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping, Set
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from ..core.mixing import MIXING
 from ..errors import shorten
 from .adapter_layers import bidirectional
 from .config import BituneConfig
-from .containers import BIDIRECTIONAL, flattened, with_flat_names, with_names_of
+from .containers import flattened, with_flat_names, with_names_of
 from .full import embeddings_and_head
 from .host import adapter_prefixes, filter_by_prefixes
+from .keys import BIDIRECTIONAL, ROOT, is_bidirectional, is_theta, without_part, without_stream
 from .weights import not_finite
 
 
@@ -45,7 +41,7 @@ class SavesBothStreams(BaseTuner):
         of_causal = {key: value for key, value in state_dict.items() if bidirectional("") not in key}
         of_second = {key: value for key, value in state_dict.items() if second in key.split(".")}
         others = [*unwanted_adapter_names, *map(bidirectional, unwanted_adapter_names)]
-        of_mixing = {key: value for key, value in state_dict.items() if MIXING in key.split(".")}
+        of_mixing = {key: value for key, value in state_dict.items() if is_theta(key)}
         saved = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in of_mixing.items()}
         for name, other, entries in ((adapter_name, second, of_causal), (second, adapter_name, of_second)):
             entries = inner_cls._get_adapter_state_dict(model, config.inner, name, entries, [*others, other])
@@ -84,15 +80,15 @@ class SavesBothStreams(BaseTuner):
         model: nn.Module, config: BituneConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         inner_cls: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.inner.peft_type]
-        is_second = re.compile(rf"\.{BIDIRECTIONAL}(?=\.|$)")
-        of_causal = {key: value for key, value in state_dict.items() if not is_second.search(key)}
-        of_second = {is_second.sub("", key): value for key, value in state_dict.items() if is_second.search(key)}
+        of_causal = {key: value for key, value in state_dict.items() if not is_bidirectional(key)}
+        of_second = {without_stream(key): value for key, value in state_dict.items() if is_bidirectional(key)}
+        in_model = model.state_dict()
         remapped: dict[str, Tensor] = {}
         try:
             for name, entries in ((adapter_name, of_causal), (bidirectional(adapter_name), of_second)):
                 remapped |= inner_cls._remap_adapter_state_dict_for_load(model, config.inner, name, entries)
-            remapped = _without_idle_copies(model, adapter_name, remapped)
-            problems = _problems(model, config, adapter_name, remapped)
+            remapped = _without_idle_copies(in_model.keys(), adapter_name, remapped)
+            problems = _problems(model, in_model, adapter_name, remapped)
         except ValueError as error:  # some methods look for themselves, as VeRA for its projections
             problems = [str(error)]
         if problems:
@@ -104,9 +100,9 @@ class SavesBothStreams(BaseTuner):
         return remapped
 
 
-def _without_idle_copies(model: nn.Module, adapter_name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_idle_copies(in_model: Set[str], adapter_name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """`weights` without copies that the bidirectional stream does not use; 0.1 saved them with full fine-tuning."""
-    in_model, second = model.state_dict().keys(), bidirectional(adapter_name)
+    second = bidirectional(adapter_name)
 
     def is_idle(key: str) -> bool:
         return key not in in_model and "bitune_full" in key and key.replace(second, adapter_name) in in_model
@@ -114,11 +110,11 @@ def _without_idle_copies(model: nn.Module, adapter_name: str, weights: dict[str,
     return {key: value for key, value in weights.items() if second not in key or not is_idle(key)}
 
 
-def _problems(model: nn.Module, config: BituneConfig, adapter_name: str, remapped: dict[str, Tensor]) -> list[str]:
-    """Lists the faults of a saved adapter, by keys of the model."""
-    prefix = "base_model.model."
-    in_model = model.state_dict()
-    given = {key if key in in_model else key.removeprefix(prefix): value for key, value in remapped.items()}
+def _problems(
+    model: nn.Module, in_model: Mapping[str, Tensor], adapter_name: str, remapped: dict[str, Tensor]
+) -> list[str]:
+    """Lists the faults of a saved adapter, by keys of the model, whose state dict is `in_model`."""
+    given = {key if key in in_model else key.removeprefix(ROOT): value for key, value in remapped.items()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     expected = {
         key
@@ -128,11 +124,11 @@ def _problems(model: nn.Module, config: BituneConfig, adapter_name: str, remappe
     }
     filled = {parameters[key] for key in given if key in parameters}  # under one of its keys, if layers share it
     # If the vocabulary was resized, PEFT saves trained embeddings twice, once without the adapter's name.
-    without_name = {_without_part(key, adapter_name).removeprefix(prefix) for key in in_model}
+    without_name = {without_part(key, adapter_name).removeprefix(ROOT) for key in in_model}
     problems = [f"missing: {key}" for key in sorted(expected) if parameters[key] not in filled]
     for key, value in given.items():
         if key not in in_model:
-            if key.removeprefix(prefix) not in without_name:
+            if key.removeprefix(ROOT) not in without_name:
                 problems.append(f"unknown: {key}")
         elif value.shape != in_model[key].shape:
             problems.append(f"shape {list(value.shape)} where the model has {list(in_model[key].shape)}: {key}")
@@ -149,10 +145,6 @@ def _tie(model: nn.Module, config: BituneConfig, adapter_name: str, remapped: di
     embeddings, head = (f"{name}.modules_to_save.{adapter_name}.weight" for name in embeddings_and_head(model))
     if embeddings in remapped and head in remapped:
         remapped[embeddings] = remapped[head] = nn.Parameter(remapped[embeddings], requires_grad=False)
-
-
-def _without_part(key: str, part: str) -> str:
-    return ".".join(other for other in key.split(".") if other != part)
 
 
 def _tuner_of(model: nn.Module) -> Any:

@@ -16,6 +16,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from ..modeling.causal_lm import CausalModel
 from ..modeling.extension import Patch
+from .keys import ROOT
 
 
 class AdapterMethods(Patch):
@@ -72,7 +73,7 @@ class AdapterMethods(Patch):
         weights = dict(state_dict or {})
         for file in checkpoint_files or ():
             weights |= _read(str(file))
-        weights = {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
+        weights = {name.removeprefix(ROOT): weight for name, weight in weights.items()}
         adapter_name = model.bitune_tuner.active_adapters[0]
         model.peft_config[adapter_name].unused = True
         try:

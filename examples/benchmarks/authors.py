@@ -1,6 +1,6 @@
 """How many samples per second Bitune trains on, against the authors' algorithm.
 
-    python examples/benchmarks/authors.py --models gemma-3-270m smollm2-135m --shapes 128x64 --rows 1 2 4 8
+    python examples/benchmarks authors --models gemma-3-270m smollm2-135m --shapes 128x64 --rows 1 2 4 8
 
 The authors' code runs the model three times for each sample, one sample at a time, whatever the batch size. Here it is
 `three-pass`, on the same stack as the product: same libraries, same attention, same optimizer. It takes a step of one
@@ -12,12 +12,6 @@ are prompt. `ratio` is Bitune's samples per second to the authors'.
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
-# In place of this file's own folder, whose `lm_eval.py` would pass for lm-eval.
-sys.path[:1] = [str(ROOT / "examples"), str(ROOT / "tests" / "support")]
 
 import torch
 
@@ -29,7 +23,6 @@ from benchmarks.measuring import (
     load,
     parser_for,
     ratio,
-    run_benchmark,
     summary,
     time_in_turn,
 )
@@ -63,11 +56,10 @@ def measure(arguments: argparse.Namespace, model: str, shape: str) -> list[Resul
     return [{**result, "best": result is best} for result in results]
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = parser_for(__doc__, ("128x64",), "TxP, tokens and prompt", CONTENDERS, rounds=3)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8], help="batch sizes for Bitune")
-    return parser.parse_args()
+def parser() -> argparse.ArgumentParser:
+    arguments = parser_for(__doc__, ("128x64",), "TxP, tokens and prompt", CONTENDERS, rounds=3)
+    arguments.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8], help="batch sizes for Bitune")
+    return arguments
 
 
-if __name__ == "__main__":
-    run_benchmark(parse_arguments(), Benchmark("authors", measure))
+BENCHMARK = Benchmark(parser, measure)

@@ -1,6 +1,6 @@
 """What generation costs: reading the prompt, and each token after it.
 
-    python examples/benchmarks/generate.py --models gemma-3-270m smollm2-135m --shapes 128x1 512x1 128x4 --json out.json
+    python examples/benchmarks generate --models gemma-3-270m smollm2-135m --shapes 128x1 512x1 128x4 --json out.json
 
 A shape `PxR` is a batch of R prompts of P random tokens, all of one length. Reading them is one forward pass that
 fills a cache and gives the logits of the last token; Bitune reads them twice, and is to take at most twice LoRA's time.
@@ -18,11 +18,6 @@ contenders run in one process, in turn, in float32:
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
-
-# In place of this file's own folder, whose `lm_eval.py` would pass for lm-eval.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from peft import get_peft_model
@@ -36,7 +31,6 @@ from benchmarks.measuring import (
     lora_config,
     parser_for,
     ratio,
-    run_benchmark,
     summary,
     time_in_turn,
 )
@@ -114,12 +108,11 @@ def measure(arguments: argparse.Namespace, model: str, shape: str) -> list[Resul
     ]
 
 
-def parse_arguments() -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     shapes = ("64x1", "512x1", "64x4", "512x4")
-    parser = parser_for(__doc__, shapes, "PxR, tokens and number of prompts", CONTENDERS, rounds=5)
-    parser.add_argument("--tokens", type=int, default=16, help="tokens to decode in a round")
-    return parser.parse_args()
+    arguments = parser_for(__doc__, shapes, "PxR, tokens and number of prompts", CONTENDERS, rounds=5)
+    arguments.add_argument("--tokens", type=int, default=16, help="tokens to decode in a round")
+    return arguments
 
 
-if __name__ == "__main__":
-    run_benchmark(parse_arguments(), Benchmark("generate", measure))
+BENCHMARK = Benchmark(parser, measure)

@@ -1,6 +1,6 @@
 """How the cost of a training step grows with the length of a row: LoRA and Bitune, from 64 to 2048 tokens.
 
-    python examples/benchmarks/lengths.py --models smollm2-135m --shapes 64 128 256 512 1024 2048 --json out.json
+    python examples/benchmarks lengths --models smollm2-135m --shapes 64 128 256 512 1024 2048 --json out.json
 
 A shape `T` is a batch of one row of T tokens, half of which are prompt (P = T / 2), so that long ones fit into memory.
 Both run in one process, in turn: forward pass, backward pass and optimizer step, float32, LM head on the completion
@@ -16,12 +16,6 @@ only. The plot draws seconds against T, and beside Bitune what LoRA's time lets 
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
-# In place of this file's own folder, whose `lm_eval.py` would pass for lm-eval.
-sys.path[:1] = [str(ROOT / "examples"), str(ROOT / "tests" / "support")]
 
 import torch
 from transformers import PreTrainedModel
@@ -34,9 +28,8 @@ from benchmarks.measuring import (
     load,
     parser_for,
     ratio,
-    run_benchmark,
     summary,
-    time_in_turn,
+    time_contenders,
 )
 from benchmarks.report import Result
 
@@ -82,29 +75,28 @@ def measure(arguments: argparse.Namespace, model: str, shape: str) -> list[Resul
     by_work = {c: work(base, length, prompt_length, c) / work(base, length, prompt_length, "lora") for c in CONTENDERS}
     by_tokens = {"lora": 1.0, "bitune": (length + prompt_length - 1) / length}
     del base
-    runs = {c: make_run(arguments, model, shape, c) for c in CONTENDERS}
-    seconds = time_in_turn(runs, arguments.rounds, f"{model} {shape}", torch.device(arguments.device))
+    seconds = time_contenders(arguments, model, shape, make_run)
+    to_lora = {c: ratio(seconds, c, "lora") for c in seconds}
     return [
         {
             **described(arguments, model, shape, contender),
             "length": length,
             "checkpointing": arguments.checkpointing,
             **summary(seconds[contender]),
-            "ratio": ratio(seconds, contender, "lora"),
+            "ratio": to_lora[contender],
             "tokens": by_tokens[contender],
             "work": by_work[contender],
-            "over": ratio(seconds, contender, "lora") / by_work[contender],
+            "over": to_lora[contender] and to_lora[contender] / by_work[contender],
         }
-        for contender in CONTENDERS
+        for contender in arguments.contenders
     ]
 
 
-def parse_arguments() -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     lengths = [str(2**n) for n in range(6, 12)]
-    parser = parser_for(__doc__, lengths, "T, tokens of a row", CONTENDERS, rounds=3)
-    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
-    return parser.parse_args()
+    arguments = parser_for(__doc__, lengths, "T, tokens of a row", CONTENDERS, rounds=3)
+    arguments.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    return arguments
 
 
-if __name__ == "__main__":
-    run_benchmark(parse_arguments(), Benchmark("lengths", measure, make_run))
+BENCHMARK = Benchmark(parser, measure, make_run)

@@ -1,6 +1,6 @@
 """How fast multiple choice is scored: `--model bitune`, lm-eval's `--model hf` with LoRA, and one request at a time.
 
-    python examples/benchmarks/lm_eval.py --models gemma-3-270m smollm2-135m --shapes 128x4 512x1 --json out.json
+    python examples/benchmarks lm_eval --models gemma-3-270m smollm2-135m --shapes 128x4 512x1 --json out.json
 
 A shape `PxL` is a question whose context has P tokens and whose four choices have L tokens each; all tokens are random.
 All contenders run in one process, in turn, in float32, with adapters of the same rank; `hf` and `bitune` through the
@@ -12,11 +12,6 @@ of a process of its own, less what it held before the questions.
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
-
-# In place of this file's own folder, where it would pass for lm-eval.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -32,9 +27,8 @@ from benchmarks.measuring import (
     memory_in_own_process,
     parser_for,
     ratio,
-    run_benchmark,
     summary,
-    time_in_turn,
+    time_contenders,
 )
 from benchmarks.report import Result
 from bitune_plugin import BituneConfig, BituneLM
@@ -89,9 +83,7 @@ def score_alone(model: PeftModel, context: list[int], choice: list[int]) -> floa
 
 
 def measure(arguments: argparse.Namespace, model: str, shape: str) -> list[Result]:
-    runs = {c: make_run(arguments, model, shape, c) for c in arguments.contenders}
-    seconds = time_in_turn(runs, arguments.rounds, f"{model} {shape}", torch.device(arguments.device))
-    del runs  # the memory of the processes to come
+    seconds = time_contenders(arguments, model, shape, make_run)
     per_question = {c: [s / questions_of(arguments, c) for s in seconds[c]] for c in seconds}
     return [
         {
@@ -108,13 +100,12 @@ def measure(arguments: argparse.Namespace, model: str, shape: str) -> list[Resul
     ]
 
 
-def parse_arguments() -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     shapes = [f"{context}x{choice}" for context in (64, 128, 512) for choice in (1, 4, 16)]
-    parser = parser_for(__doc__, shapes, "PxL, tokens of a context and of a choice", CONTENDERS, rounds=3)
-    parser.add_argument("--questions", type=int, default=4, help="in a round, and in a batch")
-    parser.add_argument("--memory-shapes", nargs="*", default=["128x4"], help="shapes to measure peak memory of")
-    return parser.parse_args()
+    arguments = parser_for(__doc__, shapes, "PxL, tokens of a context and of a choice", CONTENDERS, rounds=3)
+    arguments.add_argument("--questions", type=int, default=4, help="in a round, and in a batch")
+    arguments.add_argument("--memory-shapes", nargs="*", default=["128x4"], help="shapes to measure peak memory of")
+    return arguments
 
 
-if __name__ == "__main__":
-    run_benchmark(parse_arguments(), Benchmark("lm_eval", measure, make_run))
+BENCHMARK = Benchmark(parser, measure, make_run)

@@ -40,12 +40,12 @@ class Benchmark:
     """What there is to measure.
 
     Attributes:
-        name: of its script, and of its entry in `report.py`.
+        parser: the arguments that it takes.
         measure: the results of all contenders for a model and a shape.
         make_run: for a model, a shape and a contender, a run to take the memory of.
     """
 
-    name: str
+    parser: Callable[[], argparse.ArgumentParser]
     measure: Callable[[argparse.Namespace, str, str], list[Result]]
     make_run: Callable[[argparse.Namespace, str, str, str], Run] | None = None
 
@@ -68,9 +68,15 @@ def parser_for(
     return parser
 
 
-def run_benchmark(arguments: argparse.Namespace, benchmark: Benchmark) -> None:
+def run_benchmark(name: str, benchmark: Benchmark, argv: Sequence[str]) -> None:
     """Measures every model and shape, prints the table and draws the plots; or, in a process started for that, prints
-    the memory of one contender."""
+    the memory of one contender.
+
+    Args:
+        name: of its module, and of its entry in `report.py`.
+        argv: its own arguments.
+    """
+    arguments = benchmark.parser().parse_args(argv)
     if arguments.only_memory:
         contender = arguments.only_memory
         make_run = partial(benchmark.make_run, arguments, arguments.models[0], arguments.shapes[0], contender)
@@ -85,10 +91,10 @@ def run_benchmark(arguments: argparse.Namespace, benchmark: Benchmark) -> None:
             if (model, shape) not in done:
                 results += benchmark.measure(arguments, model, shape)
                 write_json(arguments.json, results)  # after each shape: it takes long, and may be stopped
-    print(f"\n{table(benchmark.name, results)}")
+    print(f"\n{table(name, results)}")
     folder = arguments.plots or (arguments.json and arguments.json.parent)
     if folder:
-        draw(benchmark.name, results, folder / (arguments.json.stem if arguments.json else benchmark.name))
+        draw(name, results, folder / (arguments.json.stem if arguments.json else name))
 
 
 def restart_with_fast_malloc() -> None:
@@ -110,6 +116,18 @@ def described(arguments: argparse.Namespace, model: str, shape: str, contender: 
     """What was measured: the first entries of a result."""
     names = {"model": model, "shape": shape, "contender": contender}
     return {**names, "device": arguments.device, "dtype": arguments.dtype}
+
+
+def time_contenders(
+    arguments: argparse.Namespace,
+    model: str,
+    shape: str,
+    make_run: Callable[[argparse.Namespace, str, str, str], Run],
+) -> dict[str, list[float]]:
+    """`time_in_turn` for the contenders asked for. Their models are freed before it returns, for what measures memory
+    afterwards."""
+    runs = {contender: make_run(arguments, model, shape, contender) for contender in arguments.contenders}
+    return time_in_turn(runs, arguments.rounds, f"{model} {shape}", torch.device(arguments.device))
 
 
 def time_in_turn(runs: dict[str, Run], rounds: int, label: str, device: torch.device) -> dict[str, list[float]]:

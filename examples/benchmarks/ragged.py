@@ -1,6 +1,6 @@
 """What training on instructions of unequal length costs: padded or packed, LoRA, Bitune, and the authors' algorithm.
 
-    python examples/benchmarks/ragged.py --models gemma-3-270m smollm2-135m --shapes 2x8 --json out.json
+    python examples/benchmarks ragged --models gemma-3-270m smollm2-135m --shapes 2x8 --json out.json
 
 A shape `SxR` is S training steps on R documents each. The documents are real questions with written-out answers: the
 worked examples that lm-eval brings for MMLU, BIG-Bench Hard and GSM8K (chain of thought; 358 different ones), in the
@@ -27,13 +27,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
-# In place of this file's own folder, whose `lm_eval.py` would pass for lm-eval.
-sys.path[:1] = [str(ROOT / "examples"), str(ROOT / "tests" / "support")]
 
 import torch
 import yaml
@@ -47,9 +42,8 @@ from benchmarks.measuring import (
     load,
     parser_for,
     ratio,
-    run_benchmark,
     summary,
-    time_in_turn,
+    time_contenders,
 )
 from benchmarks.report import Result
 from benchmarks.training import Document
@@ -122,8 +116,7 @@ def tokens_read(contender: str, batches: list[list[Document]]) -> int:
 
 
 def measure(arguments: argparse.Namespace, model: str, shape: str) -> list[Result]:
-    runs = {c: make_run(arguments, model, shape, c) for c in arguments.contenders}
-    seconds = time_in_turn(runs, arguments.rounds, f"{model} {shape}", torch.device(arguments.device))
+    seconds = time_contenders(arguments, model, shape, make_run)
     batches = batches_for(arguments, model, shape)
     padded_tokens = tokens_read("lora", batches)
     results = []
@@ -144,12 +137,11 @@ def measure(arguments: argparse.Namespace, model: str, shape: str) -> list[Resul
     return results
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = parser_for(__doc__, ("2x4", "2x8"), "SxR, steps and documents in each", CONTENDERS, rounds=5)
-    parser.add_argument("--max-tokens", type=int, default=512, help="leave longer documents out")
-    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing for LoRA and Bitune")
-    return parser.parse_args()
+def parser() -> argparse.ArgumentParser:
+    arguments = parser_for(__doc__, ("2x4", "2x8"), "SxR, steps and documents in each", CONTENDERS, rounds=5)
+    arguments.add_argument("--max-tokens", type=int, default=512, help="leave longer documents out")
+    arguments.add_argument("--checkpointing", action="store_true", help="gradient checkpointing for LoRA and Bitune")
+    return arguments
 
 
-if __name__ == "__main__":
-    run_benchmark(parse_arguments(), Benchmark("ragged", measure))
+BENCHMARK = Benchmark(parser, measure)

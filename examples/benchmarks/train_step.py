@@ -1,6 +1,6 @@
 """What a training step costs: LoRA, Bitune, and the authors' algorithm (three forward passes, a sample at a time).
 
-    python examples/benchmarks/train_step.py --models gemma-3-270m smollm2-135m --shapes 256x128 512x256 --json out.json
+    python examples/benchmarks train_step --models gemma-3-270m smollm2-135m --shapes 256x128 512x256 --json out.json
 
 All contenders run in one process, in turn, on the same batch of rows of equal length (see `ragged.py` for others):
 forward pass, backward pass and optimizer step, float32, cross-entropy of the completion, LM head on the completion
@@ -15,14 +15,6 @@ LoRA's too; `over` is that of the activations divided by `tokens`.
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
-# In place of this file's own folder, whose `lm_eval.py` would pass for lm-eval.
-sys.path[:1] = [str(ROOT / "examples"), str(ROOT / "tests" / "support")]
-
-import torch
 
 from benchmarks import training
 from benchmarks.measuring import (
@@ -33,9 +25,8 @@ from benchmarks.measuring import (
     memory_in_own_process,
     parser_for,
     ratio,
-    run_benchmark,
     summary,
-    time_in_turn,
+    time_contenders,
 )
 from benchmarks.report import Result
 
@@ -51,9 +42,7 @@ def make_run(arguments: argparse.Namespace, model: str, shape: str, contender: s
 
 def measure(arguments: argparse.Namespace, model: str, shape: str) -> list[Result]:
     length, prompt_length = map(int, shape.split("x"))
-    runs = {c: make_run(arguments, model, shape, c) for c in arguments.contenders}
-    seconds = time_in_turn(runs, arguments.rounds, f"{model} {shape}", torch.device(arguments.device))
-    del runs  # the memory of the processes to come
+    seconds = time_contenders(arguments, model, shape, make_run)
     results = []
     for contender in arguments.contenders:
         to_lora = ratio(seconds, contender, "lora")
@@ -80,14 +69,13 @@ def with_memory(results: list[Result]) -> list[Result]:
     return [{**r, "activations_over": r["activations_ratio"] / r["tokens"]} if to_lora else r for r in merged]
 
 
-def parse_arguments() -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     shapes = ("128x64", "256x128", "512x256")
-    parser = parser_for(__doc__, shapes, "TxP, tokens and prompt", CONTENDERS, rounds=7)
-    parser.add_argument("--rows", type=int, default=4, help="rows of a batch")
-    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing for LoRA and Bitune")
-    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave peak memory out")
-    return parser.parse_args()
+    arguments = parser_for(__doc__, shapes, "TxP, tokens and prompt", CONTENDERS, rounds=7)
+    arguments.add_argument("--rows", type=int, default=4, help="rows of a batch")
+    arguments.add_argument("--checkpointing", action="store_true", help="gradient checkpointing for LoRA and Bitune")
+    arguments.add_argument("--no-memory", dest="memory", action="store_false", help="leave peak memory out")
+    return arguments
 
 
-if __name__ == "__main__":
-    run_benchmark(parse_arguments(), Benchmark("train_step", measure, make_run))
+BENCHMARK = Benchmark(parser, measure, make_run)

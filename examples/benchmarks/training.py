@@ -35,17 +35,17 @@ class Document:
     prompt_length: int
 
     @property
-    def places(self) -> Tensor:
+    def positions(self) -> Tensor:
         return torch.arange(len(self.tokens), device=self.tokens.device)
 
     @property
     def is_prompt(self) -> Tensor:
-        return self.places < self.prompt_length
+        return self.positions < self.prompt_length
 
     @property
     def predicts(self) -> Tensor:
         """True where the next token is one of the completion."""
-        return (self.places >= self.prompt_length - 1) & (self.places < len(self.tokens) - 1)
+        return (self.positions >= self.prompt_length - 1) & (self.positions < len(self.tokens) - 1)
 
     @property
     def completion(self) -> Tensor:
@@ -80,7 +80,7 @@ def padded(documents: Sequence[Document]) -> Batch:
 
 def packed(documents: Sequence[Document]) -> Batch:
     """One row for all documents; the positions start again with each."""
-    inputs = {"input_ids": _row([d.tokens for d in documents]), "position_ids": _row([d.places for d in documents])}
+    inputs = {"input_ids": _row([d.tokens for d in documents]), "position_ids": _row([d.positions for d in documents])}
     masks = _row([d.is_prompt for d in documents]), _row([d.predicts for d in documents])
     return Batch(inputs, *masks, torch.cat([d.completion for d in documents]))
 

@@ -200,7 +200,7 @@ def test_many_that_are_wrong_are_still_one_line(only: Callable, short: pytest.Mo
     only(lambda folder: 1.0)
     for number in range(9):
         short.setitem(table.HOSTS, f"check {number}", lambda folder: 1.0)
-    assert doctor().err.endswith("wrong: the check, check 0, check 1 and 7 more\n")
+    assert doctor().err.endswith("wrong: the check, check 0, check 1, and 7 more\n")
 
 
 def test_a_host_that_is_too_old(only: Callable, monkeypatch: pytest.MonkeyPatch, doctor: Run) -> None:

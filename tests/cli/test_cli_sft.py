@@ -19,7 +19,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from bitune_plugin.cli import sft
-from bitune_plugin.cli.sft import MODULE, main, make_parser, read_settings, train
+from bitune_plugin.cli.sft import MODULE, main, train
+from bitune_plugin.cli.sft_settings import make_parser, read_settings
 from models import WORDS, tiny, word_tokenizer
 
 ROWS = [{"question": " ".join(WORDS[i : i + 4]), "answer": " ".join(WORDS[i : i + 2])} for i in range(12)]

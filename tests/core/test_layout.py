@@ -301,8 +301,8 @@ def test_documents_say_which_slots_are_filled_and_by_what(batch: Batch, one_sequ
             for mask, tokens in ((documents.encoded, document.encoded), (documents.answer, document.answer)):
                 assert mask[row].tolist() == [slot < len(tokens) for slot in range(mask.shape[1])]
             answers = slice(len(document.answer))
-            seen_places = documents.places.expand(len(held), -1)[row, answers].tolist()
-            assert seen_places == [document.place(token) for token in document.answer]
+            positions = documents.positions.expand(len(held), -1)[row, answers].tolist()
+            assert positions == [document.place(token) for token in document.answer]
             if batch.several_completions:
                 numbers = documents.completion_index[row, answers].tolist()
                 assert numbers == [document.completion(token) for token in document.answer]

@@ -577,7 +577,7 @@ def test_requests_with_different_settings_are_generated_as_asked(lm: BituneLM, s
 
 
 @contextmanager
-def readings(lm: BituneLM) -> Iterator[list[tuple[int, ...]]]:
+def rows_seen(lm: BituneLM) -> Iterator[list[tuple[int, ...]]]:
     """Collects the prompts that go into the backbone, by their tokens."""
     seen: list[tuple[int, ...]] = []
 
@@ -596,7 +596,7 @@ def readings(lm: BituneLM) -> Iterator[list[tuple[int, ...]]]:
 def test_each_context_goes_through_the_backbone_once(saved: Saved, batch_size: int) -> None:
     requests = pairs(fewest=2)
     lm = saved.model(batch_size=batch_size)
-    with readings(lm) as seen:
+    with rows_seen(lm) as seen:
         loglikelihood(lm, [*requests, *requests[:7]])
     contexts = {tuple(saved.scorer.tokenizer.encode(context)) for context, _ in requests}
     assert Counter(seen) == Counter(contexts)
@@ -610,7 +610,7 @@ def test_the_batch_size_counts_contexts(saved: Saved, batch_size: int) -> None:
     assert sizes == [batch_size] * (6 // batch_size)
 
 
-def test_a_context_costs_two_readings_and_each_continuation_its_own_tokens(saved: Saved) -> None:
+def test_a_context_counts_twice_and_each_continuation_its_own_tokens(saved: Saved) -> None:
     lm = saved.model()
     tokens = []
     layer = lm.model.get_base_model().model.layers[0]
@@ -624,7 +624,7 @@ def test_contexts_of_several_tasks_are_read_once(evaluate: Callable, saved: Save
     for name in ("one", "two"):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**settings, "task": name}))
     lm = saved.model(batch_size=3)
-    with readings(lm) as seen:
+    with rows_seen(lm) as seen:
         lm_eval.simple_evaluate(
             lm,
             tasks=["one", "two"],
@@ -637,7 +637,7 @@ def test_contexts_of_several_tasks_are_read_once(evaluate: Callable, saved: Save
 def test_without_logits_cache_every_request_is_read_by_itself(saved: Saved) -> None:
     requests = pairs(contexts=3)
     lm = saved.model(logits_cache=False, batch_size=3)
-    with readings(lm) as seen:
+    with rows_seen(lm) as seen:
         assert_right(lm, saved.scorer, [*requests, requests[0]])
     assert len(seen) == len(requests) + 1
 
@@ -672,7 +672,7 @@ def test_an_interrupted_run_leaves_what_it_scored_in_the_cache(saved: Saved, tmp
         loglikelihood(cached, requests)
     handle.remove()
 
-    with readings(lm) as seen:
+    with rows_seen(lm) as seen:
         got = loglikelihood(cached, requests)
     assert len(seen) == 2
     assert_scores([tuple(score) for score in got], [saved.scorer.loglikelihood(*pair) for pair in requests])

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
-from test_forward import Question, choices, question
 
 from helpers import assert_close, with_oracle
 from models import tiny
+from questions import Question, choices, question
 from three_pass import ThreePass
 
 

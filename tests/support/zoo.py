@@ -161,7 +161,7 @@ REASONS = {
 
 
 def table() -> str:
-    """Which model types are exact (see `test_quirks.py`), and why the others are refused."""
+    """Which model types are exact (see `test_all_models.py`), and why the others are refused."""
     exact, refused = [], {reason: [] for reason in REASONS.values()}
     for model_type in MODEL_TYPES:
         if model_type in UNBUILDABLE:

@@ -235,12 +235,12 @@ def test_a_view_leaves_the_layer_untouched() -> None:
     assert [parameter.requires_grad for parameter in layer.parameters()] == trained
 
 
-# --- The reading in progress ------------------------------------------------------------------------------------------
+# --- The forward context ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def probe() -> Iterator[Callable[[], bool]]:
-    """Tells whether the layers of this thread follow a reading: one of another length would be refused."""
+    """Tells whether the layers of this thread follow a forward context: one of another length would be refused."""
     layer = adapted()
     patch(layer, TwoAdapterLayer)
 

@@ -121,7 +121,7 @@ def test_all_that_is_trainable_gets_a_gradient() -> None:
     model(input_ids=ids, labels=ids.masked_fill(torch.arange(11) < 7, -100)).loss.backward()
 
     without = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
-    # Nothing reads the queries, outputs and MLP of the last layer's second reading.
+    # Nothing reads the queries, outputs and MLP of the last layer's bidirectional stream.
     assert all("layers.2" in name and "bidirectional" in name for name in without)
     assert not any("k_proj" in name or "v_proj" in name for name in without)
 

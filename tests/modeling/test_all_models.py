@@ -1,4 +1,4 @@
-"""Every causal language model of transformers: equal to three literal passes, or refused when the adapter is put on."""
+"""Every causal language model of transformers: equal to three literal passes, or refused when the adapter is added."""
 
 from __future__ import annotations
 
