@@ -185,10 +185,13 @@ def check_accelerate(words: list[str]) -> None:
 
 
 def check_python(words: list[str]) -> None:
-    """The script is there and has these options; those of `sft.py` are TRL's."""
+    """The script, or the module of a folder, is there and has these options; those of `sft.py` are TRL's."""
     if words[0].startswith("-") or words[0] == "examples/sft.py":
         return
     script = ROOT / words[0]
+    if script.is_dir():
+        assert (script / "__main__.py").is_file()
+        script = script / f"{words[1]}.py"
     source = "".join(map(read, [script, *script.parent.glob("*.py"), EXAMPLES / "quickstart.py"]))
     assert script.is_file()
     assert all(f'"{option}"' in source for option in words[1:] if option.startswith("--"))
