@@ -144,9 +144,10 @@ def alpha_summary(model: BituneModel | None) -> dict[str, float]:
     """Mean, least and greatest alpha, of keys and of values; nothing without an active Bitune adapter."""
     summary: dict[str, float] = {}
     for kind, by_layer in (model.alphas() if model is not None and model.active_adapters else {}).items():
-        if by_layer:
-            values = torch.cat([alpha.detach().flatten() for alpha in by_layer])
-            statistics = {"mean": values.mean(), "min": values.min(), "max": values.max()}
+        values = [alpha.detach().flatten() for alpha in by_layer if alpha.numel() > 0]  # FSDP1 may leave a process none
+        if values:
+            alphas = torch.cat(values)
+            statistics = {"mean": alphas.mean(), "min": alphas.min(), "max": alphas.max()}
             summary |= {f"alpha_{kind}_{name}": value.item() for name, value in statistics.items()}
     return summary
 
