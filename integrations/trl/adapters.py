@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from peft import PeftConfig, PeftModel
@@ -29,3 +30,16 @@ def bitune_config(model: Any, peft_config: PeftConfig | None) -> PeftConfig | No
 def _method_of(model: Any) -> str:
     configs = getattr(model, "peft_config", None) or model.base_model.peft_config
     return ", ".join(sorted({str(getattr(config.peft_type, "value", config.peft_type)) for config in configs.values()}))
+
+
+def check_head(trainer: Any) -> None:
+    """Raises ValueError for a head that TRL's fused LM head fails with: one that shares trained tokens with tied
+    embeddings (TRL 1.16). TRL itself refuses an adapter on the head."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    stock = next(each for each in type(trainer).__mro__ if each.__module__.startswith("trl."))
+    fused = hasattr(sys.modules[stock.__module__], "add_fused_lm_head")
+    if fused and isinstance(model, PeftModel) and not hasattr(model.get_output_embeddings(), "bias"):
+        raise ValueError(
+            f"`trainable_token_indices` on a model with tied embeddings: {stock.__name__} computes logits from the "
+            "head's own weight, without the trained tokens. Leave it out."
+        )

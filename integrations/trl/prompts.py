@@ -20,7 +20,7 @@ from bitune_plugin.integrations.theta import (
     check_theta_settings,
     start_theta_in_float32,
 )
-from bitune_plugin.integrations.trl.adapters import bitune_config
+from bitune_plugin.integrations.trl.adapters import bitune_config, check_head
 from bitune_plugin.modeling.boundaries import Boundary, prompts_of
 from bitune_plugin.tuner.containers import whole_reference_copies
 from bitune_plugin.tuner.model import BituneModel
@@ -70,6 +70,7 @@ def _prepared(cls: type[KnowsPrompts]) -> Any:
             check_carries_bitune(cls, arguments.get("model"))
         with whole_reference_copies():
             stock.__init__(self, **arguments)
+        check_head(self)
         check_theta_clip(self.args, self.accelerator.distributed_type)
         if arguments.get("peft_config") is not None:
             start_theta_in_float32(self.model.base_model)

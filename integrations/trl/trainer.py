@@ -22,7 +22,7 @@ from trl.data_utils import get_dataset_column_names
 from bitune_plugin.core.prompts import IGNORED
 from bitune_plugin.integrations.theta import TrainsTheta, check_theta_clip, start_theta_in_float32
 from bitune_plugin.integrations.transformers import PROMPT_MASK, with_layout
-from bitune_plugin.integrations.trl.adapters import bitune_config
+from bitune_plugin.integrations.trl.adapters import bitune_config, check_head
 from bitune_plugin.integrations.trl.checks import (
     check_has_prompt,
     check_not_empty,
@@ -88,6 +88,7 @@ class BituneSFTTrainer(TrainsTheta, SFTTrainer):
             columns = get_dataset_column_names(arguments["train_dataset"])
             check_text(columns, arguments.get("processing_class"), "train")
         super().__init__(**arguments)
+        check_head(self)
         check_parallelism(self.accelerator.parallelism_config)
         check_theta_clip(self.args, self.accelerator.distributed_type)
         self.data_collator = PromptCollator(self.data_collator)
