@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from ..core.prompts import IGNORED
 from ..errors import LayoutError
 from .architectures import Architecture, active_adapter
 from .attention import base_of
@@ -61,6 +62,7 @@ class GeneratesFromPrompt(Patch):
         given = (kwargs.get(name) for name in ("inputs_embeds", "input_ids", "inputs"))
         tokens = next((x for x in given if x is not None), None)
         if prompt_mask is None and tokens is not None:
+            self._check_no_completions(tokens, kwargs.get("labels"))
             prompt_mask = known_prompts(tokens, kwargs.get("attention_mask"))
         if prompt_mask is None:
             # On the device of the tokens, because `self.device` is the meta device if weights are kept on disk.
@@ -81,6 +83,17 @@ class GeneratesFromPrompt(Patch):
             value = kwargs.get(name, getattr(config, name, None))
             if value not in harmless:
                 raise LayoutError(f"`{name}={value!r}`: {reason}. Leave it unset.")
+
+    def _check_no_completions(self, tokens: Tensor, labels: Tensor | None) -> None:
+        """Raises LayoutError for rows `[B, T]` with completions in them, as their labels tell."""
+        if labels is None or labels.shape != tokens.shape[:2] or active_adapter(self.bitune_architecture) is None:
+            return
+        if (labels != IGNORED).any():
+            raise LayoutError(
+                "`generate` was given `labels`, which say that completions stand in the input already, and would take "
+                "them for the prompt. Pass the prompts alone. (`predict_with_generate=True`: import "
+                "`BituneSeq2SeqTrainer` from `bitune_plugin`, which does.)"
+            )
 
     def prepare_inputs_for_generation(
         self,

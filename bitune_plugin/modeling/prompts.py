@@ -233,12 +233,11 @@ def _check_not_trained(architecture: Architecture) -> None:
     if architecture.backbone.training and torch.is_grad_enabled():
         raise LayoutError(
             "A model with a Bitune adapter is trained, and was called without `labels` or `prompt_mask`, so it cannot "
-            "be told where prompts end. With TRL, import the trainer from `bitune_plugin`: BituneSFTTrainer, "
-            "BituneDPOTrainer, BituneKTOTrainer, BituneGRPOTrainer, BituneRLOOTrainer; other trainers of TRL may not "
-            "say what is prompt. With transformers' Trainer, label smoothing and `compute_loss_func` keep `labels` "
-            "from the model: add a column 'prompt_mask' to the dataset. In a loop of your own, pass `labels` (-100 on "
-            "the prompt) or `prompt_mask` (True on the prompt). To only compute logits: `model.eval()`, or "
-            "`torch.no_grad()`."
+            "be told where prompts end. Import the trainer from `bitune_plugin`: BituneTrainer for transformers' "
+            "Trainer, which keeps `labels` from the model under label smoothing and with `compute_loss_func`, or for "
+            "TRL's the one with Bitune before its name (BituneSFTTrainer, BituneDPOTrainer, ...). In a loop of your "
+            "own, pass `labels` (-100 on the prompt) or `prompt_mask` (True on the prompt). To only compute logits: "
+            "`model.eval()`, or `torch.no_grad()`."
         )
 
 

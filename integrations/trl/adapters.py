@@ -1,19 +1,15 @@
-"""Bitune's adapter in a trainer: its config, theta in float32, and alpha for the log."""
+"""Which adapter a trainer adds to its model."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-import torch
-from accelerate import Accelerator
 from peft import PeftConfig, PeftModel
-from torch import nn
 
 from bitune_plugin.tuner.config import BituneConfig
 from bitune_plugin.tuner.full import FullConfig
-from bitune_plugin.tuner.mixing_layer import Thetas
 from bitune_plugin.tuner.model import BituneModel
-from bitune_plugin.tuner.optimizers import thetas_of
 
 
 def bitune_config(model: Any, peft_config: PeftConfig | None) -> PeftConfig | None:
@@ -36,31 +32,14 @@ def _method_of(model: Any) -> str:
     return ", ".join(sorted({str(getattr(config.peft_type, "value", config.peft_type)) for config in configs.values()}))
 
 
-def start_theta_in_float32(model: BituneModel) -> None:
-    """Of a quantised model TRL rounds all that is trained to bfloat16, in which theta could hardly move."""
-    for theta in thetas_of(model):
-        if theta.dtype != torch.float32:
-            theta.data = torch.full_like(theta, model.peft_config["default"].theta_init, dtype=torch.float32)
-
-
-def keep_theta_in_float32(model: nn.Module, accelerator: Accelerator) -> None:
-    """Makes FSDP2 units of theta, before accelerate makes them of all else, which FSDP2 then casts for each forward
-    pass. A theta is too small to be shared out: every process has all of it."""
-    from torch.distributed.device_mesh import init_device_mesh  # not in every build of torch
-    from torch.distributed.fsdp import FSDPModule, fully_shard
-
-    sizes = (accelerator.num_processes, 1)
-    mesh = init_device_mesh(accelerator.device.type, sizes, mesh_dim_names=("replicate", "shard"))
-    for module in model.modules():
-        if isinstance(module, Thetas) and len(module) > 0 and not isinstance(module, FSDPModule):
-            fully_shard(module, mesh=mesh, reshard_after_forward=False)
-
-
-def alpha_summary(model: BituneModel) -> dict[str, float]:
-    summary: dict[str, float] = {}
-    for kind, by_layer in model.alphas().items():
-        if by_layer:
-            values = torch.cat([alpha.detach().flatten() for alpha in by_layer])
-            statistics = {"mean": values.mean(), "min": values.min(), "max": values.max()}
-            summary |= {f"alpha_{kind}_{name}": value.item() for name, value in statistics.items()}
-    return summary
+def check_head(trainer: Any) -> None:
+    """Raises ValueError for a head that TRL's fused LM head fails with: one that shares trained tokens with tied
+    embeddings (TRL 1.16). TRL itself refuses an adapter on the head."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    stock = next(each for each in type(trainer).__mro__ if each.__module__.startswith("trl."))
+    fused = hasattr(sys.modules[stock.__module__], "add_fused_lm_head")
+    if fused and isinstance(model, PeftModel) and not hasattr(model.get_output_embeddings(), "bias"):
+        raise ValueError(
+            f"`trainable_token_indices` on a model with tied embeddings: {stock.__name__} computes logits from the "
+            "head's own weight, without the trained tokens. Leave it out."
+        )

@@ -7,13 +7,14 @@ from typing import Any
 
 import transformers
 import trl
-from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from transformers import ProcessorMixin
 
+from bitune_plugin.integrations.theta import check_theta_settings
+from bitune_plugin.integrations.transformers import PROMPT_MASK
 from bitune_plugin.integrations.trl.config import check_choice, check_values
 from bitune_plugin.integrations.trl.host import checkpointing_settings, selective_checkpointing_works
-from bitune_plugin.integrations.trl.samples import DOCUMENT_LENGTHS, PROMPT_MASK
+from bitune_plugin.integrations.trl.samples import DOCUMENT_LENGTHS
 
 # Settings.
 
@@ -21,12 +22,7 @@ from bitune_plugin.integrations.trl.samples import DOCUMENT_LENGTHS, PROMPT_MASK
 def check_settings(args: Any, data_collator: Any) -> None:
     check_choice(args, "truncation_mode", ("keep_start", "keep_end"))
     check_values(args)
-    theta_norm = getattr(args, "theta_max_grad_norm", None)
-    if theta_norm is not None and args.max_grad_norm <= 0:
-        raise ValueError(
-            f"`max_grad_norm={args.max_grad_norm}` switches all clipping off, and with it `theta_max_grad_norm="
-            f"{theta_norm}`. To clip theta alone, set `max_grad_norm` to a very large number."
-        )
+    check_theta_settings(args)
     if getattr(args, "drop_overlong", False) and args.max_length is None:
         raise ValueError("`drop_overlong=True` came with `max_length=None`: nothing is too long. Set `max_length`.")
     for name in ("packing", "eval_packing"):
@@ -48,15 +44,6 @@ def _check_packing(name: str, args: Any, data_collator: Any) -> None:
         raise ValueError(
             f"`{name}=True` came with a `data_collator` ({type(data_collator).__name__}), which cannot know the "
             f"documents of a packed row. Leave `data_collator` out, or set `{name}=False`."
-        )
-
-
-def check_theta_clip(args: Any, kind: DistributedType) -> None:
-    norm = getattr(args, "theta_max_grad_norm", None)
-    if norm is not None and kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise ValueError(
-            f"`theta_max_grad_norm={norm}` is not supported with {kind.value}, which clips sharded gradients by "
-            "itself. Leave it unset."
         )
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from bitune_plugin.integrations.trl.samples import DOCUMENT_LENGTHS, PROMPT_MASK
+from bitune_plugin.integrations.transformers import PROMPT_MASK
+from bitune_plugin.integrations.trl.samples import DOCUMENT_LENGTHS
 
 
 @dataclass

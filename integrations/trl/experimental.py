@@ -1,13 +1,16 @@
-"""Trainers of `trl.experimental` for Bitune. Each class imports its stock trainer when it is first asked for."""
+"""Trainers of `trl.experimental` for Bitune, and their configs. Each class imports its stock class when it is first
+asked for."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
 
+from bitune_plugin.integrations.theta import ThetaSettings
 from bitune_plugin.integrations.trl.prompts import KnowsPrompts, by_labels
 from bitune_plugin.integrations.trl.tools import CallsTools
 from bitune_plugin.integrations.trl.trainers import OF_SAMPLING, BituneGRPOTrainer, HasCompletionMask
@@ -127,9 +130,14 @@ class _Refused:
 def __getattr__(name: str) -> Any:
     if name in REFUSED:
         return type(name, (_Refused,), {"__module__": __name__, "__doc__": f"Refused: {VLLM_SERVER}"})
-    if name not in STOCK:
+    trainer = f"{name.removesuffix('Config')}Trainer" if name.endswith("Config") else name
+    if trainer not in STOCK:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, stock, mixin = STOCK[name]
+    module, stock, mixin = STOCK[trainer]
+    if name != trainer:
+        stock, mixin = f"{stock.removesuffix('Trainer')}Config", ThetaSettings
     base = getattr(import_module(f"trl.experimental.{module}"), stock)
-    documentation = f"`trl.experimental.{module}.{stock}` for Bitune; see `KnowsPrompts`."
-    return type(name, (mixin, base), {"__module__": __name__, "__doc__": documentation})
+    see = KnowsPrompts if name == trainer else mixin
+    documentation = f"`trl.experimental.{module}.{stock}` for Bitune; see `{see.__name__}`."
+    cls = type(name, (mixin, base), {"__module__": __name__, "__doc__": documentation})
+    return cls if name == trainer else dataclass(cls)

@@ -9,26 +9,24 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar
 
-import torch
-from peft import PeftConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitune_plugin.core.prompts import prompt_from_labels
-from bitune_plugin.integrations.trl.adapters import bitune_config, start_theta_in_float32
+from bitune_plugin.integrations.theta import (
+    TrainsTheta,
+    check_theta_clip,
+    check_theta_settings,
+    start_theta_in_float32,
+)
+from bitune_plugin.integrations.trl.adapters import bitune_config, check_head
 from bitune_plugin.modeling.boundaries import Boundary, prompts_of
 from bitune_plugin.tuner.containers import whole_reference_copies
 from bitune_plugin.tuner.model import BituneModel
-from bitune_plugin.tuner.optimizers import put_theta_apart
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object
 
 
-class KnowsPrompts(_Trainer):
+class KnowsPrompts(TrainsTheta):
     """Put in front of a trainer of TRL: `class BituneDPOTrainer(KnowsPrompts, DPOTrainer)`.
 
     `peft_config` may be a `BituneConfig` or any other PEFT config, which then is the adapter of both streams. Without
@@ -51,21 +49,13 @@ class KnowsPrompts(_Trainer):
         if "__init__" not in vars(cls):
             setattr(cls, "__init__", _prepared(cls))  # noqa: B010
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The stock optimizer, with theta in a group of its own, without weight decay."""
-        if self.optimizer is not None:
-            return super().create_optimizer(model)
-        optimizer = super().create_optimizer(model)
-        put_theta_apart(optimizer, cast("nn.Module", self.model if model is None else model))
-        return optimizer
-
 
 def _prepared(cls: type[KnowsPrompts]) -> Any:
     """The `__init__` of a trainer that looks at its arguments first. It has the signature of TRL's, which users and the
     command line read."""
     stock = next(base for base in cls.__mro__[1:] if not issubclass(base, KnowsPrompts) and "__init__" in vars(base))
-
     signature = inspect.signature(stock.__init__)
+    takes_config = bool({"peft_config", "kwargs"} & {*signature.parameters})
 
     @functools.wraps(stock.__init__)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
@@ -73,14 +63,16 @@ def _prepared(cls: type[KnowsPrompts]) -> Any:
         del arguments["self"]
         arguments |= arguments.pop("kwargs", {})
         check_settings(cls, arguments)
-        if not {"peft_config", "kwargs"} & {*signature.parameters}:
-            check_carries_bitune(cls, arguments["model"])
-            stock.__init__(self, **arguments)
-            return
-        arguments["peft_config"] = _config_of(arguments)
+        check_theta_settings(arguments.get("args"))
+        if takes_config:
+            arguments["peft_config"] = bitune_config(arguments.get("model"), arguments.get("peft_config"))
+        else:
+            check_carries_bitune(cls, arguments.get("model"))
         with whole_reference_copies():
             stock.__init__(self, **arguments)
-        if arguments["peft_config"] is not None:
+        check_head(self)
+        check_theta_clip(self.args, self.accelerator.distributed_type)
+        if arguments.get("peft_config") is not None:
             start_theta_in_float32(self.model.base_model)
 
     return __init__
@@ -104,10 +96,6 @@ def check_carries_bitune(trainer: type[KnowsPrompts], model: Any) -> None:
             f"{trainer.__name__} takes no `peft_config`, as TRL's. Pass a model that carries the adapter: "
             "`model=get_peft_model(model, BituneConfig())`."
         )
-
-
-def _config_of(arguments: dict[str, Any]) -> PeftConfig | None:
-    return bitune_config(arguments.get("model"), arguments.get("peft_config"))
 
 
 # Boundaries, of what trainers have in their batches.

@@ -13,11 +13,8 @@ from typing import Any
 from trl import pack_dataset
 
 from bitune_plugin.core.prompts import IGNORED
+from bitune_plugin.integrations.transformers import PROMPT_MASK
 from bitune_plugin.integrations.trl.filters import Samples
-
-PROMPT_MASK = "prompt_mask"
-"""Dataset column: for each token of a sample, whether it is prompt."""
-
 
 DOCUMENT_LENGTHS = "seq_lengths"
 """Dataset column, TRL's: the lengths of the documents in a packed sample."""

@@ -10,31 +10,25 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from datasets import Dataset, IterableDataset
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import SFTConfig, SFTTrainer
 from trl.data_utils import get_dataset_column_names
 
 from bitune_plugin.core.prompts import IGNORED
-from bitune_plugin.integrations.trl.adapters import (
-    alpha_summary,
-    bitune_config,
-    keep_theta_in_float32,
-    start_theta_in_float32,
-)
+from bitune_plugin.integrations.theta import TrainsTheta, check_theta_clip, start_theta_in_float32
+from bitune_plugin.integrations.transformers import PROMPT_MASK, with_layout
+from bitune_plugin.integrations.trl.adapters import bitune_config, check_head
 from bitune_plugin.integrations.trl.checks import (
     check_has_prompt,
     check_not_empty,
     check_parallelism,
     check_settings,
     check_text,
-    check_theta_clip,
     is_conversation,
     is_packed,
 )
@@ -43,12 +37,10 @@ from bitune_plugin.integrations.trl.conversations import keeps_its_prompt
 from bitune_plugin.integrations.trl.filters import filtered
 from bitune_plugin.integrations.trl.host import main_process_first
 from bitune_plugin.integrations.trl.preparation import CHANGED, marked, split_turns_of, workers_of
-from bitune_plugin.integrations.trl.samples import PROMPT_MASK, pack
-from bitune_plugin.modeling.causal_lm import plan_ahead
-from bitune_plugin.tuner.optimizers import put_theta_apart, thetas_of, without
+from bitune_plugin.integrations.trl.samples import pack
 
 
-class BituneSFTTrainer(SFTTrainer):
+class BituneSFTTrainer(TrainsTheta, SFTTrainer):
     """Supervised fine-tuning with Bitune. Takes the arguments of `trl.SFTTrainer`.
 
     `peft_config` may be a `BituneConfig` or any other PEFT config, which then is the adapter of both streams. Without
@@ -96,6 +88,7 @@ class BituneSFTTrainer(SFTTrainer):
             columns = get_dataset_column_names(arguments["train_dataset"])
             check_text(columns, arguments.get("processing_class"), "train")
         super().__init__(**arguments)
+        check_head(self)
         check_parallelism(self.accelerator.parallelism_config)
         check_theta_clip(self.args, self.accelerator.distributed_type)
         self.data_collator = PromptCollator(self.data_collator)
@@ -158,51 +151,11 @@ class BituneSFTTrainer(SFTTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        inputs = self._with_layout(model, inputs)
+        inputs = with_layout(self.accelerator, model, inputs)
         needs_all_logits = return_outputs or self.compute_loss_func or self.label_smoother
         if not needs_all_logits and inputs.get("prompt_layout") is not None and "labels" in inputs:
             inputs = answers_only(inputs)
         return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
-
-    def _with_layout(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Adds the layout, because TRL calls the model without labels in places, where the prompt is the same."""
-        known = inputs.get("prompt_mask") is not None or inputs.get("labels") is not None
-        if not known or isinstance(model, nn.DataParallel):  # which splits the rows of tensors alone
-            return inputs
-        return {**inputs, "prompt_layout": plan_ahead(self.accelerator.unwrap_model(model), **inputs)}
-
-    # Theta.
-
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        if self.accelerator.is_fsdp2 and self.accelerator.state.fsdp_plugin.mixed_precision_policy is not None:
-            keep_theta_in_float32(self.model, self.accelerator)
-        return super()._prepare_for_training(*args, **kwargs)
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The stock optimizer, with theta in a group of its own: its own learning rate, no weight decay."""
-        if self.optimizer is not None:
-            return super().create_optimizer(model)
-        optimizer = super().create_optimizer(model)
-        rate = getattr(self.args, "theta_learning_rate", None)
-        put_theta_apart(optimizer, self.model if model is None else model, **({} if rate is None else {"lr": rate}))
-        return optimizer
-
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor | float:
-        theta_norm = getattr(self.args, "theta_max_grad_norm", None)
-        if theta_norm is None:
-            return super()._clip_grad_norm(model)
-        thetas = thetas_of(model)
-        norms = [
-            self.accelerator.clip_grad_norm_(without(thetas, model.parameters()), self.args.max_grad_norm),
-            nn.utils.clip_grad_norm_(thetas, theta_norm),
-        ]
-        return math.hypot(*(float(norm) for norm in norms))
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the mean, least and greatest alpha of keys and of values beside the loss."""
-        if "loss" in logs:
-            logs.update(alpha_summary(self.accelerator.unwrap_model(self.model).base_model))
-        super().log(logs, *args, **kwargs)
 
 
 def answers_only(inputs: dict[str, Any]) -> dict[str, Any]:

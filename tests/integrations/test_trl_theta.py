@@ -1,14 +1,23 @@
-"""Theta in `BituneSFTTrainer`: its optimizer group, its clipping, its dtype."""
+"""Theta in the trainers: its optimizer group, its clipping, its dtype, and alpha in the log."""
 
 from __future__ import annotations
 
+import copy
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from trl import SFTTrainer
 
-from models import tiny
+import bitune_plugin
+from bitune_plugin import BituneConfig, BituneDPOConfig, BituneDPOTrainer
+from bitune_plugin.integrations.theta import ThetaSettings, TrainsTheta
+from models import tiny, word_tokenizer
+from trainer_table import ROWS, Row
+from training import LORA, SHORT_RUN
+from walk import columns
 
 
 class TestTheta:
@@ -72,3 +81,52 @@ class TestTheta:
         t.train()
         dtypes = {p.dtype for name, p in t.model.named_parameters() if "theta_" in name}
         assert dtypes == {torch.float32}
+
+
+class TestInOtherTrainers:
+    def dpo(self, folder: Path, **settings: Any) -> Any:
+        return BituneDPOTrainer(
+            model=tiny(),
+            args=BituneDPOConfig(**{**SHORT_RUN, "output_dir": str(folder), "max_steps": 1, **settings}),
+            train_dataset=columns("prompt", "chosen", "rejected"),
+            processing_class=word_tokenizer(),
+            peft_config=BituneConfig(adapter=copy.deepcopy(LORA)),
+        )
+
+    def test_has_its_own_rate_and_clip_and_alpha_is_logged(self, tmp_path: Path) -> None:
+        trainer = self.dpo(tmp_path, theta_learning_rate=0.25, theta_max_grad_norm=0.5, lr_scheduler_type="constant")
+
+        trainer.train()
+
+        group = trainer.optimizer.param_groups[-1]
+        assert group["lr"] == 0.25
+        assert {id(p) for p in group["params"]} == {
+            id(p) for name, p in trainer.model.named_parameters() if "theta_" in name and ".default." in name
+        }
+        log = trainer.state.log_history[0]
+        assert log["alpha_key_min"] <= log["alpha_key_mean"] <= log["alpha_key_max"]
+
+    def test_is_clipped_apart(self, tmp_path: Path) -> None:
+        trainer = self.dpo(tmp_path, theta_max_grad_norm=0.5)
+        thetas = [p for name, p in trainer.model.named_parameters() if "theta_" in name]
+        for p in thetas:
+            p.grad = torch.full_like(p, 3.0)
+
+        trainer._clip_grad_norm(trainer.model)
+
+        assert float(torch.cat([p.grad for p in thetas]).norm()) == pytest.approx(0.5, rel=1e-4)
+
+    def test_a_setting_that_means_nothing(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="`theta_learning_rate=-1` must be a finite number"):
+            self.dpo(tmp_path, theta_learning_rate=-1)
+
+    @pytest.mark.parametrize("row", [row for row in ROWS if row.ours.startswith("exact")], ids=lambda row: row.name)
+    def test_every_trainer_has_a_config_with_the_settings(self, row: Row, tmp_path: Path) -> None:
+        config = getattr(bitune_plugin, f"Bitune{row.name}Config")
+        needed = {"teacher_model_server_url": "http://teacher"} if row.name == "ServerDistillation" else {}
+
+        args = config(str(tmp_path), use_cpu=True, bf16=False, theta_learning_rate=0.25, **needed)
+
+        assert isinstance(args, ThetaSettings)
+        assert issubclass(getattr(bitune_plugin, f"Bitune{row.name}Trainer"), TrainsTheta)
+        assert pickle.loads(pickle.dumps(args)).theta_learning_rate == 0.25  # a checkpoint has it beside

@@ -25,6 +25,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
+from torch.distributed.fsdp import _init_utils
 from torch.distributed.tensor import DTensor
 from trl import SFTConfig, SFTTrainer
 
@@ -55,13 +56,14 @@ def train(folder: Path, processes: int, **run: Any) -> dict[str, Any]:
 
     Args:
         run: settings of the trainer's config, and of this script: `stock` for TRL's own trainer, `dtype` of the model,
-            `short_for` of `rows`, `resume` from a checkpoint.
+            `short_for` of `rows`, `resume` from a checkpoint, `saves` for the adapter in `folder`.
 
     Returns:
         What the trainer logged at each step, logits of the trained model, theta in each process, and the data types
         in which theta was used.
     """
     stock, dtype, resume = run.pop("stock", False), run.pop("dtype", "float32"), run.pop("resume", None)
+    saves = run.pop("saves", True)
     data = Dataset.from_list(rows(short_for=run.pop("short_for", None)))
     settings = {
         **SHORT_RUN,
@@ -82,7 +84,8 @@ def train(folder: Path, processes: int, **run: Any) -> dict[str, Any]:
         if isinstance(module, Thetas):
             module.register_forward_hook(lambda module, args, theta: used.add(str(theta.dtype)))
     trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model(str(folder))
+    if saves:
+        trainer.save_model(str(folder))
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "processes": trainer.accelerator.num_processes,
@@ -91,7 +94,7 @@ def train(folder: Path, processes: int, **run: Any) -> dict[str, Any]:
         "losses": [entry["loss"] for entry in history],
         "norms": [float(entry["grad_norm"]) for entry in history],
         "alphas": [entry.get("alpha_value_mean") for entry in history],
-        "logits": logits(trainer.model_wrapped).tolist(),
+        "logits": logits(trainer.model_wrapped).tolist() if saves else None,
         "thetas": gather_object([thetas(trainer.model)]),
         "theta dtypes": sorted(used),
     }
@@ -134,6 +137,8 @@ def take_fsdp_on_cpu() -> None:
         initialise(self, *args, **kwargs)
 
     AcceleratorState.__init__ = as_if_on_gpus
+    # FSDP1 takes the device that accelerate names, "cpu", for "cpu:0", and that for another than the parameters'.
+    _init_utils._get_device_from_device_id = lambda *_: None
 
 
 def main(plan: str, folder: str) -> None:
