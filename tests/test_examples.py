@@ -71,6 +71,24 @@ def test_quickstart_runs_from_end_to_end(model: Path, tmp_path: Path) -> None:
     assert (output / "adapter_model.safetensors").is_file()
 
 
+def test_preferences_start_where_sft_ended(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import preferences
+
+    sizes = {"samples": 8, "pairs": 8, "questions": 2, "batch-size": 4, "model": model, "output": tmp_path / "run"}
+    monkeypatch.setattr(sys, "argv", ["preferences.py", *(f"--{name}={value}" for name, value in sizes.items())])
+    monkeypatch.setattr(preferences, "answers_in_new_process", lambda arguments, questions, adapter: ["", ""])
+
+    preferences.main()
+
+    printed = capsys.readouterr().out
+    assert re.search(r"1 +. 0\.6931 +. -?0\.0000", printed)
+    assert "after DPO" in printed
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "run" / "ref").exists()
+
+
 def measured(script: str, model: Path, tmp_path: Path, *arguments: object) -> list[dict]:
     """What a benchmark writes; it prints it and draws it, too."""
     stem = tmp_path / "new folder" / script
