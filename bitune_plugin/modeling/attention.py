@@ -4,7 +4,7 @@
 disabled adapter, a plain forward pass) it is `<base>`, unchanged. In one, each layer computes
 
     prefix         ->  prefix, causally
-    bidirectional  ->  bidirectional, fully
+    bidirectional  ->  bidirectional, fully (or as `second_pass_attention` says)
     answer         ->  the mixture, and the answer itself causally
 
 (arXiv 2405.14862). Keys are mixed here after rotary embedding and key norms, as in the paper.
@@ -129,7 +129,7 @@ def _attend_by_segment(
     attended = []
     for group, *segments in zip(layout.groups, queries, keys, values, keys_kept, values_kept, strict=True):
         q, k, v, k_kept, v_kept = segments
-        of_prefix, of_bidirectional, of_answer = group.patterns(local, context.second_pass_causal)
+        of_prefix, of_bidirectional, of_answer = group.patterns(local, context.second_pass)
         prefix = _attended(attend, q.prefix, k.prefix, v.prefix, of_prefix)  # [D, E, heads, head size]
         # [D, heads, E + A, head size]: the mixture, and the answer's own
         k_seen, v_seen = (concatenate([kept.prefix, kept.answer], dim=2) for kept in (k_kept, v_kept))

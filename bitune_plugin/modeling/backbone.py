@@ -116,7 +116,7 @@ def _start_context(
     return ForwardContext(
         layout,
         adapter,
-        second_pass_causal=settings.second_pass_attention == "causal",
+        second_pass=settings.second_pass_attention,
         share_adapter=settings.share_adapter,
         cache=cache,
     )

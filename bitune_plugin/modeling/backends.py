@@ -57,7 +57,8 @@ def flex_attention(module: nn.Module, kwargs: dict[str, Any], *states: Any) -> A
 
 
 class Packing(NamedTuple):
-    """The tokens of a pattern without padding, sequence after sequence.
+    """The tokens of a pattern without padding, sequence after sequence; those of a reversed pattern backwards, because
+    flash attention is causal in one direction only. (Keys carry their positions, so their order is free.)
 
     Attributes:
         queries, keys: int64 `[n]`, their indices in `[D * Q]` and `[D * K]`.
@@ -119,13 +120,21 @@ def _pack(pattern: AttentionPattern) -> Packing:
             "Flash attention knows no chunks, as this model's layers attend in. Call "
             "`model.set_attn_implementation('sdpa')`."
         )
-    queries, keys = (filled.flatten().nonzero().flatten() for filled in (pattern.queries, pattern.keys))
+    queries, keys = (_tokens_in_order(filled, pattern.reversed) for filled in (pattern.queries, pattern.keys))
     lengths: dict[str, Any] = {}
     for side, filled in (("q", pattern.queries), ("k", pattern.keys)):
         per_row = filled.sum(dim=1)
         lengths[f"cu_seq_lens_{side}"] = nn.functional.pad(per_row.cumsum(0), (1, 0)).to(torch.int32)
         lengths[f"max_length_{side}"] = int(per_row.max())
     return Packing(queries, keys, lengths)
+
+
+def _tokens_in_order(filled: Tensor, backwards: bool) -> Tensor:
+    """`[D, slots]` to the indices of slots with a token, `[n]`, sequence by sequence."""
+    if not backwards:
+        return filled.flatten().nonzero().flatten()
+    index = torch.arange(filled.numel(), device=filled.device).view(filled.shape)
+    return index.flip(1)[filled.flip(1)]
 
 
 def _take(states: Tensor, index: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class SingleCallAttention(TakesCache):
         context.mark_visited(self)
         kwargs = by_name(super().forward, args, kwargs)
         (group,) = context.layout.groups
-        visible = group.single_call_mask(context.layout.tokens, self.local_attention(), context.second_pass_causal)
+        visible = group.single_call_mask(context.layout.tokens, self.local_attention(), context.second_pass)
         kwargs = with_cache(kwargs, self.cache_keyword, MixingCache(self, context))
         kwargs |= self.mask_arguments(kwargs, visible, context.layout)
         return super(SingleCallAttention, self.unmasked(visible)).forward(**kwargs)

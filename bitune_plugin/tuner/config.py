@@ -16,6 +16,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners import LoraConfig, TrainableTokensConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, TaskType
 
+from ..core.masks import SECOND_PASSES
 from ..json_files import is_too_deep
 from ..kinds import check_kinds
 from ..plugins import mixings
@@ -33,9 +34,6 @@ NO_MIXING = "none"
 
 
 GRANULARITIES = ("layer", "head", "model")
-
-
-SECOND_PASSES = ("bidirectional", "causal")
 
 
 THETA_INIT = (1e-12, 1e12)
@@ -68,7 +66,8 @@ class BituneConfig(PeftConfig):
             plugin's.
         mixing_granularity: one theta for keys and one for values per `"layer"`, per key/value `"head"` of each
             layer, or for the whole `"model"`.
-        second_pass_attention: `"bidirectional"`, or `"causal"` for the ablation.
+        second_pass_attention: the attention of the bidirectional stream. `"bidirectional"`, or for the ablations
+            `"causal"`, or `"anticausal"`: each token attends to itself and to those after it.
         share_adapter: both streams use the causal adapter.
 
     Raises:
@@ -85,7 +84,7 @@ class BituneConfig(PeftConfig):
     mixing_granularity: str = field(default="layer", metadata={"help": "One theta per 'layer', 'head' or 'model'."})
     second_pass_attention: str = field(
         default="bidirectional",
-        metadata={"help": "Attention of the bidirectional stream: 'bidirectional' or 'causal'."},
+        metadata={"help": "Attention of the bidirectional stream: 'bidirectional', 'causal' or 'anticausal'."},
     )
     share_adapter: bool = field(default=False, metadata={"help": "Both streams use the causal adapter."})
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import signature
 from unittest.mock import patch
@@ -95,8 +95,7 @@ class ThreePass(nn.Module):
         causal, second = self._cache(), self._cache()
         self._run("causal", encoded, causal, 0)
         adapter = "causal" if self.share_adapter else "bidirectional"
-        full = self.second_pass_attention == "bidirectional"
-        with full_attention(self.model.get_base_model()) if full else nullcontext():
+        with attention_of(self.second_pass_attention, self.model.get_base_model()):
             self._run(adapter, encoded, second, 0)
         for index, (c, s) in enumerate(zip(causal.layers, second.layers, strict=True)):
             key = self._mix(c.keys, s.keys, self.theta_key, index)
@@ -172,14 +171,24 @@ def without_whole_modules(adapter: PeftConfig) -> PeftConfig:
     return adapter
 
 
+SEES = {"bidirectional": lambda i, j: (i == i) & (j == j), "anticausal": lambda i, j: i <= j}
+"""Second pass -> whether token i attends to token j."""
+
+
 @contextmanager
-def full_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Lets everybody see everybody; in layers with a sliding window or chunks, within it on both sides."""
+def attention_of(second_pass: str, model: PreTrainedModel) -> Iterator[None]:
+    """Lets everybody see whom `second_pass` says; in layers with a sliding window or chunks, within it."""
+    if second_pass == "causal":
+        yield
+        return
+    sees = SEES[second_pass]
     config, modelling = model.config, sys.modules[type(model).__module__]
     reaches: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "create_causal_mask": lambda i, j: (i == i) & (j == j),
-        "create_sliding_window_causal_mask": lambda i, j: (i - j).abs() < config.sliding_window,
-        "create_chunked_causal_mask": lambda i, j: i // config.attention_chunk_size == j // config.attention_chunk_size,
+        "create_causal_mask": sees,
+        "create_sliding_window_causal_mask": lambda i, j: sees(i, j) & ((i - j).abs() < config.sliding_window),
+        "create_chunked_causal_mask": lambda i, j: (
+            sees(i, j) & (i // config.attention_chunk_size == j // config.attention_chunk_size)
+        ),
     }
     with ExitStack() as patches:
         for name, reach in reaches.items():
@@ -189,7 +198,7 @@ def full_attention(model: PreTrainedModel) -> Iterator[None]:
             if type(module).__name__ == "GPTNeoSelfAttention":  # has its masks in itself
                 i = torch.arange(module.bias.shape[2])
                 near = (i[:, None] - i).abs() < config.window_size
-                bias = near | (module.attention_type == "global")
+                bias = (near | (module.attention_type == "global")) & sees(i[:, None], i)
                 patches.enter_context(patch.dict(module._buffers, bias=bias[None, None]))
         yield
 

@@ -68,7 +68,7 @@ def test_two_bare_configs_do_not_share_their_adapter() -> None:
     [
         ("mixing", ("'abs'", "'relu'", "'none'")),
         ("mixing_granularity", ("'layer'", "'head'", "'model'")),
-        ("second_pass_attention", ("'bidirectional'", "'causal'")),
+        ("second_pass_attention", ("'bidirectional'", "'causal'", "'anticausal'")),
     ],
 )
 @pytest.mark.parametrize("value", ["tanh", "", None, 1, ["abs"]])
@@ -272,7 +272,7 @@ def unusual(**settings: object) -> BituneConfig:
         mixing_granularity="head",
         base_model_name_or_path="some/model",
         revision="main",
-        **{"second_pass_attention": "causal", **settings},
+        **{"second_pass_attention": "anticausal", **settings},
     )
 
 
