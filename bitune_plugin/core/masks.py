@@ -14,9 +14,9 @@ prompt and to itself, and to no other completion.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,29 @@ def memoized(memo: Memo, name: Hashable, make: Callable[[], V]) -> V:
     return value
 
 
+class PackedRows(NamedTuple):
+    """A pattern as rows of queries and keys without padding, for backends that take no mask.
+
+    Attributes:
+        queries, keys: int64 `[n]`, indices in `[D * Q]` and `[D * K]`, row by row. A key may be in several rows.
+        query_lengths, key_lengths: int64, how many of them each row has.
+        causal: as in `AttentionPattern`, for each row.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    query_lengths: Tensor
+    key_lengths: Tensor
+    causal: bool
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[Tensor, Tensor]], causal: bool, device: torch.device) -> PackedRows:
+        """From the indices of the queries and of the keys of each row; at least one row."""
+        queries, keys = zip(*rows, strict=True)
+        of_queries, of_keys = (torch.tensor([len(each) for each in side], device=device) for side in (queries, keys))
+        return cls(torch.cat(queries).to(device), torch.cat(keys).to(device), of_queries, of_keys, causal)
+
+
 @dataclass(frozen=True)
 class AttentionPattern:
     """The keys that the queries of one segment attend to, for backends with masks and for those with packed rows.
@@ -77,6 +100,7 @@ class AttentionPattern:
         causal: True if the last query of a sequence attends to all keys, the one before it to all but the last, and so
             on; False if each query attends to all keys; `None` if neither holds.
         reversed: `causal` holds if the tokens of each sequence are taken in reverse order.
+        make_rows: makes packed rows that say the same, if one row per sequence does not.
         local: the local attention of the layer. `mask` includes it, `causal` does not.
         make_mask: makes `mask`, because not every backend needs one.
     """
@@ -87,6 +111,7 @@ class AttentionPattern:
     local: LocalAttention | None
     make_mask: Callable[[], Tensor | None]
     reversed: bool = False
+    make_rows: Callable[[], PackedRows] | None = None
     _memo: Memo = field(default_factory=dict, repr=False, compare=False)
 
     @property

@@ -17,6 +17,7 @@ from peft.tuners import LoraConfig, TrainableTokensConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, TaskType
 
 from ..core.masks import SECOND_PASSES
+from ..core.turns import MULTI_TURN
 from ..json_files import is_too_deep
 from ..kinds import check_kinds
 from ..plugins import mixings
@@ -69,6 +70,8 @@ class BituneConfig(PeftConfig):
         second_pass_attention: the attention of the bidirectional stream. `"bidirectional"`, or for the ablations
             `"causal"`, or `"anticausal"`: each token attends to itself and to those after it.
         share_adapter: both streams use the causal adapter.
+        multi_turn: how a conversation is read. `"reread"`: before every answer, all of the conversation is one prompt.
+            `"alternate"`: every prompt is encoded once, in its turn, over the mixed cache of what came before.
 
     Raises:
         ValueError: a setting is unknown or does not fit, or the method is refused (`methods.py`); the message names it.
@@ -87,6 +90,10 @@ class BituneConfig(PeftConfig):
         metadata={"help": "Attention of the bidirectional stream: 'bidirectional', 'causal' or 'anticausal'."},
     )
     share_adapter: bool = field(default=False, metadata={"help": "Both streams use the causal adapter."})
+    multi_turn: str = field(
+        default="reread",
+        metadata={"help": "Conversations: 'reread' all before every answer, or 'alternate' prompts and answers."},
+    )
 
     unused = False
     """Not a setting. True if the config was read from a folder and its adapter has neither weights nor run, so that
@@ -104,6 +111,7 @@ class BituneConfig(PeftConfig):
         _check_choice("mixing", self.mixing, [*mixings(), NO_MIXING])
         _check_choice("mixing_granularity", self.mixing_granularity, GRANULARITIES)
         _check_choice("second_pass_attention", self.second_pass_attention, SECOND_PASSES)
+        _check_choice("multi_turn", self.multi_turn, MULTI_TURN)
         low, high = THETA_INIT
         if not _is_number(self.theta_init) or not low <= self.theta_init <= high:
             raise ValueError(

@@ -23,6 +23,7 @@ from bitune_plugin.modeling.backends import BACKENDS
 from helpers import SHAPES, batch, lora, packed, samples, tokens, with_oracle
 from models import tiny
 from three_pass import ThreePass
+from turns import CONVERSATIONS, alternating, assert_all_agree, assert_answers_agree, padded
 from zoo import tiny_of
 
 
@@ -129,6 +130,16 @@ def test_flash_attention_reads_backwards_if_tokens_attend_to_those_after_them(
     assert_gradients_agree(model, oracle, batch(samples(*SHAPES), side))
 
 
+@pytest.mark.parametrize(
+    ("architecture", "second_pass"), [("llama", "bidirectional"), ("mistral", "bidirectional"), ("llama", "anticausal")]
+)
+def test_flash_attention_of_several_prompts(architecture: str, second_pass: str, flash: list[str]) -> None:
+    base = tiny_of(architecture)
+    base.config._attn_implementation_internal = "flash_attention_2"
+    model, oracle = alternating(base, second_pass_attention=second_pass)
+    assert_all_agree(model, oracle, padded(CONVERSATIONS, "left"))
+
+
 def test_flash_attention_of_rows_that_all_agree(flash: list[str]) -> None:
     model, oracle = with_implementation(tiny(), "flash_attention_2")
     assert_logits_agree(model, oracle, batch([(tokens(9, seed), 5) for seed in range(3)]))
@@ -166,6 +177,14 @@ def test_flex_attention(architecture: str, second_pass: str, flex: None) -> None
             assert_logits_agree(model, oracle, batch(samples(*SHAPES), side))
         assert_logits_agree(model, oracle, packed(samples(*SHAPES)))
     assert_tokens_agree(model, oracle)
+
+
+def test_flex_attention_of_several_prompts(flex: None) -> None:
+    base = tiny_of("gemma3_text")
+    base.config._attn_implementation_internal = "flex_attention"
+    model, oracle = alternating(base)
+    with torch.no_grad():
+        assert_answers_agree(model, oracle, padded(CONVERSATIONS, "left"))
 
 
 @pytest.mark.parametrize("base", BACKENDS)

@@ -176,12 +176,16 @@ SEES = {"bidirectional": lambda i, j: (i == i) & (j == j), "anticausal": lambda 
 
 
 @contextmanager
-def attention_of(second_pass: str, model: PreTrainedModel) -> Iterator[None]:
-    """Lets everybody see whom `second_pass` says; in layers with a sliding window or chunks, within it."""
+def attention_of(second_pass: str, model: PreTrainedModel, past: int = 0) -> Iterator[None]:
+    """Lets everybody see whom `second_pass` says, and `past` tokens in a cache; in layers with a sliding window or
+    chunks, within it."""
     if second_pass == "causal":
         yield
         return
-    sees = SEES[second_pass]
+
+    def sees(i: Tensor, j: Tensor) -> Tensor:
+        return SEES[second_pass](i, j) | (j < past)
+
     config, modelling = model.config, sys.modules[type(model).__module__]
     reaches: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "create_causal_mask": sees,
@@ -193,7 +197,7 @@ def attention_of(second_pass: str, model: PreTrainedModel) -> Iterator[None]:
     with ExitStack() as patches:
         for name, reach in reaches.items():
             if hasattr(modelling, name):
-                patches.enter_context(patch.object(modelling, name, partial(_eager_mask, reach)))
+                patches.enter_context(patch.object(modelling, name, partial(_eager_mask, reach, past)))
         for module in model.modules():
             if type(module).__name__ == "GPTNeoSelfAttention":  # has its masks in itself
                 i = torch.arange(module.bias.shape[2])
@@ -203,9 +207,10 @@ def attention_of(second_pass: str, model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-def _eager_mask(reach: Callable[[Tensor, Tensor], Tensor], inputs_embeds: Tensor, **_: object) -> Tensor:
-    i = torch.arange(inputs_embeds.shape[1])
-    return torch.zeros(1, 1, len(i), len(i)).masked_fill(~reach(i[:, None], i[None, :]), torch.finfo(torch.float32).min)
+def _eager_mask(reach: Callable[[Tensor, Tensor], Tensor], past: int, inputs_embeds: Tensor, **_: object) -> Tensor:
+    j = torch.arange(past + inputs_embeds.shape[1])
+    hidden = ~reach(j[past:, None], j[None, :])
+    return torch.zeros(1, 1, *hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
 
 
 def cache_what_is_expanded(model: PreTrainedModel) -> None:
