@@ -26,6 +26,7 @@ from bitune_plugin.integrations.trl.adapters import (
     alpha_summary,
     bitune_config,
     keep_theta_in_float32,
+    reads_turns_apart,
     start_theta_in_float32,
 )
 from bitune_plugin.integrations.trl.checks import (
@@ -44,6 +45,7 @@ from bitune_plugin.integrations.trl.filters import filtered
 from bitune_plugin.integrations.trl.host import main_process_first
 from bitune_plugin.integrations.trl.preparation import CHANGED, marked, split_turns_of, workers_of
 from bitune_plugin.integrations.trl.samples import PROMPT_MASK, pack
+from bitune_plugin.integrations.trl.turns import tokenized_by_turns
 from bitune_plugin.modeling.causal_lm import plan_ahead
 from bitune_plugin.tuner.optimizers import put_theta_apart, thetas_of, without
 
@@ -90,6 +92,7 @@ class BituneSFTTrainer(SFTTrainer):
         arguments = inspect.signature(SFTTrainer.__init__).bind(self, *args, **kwargs).arguments
         del arguments["self"]
         arguments["peft_config"] = bitune_config(arguments["model"], arguments.get("peft_config"))
+        self.several_prompts = reads_turns_apart(arguments["model"], arguments["peft_config"])
         check_settings(arguments.get("args"), arguments.get("data_collator"))
         if isinstance(arguments.get("train_dataset"), Dataset | IterableDataset):  # TRL refuses anything else
             check_not_empty(arguments["train_dataset"], "train")
@@ -116,7 +119,10 @@ class BituneSFTTrainer(SFTTrainer):
         given = get_dataset_column_names(dataset)
         check_has_prompt(given, formatting_func, dataset_name)
         check_text(given, processing_class, dataset_name)
-        if is_conversation(given):
+        if is_conversation(given) and self.several_prompts:
+            dataset = tokenized_by_turns(dataset, args, processing_class, self.chat_template, dataset_name)
+            given = get_dataset_column_names(dataset)
+        elif is_conversation(given):
             dataset = split_turns_of(dataset, args, dataset_name)
         dataset = self._tokenize_uncut(dataset, processing_class, args, dataset_name).with_format(None)
         with main_process_first():  # as TRL does, so that one process fills the cache for all
@@ -124,7 +130,7 @@ class BituneSFTTrainer(SFTTrainer):
                 template = {"tokenizer": processing_class, "chat_template": self.chat_template}
                 reason = CHANGED.format(dataset_name)
                 dataset = filtered(dataset, keeps_its_prompt, reason, workers_of(dataset, args), **template)
-            dataset = marked(dataset, given, args, packing, dataset_name)
+            dataset = marked(dataset, given, args, packing, dataset_name, self.several_prompts)
             if packing and not is_packed(given):
                 dataset = dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
                 dataset = pack(dataset, args.max_length, args.packing_strategy, workers_of(dataset, args))
