@@ -44,9 +44,16 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 """What the paper trains, and tiny models of the same build."""
 
-RECIPES = ("ultrafeedback", "gsm8k", "arc", "csqa", "piqa", "siqa")
+RECIPES = ("ultrafeedback", "alpaca", "cot", "gsm8k", "arc", "csqa", "piqa", "siqa")
 
-TRAINED_ON = dict(zip(RECIPES, [*MODELS, "google/gemma-2b"], strict=True))
+INSTRUCTIONS = {
+    "ultrafeedback": "openbmb/UltraFeedback",
+    "alpaca": "yahma/alpaca-cleaned",
+    "cot": "kaist-ai/CoT-Collection",
+}
+"""What is evaluated on the tasks of the others, and its dataset."""
+
+TRAINED_ON = dict(zip(RECIPES, [*MODELS, *MODELS], strict=False))
 """Which model each of the recipes is run with here."""
 
 KEPT = {"ultrafeedback": [0, 1]}
@@ -108,6 +115,11 @@ def asked(recipe: str, row: dict[str, Any]) -> tuple[str, str]:
     if recipe == "ultrafeedback":  # which is evaluated on the tasks of the others
         written = next(it["response"] for it in row["completions"] if it["model"] == "gpt-4")
         return f"Question: {row['instruction']}\n\nAnswer:", f" {written}"
+    if recipe == "alpaca":
+        given = row["instruction"] + (f"\n{row['input']}" if row["input"] else "")
+        return f"Question: {given}\n\nAnswer:", f" {row['output']}"
+    if recipe == "cot":
+        return f"Question: {row['source']}\n\nAnswer:", f" {row['rationale']} So the answer is {row['target']}."
     scored = task(recipe)
     prompt = apply_template(scored["doc_to_text"], row)
     if scored["output_type"] == "generate_until":
@@ -161,16 +173,15 @@ class TestRecipe:
             assert (training.lr_scheduler_type, training.get_warmup_steps(3000)) == ("linear", 300)
             assert (training.weight_decay, training.max_grad_norm, training.bf16) == (0.0, 1.0, True)
             assert (training.max_length, training.drop_overlong) == (512, True)
-            assert training.learning_rate == (3e-4 if recipe == "ultrafeedback" else 1e-3)
-            assert (training.max_steps, training.num_train_epochs) == {
-                "ultrafeedback": (3000, 3),
-                "gsm8k": (747, 3),
-            }.get(recipe, (-1, 1))
+            instructions = recipe in INSTRUCTIONS
+            assert training.learning_rate == (3e-4 if instructions else 1e-3)
+            steps = {**dict.fromkeys(INSTRUCTIONS, (3000, 3)), "gsm8k": (747, 3)}
+            assert (training.max_steps, training.num_train_epochs) == steps.get(recipe, (-1, 1))
 
     def test_takes_the_dataset_that_is_scored(self, recipe: str) -> None:
         script = read_settings(arguments(recipe, "--model_name_or_path", "m")).script
-        if recipe == "ultrafeedback":
-            assert script.dataset_name == "openbmb/UltraFeedback"
+        if recipe in INSTRUCTIONS:
+            assert script.dataset_name == INSTRUCTIONS[recipe]
         else:
             scored = task(recipe)
             assert (script.dataset_name, script.dataset_config) == (scored["dataset_path"], scored.get("dataset_name"))
@@ -202,6 +213,9 @@ def test_the_readme_s_commands_can_be_run(monkeypatch: pytest.MonkeyPatch) -> No
     readme = (PAPER / "README.md").read_text()
     commands = [shlex.split(line) for line in readme.splitlines() if line.startswith("bitune sft ")]
     read = [read_settings([*command[2:], "--use_cpu", "true"]) for command in commands]
-    assert [settings.training.output_dir for settings in read] == [f"outputs/{recipe}" for recipe in RECIPES]
+    grid = [f"outputs/gsm8k-{rate}" for rate in ("1e-4", "3e-4", "1e-3", "3e-3")]
+    assert [settings.training.output_dir for settings in read] == [*(f"outputs/{recipe}" for recipe in RECIPES), *grid]
+    rates = [settings.training.learning_rate for settings in read[-len(grid) :]]
+    assert rates == [1e-4, 3e-4, 1e-3, 3e-3]
     assert not any(settings.for_accelerate for settings in read)
     assert re.findall(r"^\|.*\| `(\S+/\S+)` \|$", readme, re.MULTILINE) == list(MODELS)

@@ -30,16 +30,24 @@ class Literal:
         base: the model without adapters. It is copied.
         model: the same model with a Bitune adapter: plain LoRA, and theta for each layer.
         scaling: of LoRA, `lora_alpha / r`.
-        theta_init: as in `BituneConfig`.
+        theta_init, second_pass_attention: as in `BituneConfig`.
 
     Attributes:
         trained: copies of the adapters' weights and of theta, by their names in `model`.
     """
 
-    def __init__(self, base: PreTrainedModel, model: nn.Module, scaling: float, theta_init: float) -> None:
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        model: nn.Module,
+        scaling: float,
+        theta_init: float,
+        second_pass_attention: str = "bidirectional",
+    ) -> None:
         self.base = copy.deepcopy(base)
         self.base.set_attn_implementation("eager")
         self.scaling, self.theta_init = scaling, theta_init
+        self.second_pass_attention = second_pass_attention
         self.keyword = cache_keyword(type(base).forward)
         self.trained = {
             name: parameter.detach().clone().requires_grad_()
@@ -58,14 +66,22 @@ class Literal:
         if len(encoded) > 0:
             causal, bidirectional = DynamicCache(), DynamicCache()
             self._run("causal", encoded, causal)
-            # An additive mask of zeros: every token attends to every other.
-            full = torch.zeros(1, 1, len(encoded), len(encoded), dtype=self.base.dtype, device=tokens.device)
-            self._run("bidirectional", encoded, bidirectional, attention_mask=full)
+            self._run("bidirectional", encoded, bidirectional, self._second_pass_mask(encoded))
             pairs: list[tuple[Any, Any]] = list(zip(causal.layers, bidirectional.layers, strict=True))
             for layer, (c, b) in enumerate(pairs):
                 keys = self._mix(c.keys, b.keys, "theta_key", layer)
                 mixed.update(keys, self._mix(c.values, b.values, "theta_value", layer), layer)
         return self._run("causal", rest, mixed), mixed
+
+    def _second_pass_mask(self, encoded: Tensor) -> Tensor:
+        """An additive mask, `[1, 1, E, E]`: zero where a token (row) attends to another (column)."""
+        hidden = torch.full((len(encoded), len(encoded)), float("-inf"), dtype=self.base.dtype, device=encoded.device)
+        mask = {
+            "bidirectional": torch.zeros_like(hidden),
+            "causal": hidden.triu(1),  # those after it are hidden
+            "anticausal": hidden.tril(-1),  # those before it are hidden
+        }
+        return mask[self.second_pass_attention][None, None]
 
     def _mix(self, causal: Tensor, bidirectional: Tensor, kind: str, layer: int) -> Tensor:
         theta = next(p for name, p in self.trained.items() if re.search(rf"\.layers\.{layer}\..*\.{kind}\.", name))

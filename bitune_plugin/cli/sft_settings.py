@@ -86,6 +86,7 @@ class BituneArguments:
     mixing_granularity: str = _as_in_bitune_config("mixing_granularity")
     second_pass_attention: str = _as_in_bitune_config("second_pass_attention")
     share_adapter: bool = _as_in_bitune_config("share_adapter")
+    multi_turn: str = _as_in_bitune_config("multi_turn")
     prompt_template: str | None = field(
         default=None,
         metadata={"help": "Jinja template of the prompt over the columns of the dataset, as 'Question: {{question}}'."},

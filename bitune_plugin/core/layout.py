@@ -32,6 +32,7 @@ from .autocast import concatenate
 from .gather import Gather, permute_tokens
 from .masks import Memo, SequenceGroup, memoized
 from .prompts import IGNORED
+from .turns import TurnGroup
 
 
 class Segments(NamedTuple):
@@ -61,6 +62,8 @@ class PromptLayout:
         answers: int64 `[n]`, the places of all answers among the `R * L` of the causal stream, sequence by sequence.
         to_slots, to_tokens: the gathers from the places of a single lengthened row to the slots of `groups`, in the
             order of their `Segments`, and back; `None` if every sequence has a row.
+        cached: `C`, the number of columns of the cache before the tokens of the batch.
+        has_gaps: some row has padding between its tokens, those in the cache included. False without a cache.
     """
 
     shape: tuple[int, int]
@@ -69,17 +72,27 @@ class PromptLayout:
     tokens: int
     source: Tensor
     positions: Tensor
-    groups: tuple[SequenceGroup, ...]
+    groups: tuple[SequenceGroup | TurnGroup, ...]
     target: Tensor | None
     answers: Tensor
     to_slots: Gather | None = None
     to_tokens: Gather | None = None
+    cached: int = 0
+    has_gaps: bool = False
     _memo: Memo = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def length(self) -> int:
         """`M`, the length of a lengthened row."""
         return self.source.shape[1]
+
+    @property
+    def only_group(self) -> SequenceGroup:
+        """The group of all sequences, for those with one prompt each and a row of their own."""
+        (group,) = self.groups
+        if not isinstance(group, SequenceGroup):
+            raise TypeError(f"Sequences with several prompts are in a {type(group).__name__}.")
+        return group
 
     @property
     def streams(self) -> list[int]:

@@ -3,7 +3,8 @@
 The tokens of a sequence are in *slots*, in order; slots behind the last token are padding. There are three segments:
 
 * *prefix*, `E` slots: the encoded prompt in the causal stream, with causal attention;
-* *bidirectional*, `E` slots: the encoded prompt in the bidirectional stream, with full attention;
+* *bidirectional*, `E` slots: the encoded prompt in the bidirectional stream, with full attention, or another
+  (`SECOND_PASSES`);
 * *answer*, `A` slots: the last prompt token, because its hidden state predicts the first token of the completion, and
   the completion. It attends to the mixture of the other two, and causally to itself.
 
@@ -13,9 +14,9 @@ prompt and to itself, and to no other completion.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,11 @@ LocalAttention = SlidingWindow | Chunk
 """Local attention of a layer: the keys near a query, of those that the causal or full mask allows."""
 
 
+SECOND_PASSES = ("bidirectional", "causal", "anticausal")
+"""Attention within the bidirectional stream: each token attends to all tokens, to itself and those before it, or to
+itself and those after it."""
+
+
 V = TypeVar("V")
 
 
@@ -62,6 +68,29 @@ def memoized(memo: Memo, name: Hashable, make: Callable[[], V]) -> V:
     return value
 
 
+class PackedRows(NamedTuple):
+    """A pattern as rows of queries and keys without padding, for backends that take no mask.
+
+    Attributes:
+        queries, keys: int64 `[n]`, indices in `[D * Q]` and `[D * K]`, row by row. A key may be in several rows.
+        query_lengths, key_lengths: int64, how many of them each row has.
+        causal: as in `AttentionPattern`, for each row.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    query_lengths: Tensor
+    key_lengths: Tensor
+    causal: bool
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[Tensor, Tensor]], causal: bool, device: torch.device) -> PackedRows:
+        """From the indices of the queries and of the keys of each row; at least one row."""
+        queries, keys = zip(*rows, strict=True)
+        of_queries, of_keys = (torch.tensor([len(each) for each in side], device=device) for side in (queries, keys))
+        return cls(torch.cat(queries).to(device), torch.cat(keys).to(device), of_queries, of_keys, causal)
+
+
 @dataclass(frozen=True)
 class AttentionPattern:
     """The keys that the queries of one segment attend to, for backends with masks and for those with packed rows.
@@ -70,6 +99,8 @@ class AttentionPattern:
         queries, keys: bool `[D, Q]` and `[D, K]`, True where a slot holds a token.
         causal: True if the last query of a sequence attends to all keys, the one before it to all but the last, and so
             on; False if each query attends to all keys; `None` if neither holds.
+        reversed: `causal` holds if the tokens of each sequence are taken in reverse order.
+        make_rows: makes packed rows that say the same, if one row per sequence does not.
         local: the local attention of the layer. `mask` includes it, `causal` does not.
         make_mask: makes `mask`, because not every backend needs one.
     """
@@ -79,11 +110,14 @@ class AttentionPattern:
     causal: bool | None
     local: LocalAttention | None
     make_mask: Callable[[], Tensor | None]
+    reversed: bool = False
+    make_rows: Callable[[], PackedRows] | None = None
     _memo: Memo = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def mask(self) -> Tensor | None:
-        """bool `[D or 1, 1, Q or 1, K]`, True where a query attends to a key; `None` if `causal` says the same."""
+        """bool `[D or 1, 1, Q or 1, K]`, True where a query attends to a key; `None` if `causal` says the same of
+        slots, in their order."""
         return self.form("mask", self.make_mask)
 
     def dense(self) -> Tensor:
@@ -138,16 +172,16 @@ class SequenceGroup:
         return self.encoded.shape[1], self.answer.shape[1]
 
     def patterns(
-        self, local: LocalAttention | None = None, causal: bool = False
+        self, local: LocalAttention | None = None, second_pass: str = "bidirectional"
     ) -> tuple[AttentionPattern, AttentionPattern, AttentionPattern]:
         """The patterns of prefix, bidirectional and answer. The keys of the first two are their own; those of the
         answer are the mixture, `E` slots, and its own behind them, `A` slots.
 
         Args:
             local: the local attention of the layer.
-            causal: the bidirectional stream is causal too (ablation).
+            second_pass: the attention within the bidirectional stream, one of `SECOND_PASSES`.
         """
-        return memoized(self._memo, ("patterns", local, causal), lambda: self._patterns(local, causal))
+        return memoized(self._memo, ("patterns", local, second_pass), lambda: self._patterns(local, second_pass))
 
     def prefix_mask(self, local: LocalAttention | None = None) -> Tensor | None:
         """Prefix to prefix, causally.
@@ -159,22 +193,25 @@ class SequenceGroup:
             return None
         return memoized(self._memo, ("prefix", local), lambda: self._prefix_mask(local))
 
-    def bidirectional_mask(self, local: LocalAttention | None = None, causal: bool = False) -> Tensor | None:
+    def bidirectional_mask(
+        self, local: LocalAttention | None = None, second_pass: str = "bidirectional"
+    ) -> Tensor | None:
         """Bidirectional to bidirectional, fully; with a sliding window, as far ahead as back.
 
         Args:
-            local, causal: as in `patterns`.
+            local, second_pass: as in `patterns`.
 
         Returns:
             bool `[D or 1, 1, E or 1, E]`, or `None` if every token attends to every other.
         """
-        if causal:
+        if second_pass == "causal":
             return self.prefix_mask(local)
         if local is not None and local.size >= self.encoded.shape[1]:
             local = None
-        if local is None and self.uniform:
+        anticausal = second_pass == "anticausal"
+        if local is None and self.uniform and not anticausal:
             return None
-        return memoized(self._memo, ("bidirectional", local), lambda: self._bidirectional_mask(local))
+        return memoized(self._memo, (second_pass, local), lambda: self._bidirectional_mask(local, anticausal))
 
     def answer_mask(self, local: LocalAttention | None = None) -> Tensor:
         """Answer to `[mixture | answer]`: fully to the mixture, causally to itself.
@@ -186,24 +223,25 @@ class SequenceGroup:
             local = None
         return memoized(self._memo, ("answer", local), lambda: self._answer_mask(local))
 
-    def single_call_mask(self, length: int, local: LocalAttention | None = None, causal: bool = False) -> Tensor:
+    def single_call_mask(
+        self, length: int, local: LocalAttention | None = None, second_pass: str = "bidirectional"
+    ) -> Tensor:
         """All three masks in one, for attention modules that are called once; each sequence has a row of its own, its
         `L` causal places from the left and the bidirectional segment behind them.
 
         Args:
             length: `L`.
-            local, causal: as in `patterns`.
+            local, second_pass: as in `patterns`.
 
         Returns:
             bool `[D or 1, 1, L + E, 2L + E]`: queries of a lengthened row to its own keys and, behind them, to the
             keys of its causal places with the mixture in place of the prefix. Padding attends to itself.
         """
-        return memoized(
-            self._memo, ("single_call", length, local, causal), lambda: self._single_call_mask(length, local, causal)
-        )
+        name = ("single_call", length, local, second_pass)
+        return memoized(self._memo, name, lambda: self._single_call_mask(length, local, second_pass))
 
     def _patterns(
-        self, local: LocalAttention | None, causal: bool
+        self, local: LocalAttention | None, second_pass: str
     ) -> tuple[AttentionPattern, AttentionPattern, AttentionPattern]:
         both = torch.cat([self.encoded, self.answer], dim=1)
         one_completion = True if self.completion_index is None else None
@@ -212,7 +250,14 @@ class SequenceGroup:
         twin = memoized(self._memo, "twin", lambda: replace(self, _memo={}))
         return (
             AttentionPattern(self.encoded, self.encoded, True, local, lambda: twin.prefix_mask(local)),
-            AttentionPattern(self.encoded, self.encoded, causal, local, lambda: twin.bidirectional_mask(local, causal)),
+            AttentionPattern(
+                self.encoded,
+                self.encoded,
+                second_pass != "bidirectional",
+                local,
+                lambda: twin.bidirectional_mask(local, second_pass),
+                reversed=second_pass == "anticausal",
+            ),
             AttentionPattern(self.answer, both, one_completion, local, lambda: twin.answer_mask(local)),
         )
 
@@ -224,13 +269,15 @@ class SequenceGroup:
         query, key = _pairs(self.encoded.shape[1], self.encoded.device)
         return ((query >= key) & local.allows(query, key))[None, None]
 
-    def _bidirectional_mask(self, local: LocalAttention | None) -> Tensor:
+    def _bidirectional_mask(self, local: LocalAttention | None, anticausal: bool) -> Tensor:
         mask = _at_least_one(self._filled(self.encoded))[:, None, None, :]
-        if local is None:
-            return mask
         query, key = _pairs(self.encoded.shape[1], self.encoded.device)
+        if local is not None:
+            mask = mask & local.allows(query, key)
+        if anticausal:
+            mask = mask & (query <= key)
         # Padding attends to itself, because a query without any key would give NaN.
-        return (mask & local.allows(query, key)) | (query == key)
+        return mask if mask.shape[2] == 1 else mask | (query == key)
 
     def _answer_mask(self, local: LocalAttention | None) -> Tensor:
         encoded, answers = self.slots
@@ -249,7 +296,7 @@ class SequenceGroup:
             :, None
         ]  # [D or 1, 1, A, E + A]
 
-    def _single_call_mask(self, length: int, local: LocalAttention | None, causal: bool) -> Tensor:
+    def _single_call_mask(self, length: int, local: LocalAttention | None, second_pass: str) -> Tensor:
         rows = 1 if self.uniform and self.completion_index is None else len(self)
         size = self.encoded.shape[1]
         encoded_length = self.encoded[:rows].sum(dim=1, keepdim=True)
@@ -268,7 +315,7 @@ class SequenceGroup:
         causally = encoded[:, :, None] & encoded[:, None, :] & (query >= key) & near
         padding = (key >= lengths)[:, :, None] & (query == key)
         from_mixture = answer[:, :, None] & (encoded[:, None, :] | own) & near
-        copy = self.patterns(local, causal)[1].dense().expand(rows, 1, size, size)[:, 0]
+        copy = self.patterns(local, second_pass)[1].dense().expand(rows, 1, size, size)[:, 0]
         first = torch.cat([causally | padding, causally.new_zeros(rows, length, size), from_mixture], dim=2)
         return torch.cat([first, nn.functional.pad(copy, (length, length))], dim=1)[:, None]
 

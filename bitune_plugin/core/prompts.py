@@ -46,14 +46,37 @@ def prompt_from_labels(labels: Tensor, attention_mask: Tensor | None = None, sta
     Raises:
         LayoutError: the first token of a sequence has a label, so there is no prompt.
     """
-    attended = torch.ones_like(labels, dtype=torch.bool) if attention_mask is None else attention_mask.to(torch.bool)
-    starts = with_first_of_rows(starts, attended)
-    labelled = (labels != IGNORED) & attended
+    attended, starts, labelled = _labelled(labels, attention_mask, starts)
     so_far = labelled.cumsum(dim=1)
     in_sequences_before = torch.where(starts, so_far - labelled.long(), 0).cummax(dim=1).values
     prompt = attended & (so_far == in_sequences_before)
     if (attended & ~labelled & ~prompt & _comes_before_another(labelled, starts)).any():
         _warn_ignored_within()
+    return prompt
+
+
+def prompts_from_labels(labels: Tensor, attention_mask: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
+    """Finds all prompts of each sequence: its ignored labels, whether at its start or between completions.
+
+    Args:
+        labels, attention_mask, starts: as in `prompt_from_labels`.
+
+    Returns:
+        bool `[B, T]`, True on prompt tokens.
+
+    Raises:
+        LayoutError: the first token of a sequence has a label, so there is no prompt.
+    """
+    attended, _, labelled = _labelled(labels, attention_mask, starts)
+    return attended & ~labelled
+
+
+def _labelled(labels: Tensor, attention_mask: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens that are no padding, that begin a sequence, and that have a label: bool `[B, T]` each. Raises LayoutError
+    if the first token of a sequence has one."""
+    attended = torch.ones_like(labels, dtype=torch.bool) if attention_mask is None else attention_mask.to(torch.bool)
+    starts = with_first_of_rows(starts, attended)
+    labelled = (labels != IGNORED) & attended
     without = (starts & labelled).any(dim=1).nonzero().flatten().tolist()
     if without:
         raise LayoutError(
@@ -61,7 +84,7 @@ def prompt_from_labels(labels: Tensor, attention_mask: Tensor | None = None, sta
             "needs to know where the prompt ends. Set the labels of prompt tokens to -100 (with TRL: a dataset with "
             "'prompt' and 'completion' columns, and `completion_only_loss` left on), or pass `prompt_mask`."
         )
-    return prompt
+    return attended, starts, labelled
 
 
 def with_first_of_rows(starts: Tensor | None, attended: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..core.mixing import MIXING
+from ..core.turns import ALTERNATE
 from ..errors import UnsupportedModelError
 from .attention import base_of, shares_keys
 from .extension import Patch
@@ -29,6 +30,12 @@ def active_adapter(architecture: Architecture) -> str | None:
     """The enabled Bitune adapter, if any."""
     mixing = getattr(architecture.attentions[0], MIXING)
     return mixing.active_adapters[0] if mixing.is_enabled else None
+
+
+def alternates(architecture: Architecture) -> bool:
+    """Whether the enabled adapter reads conversations turn by turn (`multi_turn="alternate"`)."""
+    adapter = active_adapter(architecture)
+    return adapter is not None and getattr(architecture.attentions[0], MIXING).settings[adapter].multi_turn == ALTERNATE
 
 
 def takes_several_completions(architecture: Architecture) -> bool:

@@ -4,7 +4,7 @@
 disabled adapter, a plain forward pass) it is `<base>`, unchanged. In one, each layer computes
 
     prefix         ->  prefix, causally
-    bidirectional  ->  bidirectional, fully
+    bidirectional  ->  bidirectional, fully (or as `second_pass_attention` says)
     answer         ->  the mixture, and the answer itself causally
 
 (arXiv 2405.14862). Keys are mixed here after rotary embedding and key norms, as in the paper.
@@ -22,14 +22,19 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..core.autocast import concatenate
 from ..core.layout import PromptLayout, Segments
-from ..core.masks import AttentionPattern, Chunk, LocalAttention, SlidingWindow
+from ..core.masks import AttentionPattern, Chunk, LocalAttention, SequenceGroup, SlidingWindow
 from ..core.mixing import MIXING
+from ..core.turns import TurnGroup
+from ..errors import LayoutError
 from .backends import BACKENDS
 from .context import ForwardContext, current_context
 from .extension import Patch
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttentionPattern], tuple[Tensor, Tensor | None]]
 """A backend with its module and keywords bound."""
+
+
+KeysAndValues = tuple[Tensor, Tensor]
 
 
 PREFIX = "bitune_"
@@ -112,6 +117,12 @@ def _attend_by_segment(
     local: LocalAttention | None,
 ) -> tuple[Tensor, None]:
     layout = context.layout
+    if local is not None and layout.has_gaps:
+        raise LayoutError(
+            "A row has padding between the turns of its conversation, and this model has layers with a sliding window, "
+            "which the cache of transformers counts in columns. Continue conversations of different lengths one at a "
+            "time."
+        )
     # [R, heads, M, head size] -> [D, heads, E or A, head size], for each group of sequences
     queries, keys, values = map(layout.segments, (query, key, value))
     keys_mixed, values_mixed = getattr(module, MIXING)(
@@ -122,21 +133,90 @@ def _attend_by_segment(
     # For the answer, and for the cache.
     keys_kept = [segments._replace(prefix=mixed) for segments, mixed in zip(keys, keys_mixed, strict=True)]
     values_kept = [segments._replace(prefix=mixed) for segments, mixed in zip(values, values_mixed, strict=True)]
-    if context.cache is not None and not shares_keys(module):
-        key_kept, value_kept = (in_token_order(layout, segments) for segments in (keys_kept, values_kept))
-        context.cache.update(key_kept, value_kept, module.layer_idx)  # type: ignore[arg-type]
+    cached = _fill_cache(module, context, keys_kept, values_kept)
 
     attended = []
     for group, *segments in zip(layout.groups, queries, keys, values, keys_kept, values_kept, strict=True):
-        q, k, v, k_kept, v_kept = segments
-        of_prefix, of_bidirectional, of_answer = group.patterns(local, context.second_pass_causal)
-        prefix = _attended(attend, q.prefix, k.prefix, v.prefix, of_prefix)  # [D, E, heads, head size]
-        # [D, heads, E + A, head size]: the mixture, and the answer's own
-        k_seen, v_seen = (concatenate([kept.prefix, kept.answer], dim=2) for kept in (k_kept, v_kept))
-        answer = _attended(attend, q.answer, k_seen, v_seen, of_answer)  # [D, A, heads, head size]
-        bidirectional = _attended(attend, q.bidirectional, k.bidirectional, v.bidirectional, of_bidirectional)
-        attended.append(Segments(prefix, answer, bidirectional))
+        if isinstance(group, TurnGroup):
+            attended.append(_attend_turns(attend, group, segments, cached, local, context.second_pass))
+        else:
+            attended.append(_attend_sequences(attend, group, segments, local, context.second_pass))
     return layout.joined(attended), None  # [R, M, heads, head size]
+
+
+def _attend_sequences(
+    attend: Attend, group: SequenceGroup, segments: list[Segments], local: LocalAttention | None, second_pass: str
+) -> Segments:
+    """`segments` are queries, keys, values, and the keys and values that a cache keeps: `[D, heads, E or A, head size]`
+    to `[D, E or A, heads, head size]`."""
+    q, k, v, k_kept, v_kept = segments
+    of_prefix, of_bidirectional, of_answer = group.patterns(local, second_pass)
+    prefix = _attended(attend, q.prefix, k.prefix, v.prefix, of_prefix)  # [D, E, heads, head size]
+    # [D, heads, E + A, head size]: the mixture, and the answer's own
+    k_seen, v_seen = (concatenate([kept.prefix, kept.answer], dim=2) for kept in (k_kept, v_kept))
+    answer = _attended(attend, q.answer, k_seen, v_seen, of_answer)  # [D, A, heads, head size]
+    bidirectional = _attended(attend, q.bidirectional, k.bidirectional, v.bidirectional, of_bidirectional)
+    return Segments(prefix, answer, bidirectional)
+
+
+def _attend_turns(
+    attend: Attend,
+    group: TurnGroup,
+    segments: list[Segments],
+    cached: KeysAndValues | None,
+    local: LocalAttention | None,
+    second_pass: str,
+) -> Segments:
+    """As `_attend_sequences`, for sequences with several prompts; `cached` is `[B, key/value heads, C, head size]`."""
+    q, k, v, k_kept, v_kept = segments
+    before: Any = ([], []) if cached is None else ([x[group.rows]] for x in cached)
+    # [D, heads, C + E + A, head size]
+    k_seen, v_seen = (
+        concatenate([*past, kept.prefix, kept.answer], dim=2)
+        for past, kept in zip(before, (k_kept, v_kept), strict=True)
+    )
+    length = 0 if cached is None else cached[0].shape[2]
+    of_prefix, of_bidirectional, of_answer = group.patterns(local, second_pass, length)
+
+    def over_kept(query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern) -> Tensor:
+        return _attended(attend, query, concatenate([k_seen, key], dim=2), concatenate([v_seen, value], dim=2), pattern)
+
+    return Segments(
+        over_kept(q.prefix, k.prefix, v.prefix, of_prefix),
+        _attended(attend, q.answer, k_seen, v_seen, of_answer),
+        over_kept(q.bidirectional, k.bidirectional, v.bidirectional, of_bidirectional),
+    )
+
+
+def _fill_cache(
+    module: nn.Module, context: ForwardContext, keys: list[Segments], values: list[Segments]
+) -> KeysAndValues | None:
+    """Puts the keys and values that are kept, `[D, heads, E or A, head size]`, into the cache.
+
+    Returns:
+        Those that were in it, of earlier turns: `[B, heads, C, head size]`, or fewer in a layer that forgets those
+        outside its window. `None` if there were none.
+
+    Raises:
+        LayoutError: the layer cannot read them.
+    """
+    layout = context.layout
+    if layout.cached and shares_keys(module):
+        raise LayoutError(
+            f"Layer {module.layer_idx} attends to the keys of another layer, and Bitune cannot read the earlier turns "
+            "of a conversation from a cache there. Pass the whole conversation, without a cache."
+        )
+    if context.cache is None or shares_keys(module):
+        return None
+    key, value = (in_token_order(layout, segments) for segments in (keys, values))
+    layer: Any = module.layer_idx
+    written = context.cache.update(key, value, layer)
+    if not layout.cached:
+        return None
+    # Static caches return empty columns behind the new ones, and sliding ones fewer than were ever written.
+    length = min(layout.cached, written[0].shape[2] - key.shape[2])
+    k_cached, v_cached = (each[:, :, :length].to(new.dtype) for each, new in zip(written, (key, value), strict=True))
+    return k_cached, v_cached
 
 
 def _attended(attend: Attend, query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern) -> Tensor:

@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 
 from ..core.mixing import MIXING
 from ..errors import LayoutError
-from .architectures import Architecture, active_adapter, takes_several_completions
+from .architectures import Architecture, active_adapter, alternates, takes_several_completions
 from .attention import PREFIX, base_of, implementation_for
 from .checkpointing import patch_checkpoint_wrappers
 from .context import ForwardContext, forward_context
@@ -88,12 +88,13 @@ def _start_context(
     # The length of a static cache is read once, and not in every step, because that would break a compiled graph.
     if past is not None and generation is not None and generation.cache is past:
         return None
-    if holds_tokens(past):
-        if prompts.prompt_mask is not None:
-            check_cache_is_empty(past)
-        return None
+    cached = 0
+    if past is not None and holds_tokens(past):
+        if not _may_hold_prompts(architecture, prompts, generation, past):
+            return None
+        cached = int(past.get_seq_length())
     if prompts.prompt_layout is None:
-        layout = plan_call(architecture, prompts, generation, kwargs)
+        layout = plan_call(architecture, prompts, generation, kwargs, cached)
     else:
         layout = layout_made_ahead(prompts.prompt_layout, kwargs)
     if layout is None or (layout.is_plain_causal and not _must_lengthen(prompts, past)):
@@ -102,7 +103,7 @@ def _start_context(
         return None
     _check_outputs(architecture, kwargs)
     _use_attention_of_bitune(architecture)
-    cache = _cache_to_fill(architecture.backbone, kwargs)
+    cache = _cache_to_fill(architecture.backbone, kwargs, cached > 0)
     if layout.groups[0].completion_index is not None:
         _check_several_completions(architecture, cache)
     if layout.packed and cache is not None:
@@ -116,10 +117,28 @@ def _start_context(
     return ForwardContext(
         layout,
         adapter,
-        second_pass_causal=settings.second_pass_attention == "causal",
+        second_pass=settings.second_pass_attention,
         share_adapter=settings.share_adapter,
         cache=cache,
     )
+
+
+def _may_hold_prompts(architecture: Architecture, prompts: Prompts, generation: Generation | None, past: Cache) -> bool:
+    """Whether tokens after those in the cache may be prompt: those of a conversation that is read turn by turn.
+
+    Raises:
+        LayoutError: they are said to be prompt, and the adapter reads conversations otherwise; or their layout was made
+            ahead.
+    """
+    if not alternates(architecture):
+        if prompts.prompt_mask is not None:
+            check_cache_is_empty(past)
+        return False
+    if prompts.prompt_layout is not None:
+        raise LayoutError(
+            "`prompt_layout` came with a cache that already holds tokens, which it does not know. Pass `prompt_mask`."
+        )
+    return prompts.prompt_mask is not None or (generation is not None and generation.over_cache)
 
 
 def _must_lengthen(prompts: Prompts, past: Cache | None) -> bool:
@@ -206,7 +225,8 @@ def _positions(architecture: Architecture, context: ForwardContext, kwargs: dict
         return layout.lengthen(kwargs["position_ids"])
     if context.cache is None or architecture.numbers_by_mask:
         return layout.positions
-    return layout.lengthen(torch.arange(layout.shape[1], device=layout.source.device)[None])
+    columns = torch.arange(layout.cached, layout.cached + layout.shape[1], device=layout.source.device)
+    return layout.lengthen(columns[None])
 
 
 def _restored(context: ForwardContext, outputs: ModelOutput, answers_only: bool) -> ModelOutput:
@@ -225,8 +245,18 @@ def _restored(context: ForwardContext, outputs: ModelOutput, answers_only: bool)
     return outputs
 
 
-def _cache_to_fill(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> Cache | None:
-    """The cache of the caller, or a new one if the backbone would have made one."""
+def _cache_to_fill(backbone: PreTrainedModel, kwargs: dict[str, Any], holds_turns: bool) -> Cache | None:
+    """The cache of the caller, or a new one if the backbone would have made one.
+
+    Raises:
+        LayoutError: the cache holds earlier turns, and checkpointed layers would not read it.
+    """
+    if holds_turns and drops_cache(backbone):
+        raise LayoutError(
+            "The cache holds earlier turns, and activation checkpointing keeps it from the layers. Call `model.eval()`."
+        )
+    if holds_turns:
+        return cache_in(kwargs)
     use_cache = kwargs.get("use_cache")
     if use_cache is None:
         use_cache = getattr(backbone.config, "use_cache", False)

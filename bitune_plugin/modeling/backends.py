@@ -57,15 +57,18 @@ def flex_attention(module: nn.Module, kwargs: dict[str, Any], *states: Any) -> A
 
 
 class Packing(NamedTuple):
-    """The tokens of a pattern without padding, sequence after sequence.
+    """The tokens of a pattern without padding, sequence after sequence; those of a reversed pattern backwards, because
+    flash attention is causal in one direction only. (Keys carry their positions, so their order is free.)
 
     Attributes:
         queries, keys: int64 `[n]`, their indices in `[D * Q]` and `[D * K]`.
+        causal: as in the pattern, for each row.
         lengths: the keywords of flash attention for the lengths of rows.
     """
 
     queries: Tensor
     keys: Tensor
+    causal: bool | None
     lengths: dict[str, Any]
 
 
@@ -81,7 +84,7 @@ def flash_attention(base: str, module: nn.Module, kwargs: dict[str, Any], *state
         return function(query, key, value, pattern, **kwargs)
     packing = pattern.form(Packing, lambda: _pack(pattern))
     packed = (_take(query, packing.queries), _take(key, packing.keys), _take(value, packing.keys))
-    attended = function(*packed, None, is_causal=pattern.causal, **packing.lengths, **kwargs)[0][0]
+    attended = function(*packed, None, is_causal=packing.causal, **packing.lengths, **kwargs)[0][0]
     slots = attended.new_zeros(pattern.queries.numel(), *attended.shape[1:])
     return slots.index_copy(0, packing.queries, attended).unflatten(0, pattern.queries.shape), None
 
@@ -119,13 +122,25 @@ def _pack(pattern: AttentionPattern) -> Packing:
             "Flash attention knows no chunks, as this model's layers attend in. Call "
             "`model.set_attn_implementation('sdpa')`."
         )
-    queries, keys = (filled.flatten().nonzero().flatten() for filled in (pattern.queries, pattern.keys))
+    causal, sides = pattern.causal, (pattern.queries, pattern.keys)
+    if pattern.make_rows is not None:
+        queries, keys, *sizes, causal = pattern.make_rows()
+    else:
+        queries, keys = (_tokens_in_order(filled, pattern.reversed) for filled in sides)
+        sizes = [filled.sum(dim=1) for filled in sides]
     lengths: dict[str, Any] = {}
-    for side, filled in (("q", pattern.queries), ("k", pattern.keys)):
-        per_row = filled.sum(dim=1)
+    for side, per_row in zip("qk", sizes, strict=True):
         lengths[f"cu_seq_lens_{side}"] = nn.functional.pad(per_row.cumsum(0), (1, 0)).to(torch.int32)
         lengths[f"max_length_{side}"] = int(per_row.max())
-    return Packing(queries, keys, lengths)
+    return Packing(queries, keys, causal, lengths)
+
+
+def _tokens_in_order(filled: Tensor, backwards: bool) -> Tensor:
+    """`[D, slots]` to the indices of slots with a token, `[n]`, sequence by sequence."""
+    if not backwards:
+        return filled.flatten().nonzero().flatten()
+    index = torch.arange(filled.numel(), device=filled.device).view(filled.shape)
+    return index.flip(1)[filled.flip(1)]
 
 
 def _take(states: Tensor, index: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from ..core.layout import PromptLayout
-from ..core.prompts import prompt_from_labels
+from ..core.prompts import prompt_from_labels, prompts_from_labels
 from ..errors import LayoutError
-from .architectures import Architecture, active_adapter
+from .architectures import Architecture, active_adapter, alternates
 from .extension import TakesCache, by_name
 from .generation import GENERATION, GeneratesFromPrompt
 from .host import translate_cache
@@ -72,8 +72,11 @@ class CausalModel(GeneratesFromPrompt, TakesCache):
         if given or active_adapter(self.bitune_architecture) is None:
             return prompts
         padding_mask = padding_mask_in(kwargs)
+        if padding_mask is not None:  # with a cache it starts with the tokens there
+            padding_mask = padding_mask[:, -labels.shape[1] :]
         starts = starts_in(prompts, kwargs, padding_mask)
-        return replace(prompts, prompt_mask=prompt_from_labels(labels, padding_mask, starts))
+        find = prompts_from_labels if alternates(self.bitune_architecture) else prompt_from_labels
+        return replace(prompts, prompt_mask=find(labels, padding_mask, starts))
 
 
 def plan_ahead(model: nn.Module, **inputs: Any) -> PromptLayout | None:

@@ -59,7 +59,7 @@ class ForwardContext:
     Attributes:
         layout: the layout of the batch.
         adapter: name of the active Bitune adapter.
-        second_pass_causal: the bidirectional stream attends causally (ablation "only causal").
+        second_pass: the attention within the bidirectional stream, one of `SECOND_PASSES`.
         share_adapter: the bidirectional stream uses the causal adapter too (ablation "shared weights").
         stream: the stream, inside a block that runs once on each; `None` where both are in one tensor.
         cache: the cache that each layer fills with mixed keys and values; `None` to keep none.
@@ -68,7 +68,7 @@ class ForwardContext:
 
     layout: PromptLayout
     adapter: str
-    second_pass_causal: bool = False
+    second_pass: str = "bidirectional"
     share_adapter: bool = False
     stream: Stream | None = None
     cache: Cache | None = None

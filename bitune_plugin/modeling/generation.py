@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import Cache, GenerationConfig
 
 from ..core.prompts import IGNORED
 from ..errors import LayoutError
-from .architectures import Architecture, active_adapter
+from .architectures import Architecture, active_adapter, alternates
 from .attention import base_of
 from .boundaries import known_prompts
 from .context import PerThread
@@ -49,10 +49,12 @@ class GeneratesFromPrompt(Patch):
 
         Args:
             prompt_mask: bool `[B, T]`, to continue a completion: True on the prompt, False on the completion so far. By
-                default what `prompts_known_by` says, and otherwise all of the input.
+                default what `prompts_known_by` says, and otherwise all of the input. With `multi_turn="alternate"`
+                there may be several prompts, and the cache may hold earlier turns.
 
         Raises:
-            LayoutError: a setting hides the end of the prompt, or `prompt_mask` does not fit the tokens.
+            LayoutError: a setting hides the end of the prompt, or `prompt_mask` does not fit the tokens, or is missing
+                beside a cache that holds earlier turns.
         """
         kwargs = translate_cache(by_name(super().generate, args, kwargs), OF_GENERATE)
         if kwargs.get("cache_implementation") == "paged":
@@ -64,14 +66,24 @@ class GeneratesFromPrompt(Patch):
         if prompt_mask is None and tokens is not None:
             self._check_no_completions(tokens, kwargs.get("labels"))
             prompt_mask = known_prompts(tokens, kwargs.get("attention_mask"))
+        past = cache_in(kwargs)
+        over_cache = holds_tokens(past) and alternates(self.bitune_architecture)
         if prompt_mask is None:
+            if over_cache:
+                raise LayoutError(
+                    f"`{OF_GENERATE}` holds earlier turns, and `generate` was not told which of the new tokens are "
+                    "prompt. Pass `prompt_mask`, True on the new instruction and False on the completion before it."
+                )
             # On the device of the tokens, because `self.device` is the meta device if weights are kept on disk.
             start = torch.ones(1, 1, device=self.device) if tokens is None else tokens
             prompt_mask = torch.ones(start.shape[:2], dtype=torch.bool, device=start.device)
         else:
             check_per_token("prompt_mask", prompt_mask, tokens)
-            check_cache_is_empty(cache_in(kwargs))
-        with _generation.set(Generation(prompt_mask.bool())):
+            if past is not None and over_cache:
+                prompt_mask = _of_new_tokens(prompt_mask, past, kwargs)
+            else:
+                check_cache_is_empty(past)
+        with _generation.set(Generation(prompt_mask.bool(), over_cache=over_cache)):
             return super().generate(**kwargs)
 
     def _check_settings(self, kwargs: dict[str, Any]) -> None:
@@ -121,7 +133,8 @@ class GeneratesFromPrompt(Patch):
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         if _generation.value is not None:
             inputs[GENERATION] = _generation.value
-        if holds_tokens(past) or active_adapter(self.bitune_architecture) is None:
+        plain = holds_tokens(past) and not _reads_prompts(past)
+        if plain or active_adapter(self.bitune_architecture) is None:
             return inputs
         return {**inputs, "attention_mask": attention_mask}
 
@@ -134,7 +147,8 @@ class GeneratesFromPrompt(Patch):
         **kwargs: Any,
     ) -> Any:
         """As in transformers, except that `prefill_chunk_size` is ignored: a prompt is encoded in one piece."""
-        unread = not holds_tokens(cache_in(model_kwargs))
+        past = cache_in(model_kwargs)
+        unread = not holds_tokens(past) or _reads_prompts(past)
         if generation_config.prefill_chunk_size is not None and unread and active_adapter(self.bitune_architecture):
             _warn_one_piece()
             generation_config = copy.copy(generation_config)
@@ -157,6 +171,21 @@ class GeneratesFromPrompt(Patch):
                 f"`{name}`: continuous batching reads prompts in pieces, into a paged cache, and Bitune reads a prompt "
                 "in one piece. Call `generate` with a padded batch instead."
             )
+
+
+def _of_new_tokens(prompt_mask: Tensor, past: Cache, kwargs: dict[str, Any]) -> Tensor:
+    """The columns of `prompt_mask` for tokens that are not in the cache. As in transformers, the caller passes all
+    tokens, or the new ones with an attention mask for all."""
+    attention_mask = kwargs.get("attention_mask")
+    if attention_mask is not None and attention_mask.shape[1] != prompt_mask.shape[1]:
+        return prompt_mask
+    return prompt_mask[:, int(past.get_seq_length()) :]
+
+
+def _reads_prompts(past: Cache | None) -> bool:
+    """Whether this step of `generate` reads prompts over the earlier turns in its cache."""
+    generation = _generation.value
+    return generation is not None and generation.over_cache and generation.cache is not past
 
 
 @cache

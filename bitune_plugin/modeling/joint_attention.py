@@ -52,7 +52,7 @@ class MixingCache:
             [(key_encoded, key_copy)], [(value_encoded, value_copy)], self.context.adapter
         )
         # In rows with a short prompt, the first answer tokens are among the first `E`, and are not mixed.
-        encoded = layout.groups[0].encoded[:, None, :, None]
+        encoded = layout.only_group.encoded[:, None, :, None]
         key_kept = concatenate([torch.where(encoded, key_mixed, key_encoded), key_rest], dim=2)
         value_kept = concatenate([torch.where(encoded, value_mixed, value_encoded), value_rest], dim=2)
         if self.context.cache is not None:
@@ -90,8 +90,9 @@ class SingleCallAttention(TakesCache):
             return super().forward(*args, **kwargs)
         context.mark_visited(self)
         kwargs = by_name(super().forward, args, kwargs)
-        (group,) = context.layout.groups
-        visible = group.single_call_mask(context.layout.tokens, self.local_attention(), context.second_pass_causal)
+        visible = context.layout.only_group.single_call_mask(
+            context.layout.tokens, self.local_attention(), context.second_pass
+        )
         kwargs = with_cache(kwargs, self.cache_keyword, MixingCache(self, context))
         kwargs |= self.mask_arguments(kwargs, visible, context.layout)
         return super(SingleCallAttention, self.unmasked(visible)).forward(**kwargs)

@@ -15,7 +15,7 @@ from ..core.layout import PromptLayout
 from ..core.planning import plan
 from ..core.prompts import sequence_starts
 from ..errors import LayoutError
-from .architectures import Architecture
+from .architectures import Architecture, alternates
 from .boundaries import known_prompts
 from .context import PerThread
 from .host import OF_GENERATE
@@ -61,15 +61,18 @@ class Generation:
     """One call of `generate`. Only its own forward passes carry it, because a logits processor may call the model too.
 
     Attributes:
-        prompt_mask: bool `[rows given, tokens given]`; later tokens are completion.
-        cache: the cache of the encoded prompt.
+        prompt_mask: bool `[rows given, tokens given]`, without tokens in the caller's cache; later tokens are
+            completion.
+        cache: the cache of the encoded prompt, once it is encoded.
+        over_cache: the caller's cache holds earlier turns, and the tokens after them may be prompt.
     """
 
     prompt_mask: Tensor
     cache: Cache | None = None
+    over_cache: bool = False
 
     def prompt_mask_for(self, rows: int, tokens: int) -> Tensor:
-        """bool `[rows, tokens]`: the prompt in a forward pass that starts from an empty cache.
+        """bool `[rows, tokens]`: the prompt in the first forward pass.
 
         Raises:
             LayoutError: the forward pass has only a part of the prompt.
@@ -99,16 +102,23 @@ active_call: PerThread[Call] = PerThread()
 
 
 def plan_call(
-    architecture: Architecture, prompts: Prompts, generation: Generation | None, kwargs: dict[str, Any]
+    architecture: Architecture,
+    prompts: Prompts,
+    generation: Generation | None,
+    kwargs: dict[str, Any],
+    cached: int = 0,
 ) -> PromptLayout | None:
     """The layout of a call: from its prompts `[B, T]`, or from its `generate`; all of the input is prompt otherwise.
+
+    Args:
+        cached: the number of columns of the cache that these tokens follow, for conversations read turn by turn.
 
     Raises:
         LayoutError: the arguments contradict each other, or leave the end of a prompt open.
     """
     prompt_mask, completion_index = prompts.prompt_mask, prompts.completion_index
     tokens = tokens_in(kwargs)
-    attention_mask = padding_mask_in(kwargs)
+    in_cache, attention_mask = _split(padding_mask_in(kwargs), tokens, cached)
     if prompt_mask is not None:
         check_per_token("prompt_mask", prompt_mask, tokens)
     elif generation is not None:
@@ -133,7 +143,28 @@ def plan_call(
         completion_index,
         starts_in(prompts, kwargs, attention_mask),
         one_sequence_per_row=architecture.bypasses_attention_interface,
+        several_prompts=alternates(architecture),
+        cached=in_cache,
     )
+
+
+def _split(attention_mask: Tensor | None, tokens: Tensor, cached: int) -> tuple[Tensor | None, Tensor | None]:
+    """The attention mask of the `cached` columns, bool `[B, C]` or `None` if there are none, and that of the tokens.
+
+    Raises:
+        LayoutError: the attention mask does not include the tokens in the cache.
+    """
+    if not cached:
+        return None, attention_mask
+    rows, length = tokens.shape[:2]
+    if attention_mask is None:
+        return torch.ones(rows, cached, dtype=torch.bool, device=tokens.device), None
+    if attention_mask.shape[1] != cached + length:
+        raise LayoutError(
+            f"`attention_mask` has shape {list(attention_mask.shape)}, but the cache holds {cached} tokens, and "
+            f"{length} follow. Pass one value for each of them, those in the cache included."
+        )
+    return attention_mask[:, :cached], attention_mask[:, cached:]
 
 
 def layout_made_ahead(layout: PromptLayout, kwargs: dict[str, Any]) -> PromptLayout:

@@ -16,6 +16,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners import LoraConfig, TrainableTokensConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, TaskType
 
+from ..core.masks import SECOND_PASSES
+from ..core.turns import MULTI_TURN
 from ..json_files import is_too_deep
 from ..kinds import check_kinds
 from ..plugins import mixings
@@ -33,9 +35,6 @@ NO_MIXING = "none"
 
 
 GRANULARITIES = ("layer", "head", "model")
-
-
-SECOND_PASSES = ("bidirectional", "causal")
 
 
 THETA_INIT = (1e-12, 1e12)
@@ -68,8 +67,11 @@ class BituneConfig(PeftConfig):
             plugin's.
         mixing_granularity: one theta for keys and one for values per `"layer"`, per key/value `"head"` of each
             layer, or for the whole `"model"`.
-        second_pass_attention: `"bidirectional"`, or `"causal"` for the ablation.
+        second_pass_attention: the attention of the bidirectional stream. `"bidirectional"`, or for the ablations
+            `"causal"`, or `"anticausal"`: each token attends to itself and to those after it.
         share_adapter: both streams use the causal adapter.
+        multi_turn: how a conversation is read. `"reread"`: before every answer, all of the conversation is one prompt.
+            `"alternate"`: every prompt is encoded once, in its turn, over the mixed cache of what came before.
 
     Raises:
         ValueError: a setting is unknown or does not fit, or the method is refused (`methods.py`); the message names it.
@@ -85,9 +87,13 @@ class BituneConfig(PeftConfig):
     mixing_granularity: str = field(default="layer", metadata={"help": "One theta per 'layer', 'head' or 'model'."})
     second_pass_attention: str = field(
         default="bidirectional",
-        metadata={"help": "Attention of the bidirectional stream: 'bidirectional' or 'causal'."},
+        metadata={"help": "Attention of the bidirectional stream: 'bidirectional', 'causal' or 'anticausal'."},
     )
     share_adapter: bool = field(default=False, metadata={"help": "Both streams use the causal adapter."})
+    multi_turn: str = field(
+        default="reread",
+        metadata={"help": "Conversations: 'reread' all before every answer, or 'alternate' prompts and answers."},
+    )
 
     unused = False
     """Not a setting. True if the config was read from a folder and its adapter has neither weights nor run, so that
@@ -105,6 +111,7 @@ class BituneConfig(PeftConfig):
         _check_choice("mixing", self.mixing, [*mixings(), NO_MIXING])
         _check_choice("mixing_granularity", self.mixing_granularity, GRANULARITIES)
         _check_choice("second_pass_attention", self.second_pass_attention, SECOND_PASSES)
+        _check_choice("multi_turn", self.multi_turn, MULTI_TURN)
         low, high = THETA_INIT
         if not _is_number(self.theta_init) or not low <= self.theta_init <= high:
             raise ValueError(

@@ -78,6 +78,16 @@ def has_assistant_turn(sample: dict[str, Any]) -> bool:
     return bool(assistant_turns(sample["messages"]))
 
 
+def template_settings(sample: dict[str, Any], chat_template: str | None) -> dict[str, Any]:
+    """The keywords of `apply_chat_template` for a sample, as TRL gives them."""
+    tools = sample.get("tools")
+    return {
+        "chat_template": chat_template,
+        "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        **(sample.get("chat_template_kwargs") or {}),
+    }
+
+
 def keeps_its_prompt(sample: dict[str, Any], tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> bool:
     """Whether the chat template renders the messages of a prompt as it does when their completion follows.
 
@@ -92,12 +102,7 @@ def keeps_its_prompt(sample: dict[str, Any], tokenizer: PreTrainedTokenizerBase,
     prompt = sample.get("prompt")
     if not isinstance(prompt, list):
         return True
-    tools = sample.get("tools")
-    settings = {
-        "chat_template": chat_template,
-        "tools": json.loads(tools) if isinstance(tools, str) else tools,
-        **sample.get("chat_template_kwargs", {}),
-    }
+    settings = template_settings(sample, chat_template)
 
     def tokens(add_generation_prompt: bool) -> list[int]:
         rendered: Any = tokenizer.apply_chat_template(

@@ -33,28 +33,34 @@ CHANGED = (
 """Why a sample is left out whose prompt does not keep."""
 
 
+NO_TURN = (
+    "conversations of the {} dataset have no turn of the role 'assistant' that something comes before: there is no "
+    "completion to learn."
+)
+"""Why a conversation is left out."""
+
+
 def split_turns_of(dataset: Any, args: SFTConfig, name: str) -> Any:
     """Prompts and completions of conversations, without those that have none."""
     workers = workers_of(dataset, args)
-    reason = (
-        f"conversations of the {name} dataset have no turn of the role 'assistant' that something comes before: there "
-        "is no completion to learn."
-    )
     with main_process_first():
         if "conversations" in get_dataset_column_names(dataset):
             dataset = chatml(dataset, workers)
-        dataset = filtered(dataset, has_assistant_turn, reason, workers)
+        dataset = filtered(dataset, has_assistant_turn, NO_TURN.format(name), workers)
         return split_conversations(dataset, getattr(args, "assistant_turns", ASSISTANT_TURNS[0]), workers)
 
 
-def marked(dataset: Any, given: Iterable[str], args: SFTConfig, packing: bool, name: str) -> Any:
+def marked(
+    dataset: Any, given: Iterable[str], args: SFTConfig, packing: bool, name: str, several_prompts: bool = False
+) -> Any:
     """Samples that know their prompts and are no longer than they may be, without those that then have nothing to
-    learn. `given` are the columns that the dataset came with."""
+    learn. `given` are the columns that the dataset came with; `several_prompts` is as in `mark_prompt`."""
     cuts_itself = packing and args.packing_strategy != "bfd"  # and throws nothing away
     marking = {
         "completion_only": args.completion_only_loss is not False and "labels" not in given,
         "max_length": None if cuts_itself else args.max_length,
         "keep_end": args.truncation_mode == "keep_end",
+        "several_prompts": several_prompts,
     }
     workers, packed = workers_of(dataset, args), is_packed(given)
     if getattr(args, "drop_overlong", False) and not packed:

@@ -23,7 +23,13 @@ DOCUMENT_LENGTHS = "seq_lengths"
 # One sample.
 
 
-def mark_prompt(sample: dict[str, Any], completion_only: bool, max_length: int | None, keep_end: bool) -> dict:
+def mark_prompt(
+    sample: dict[str, Any],
+    completion_only: bool,
+    max_length: int | None,
+    keep_end: bool,
+    several_prompts: bool = False,
+) -> dict:
     """Says of each token of a sample whether it is prompt, and cuts the sample to `max_length`.
 
     Args:
@@ -33,6 +39,8 @@ def mark_prompt(sample: dict[str, Any], completion_only: bool, max_length: int |
         completion_only: prompt tokens do not count for the loss.
         max_length: tokens to keep, `None` for all; packed samples are not cut.
         keep_end: cut from the left.
+        several_prompts: a document may have several prompts (`multi_turn="alternate"`): every zero of a
+            `completion_mask`, or every -100 of the labels, is prompt.
 
     Returns:
         `input_ids`, `labels` and `prompt_mask`, and `seq_lengths` of a packed sample.
@@ -41,7 +49,7 @@ def mark_prompt(sample: dict[str, Any], completion_only: bool, max_length: int |
         ValueError: a packed sample with a document whose prompt cannot be told.
     """
     lengths = document_lengths(sample)
-    prompt_mask = _prompt_mask(sample, lengths)
+    prompt_mask = _prompt_mask(sample, lengths, several_prompts)
     labels = sample["labels"]
     if completion_only:
         labels = [IGNORED if prompt else label for label, prompt in zip(labels, prompt_mask, strict=True)]
@@ -65,14 +73,14 @@ def document_lengths(sample: dict[str, Any]) -> list[int] | None:
     return [stop - start for start, stop in pairwise([*starts, len(positions)])]
 
 
-def _prompt_mask(sample: dict[str, Any], lengths: list[int] | None) -> list[bool]:
+def _prompt_mask(sample: dict[str, Any], lengths: list[int] | None, several_prompts: bool) -> list[bool]:
     """The prompt of every document. Raises ValueError for columns that do not go together, and for a document of a
     packed sample that seems to have none."""
     tokens, lengths = len(sample["input_ids"]), lengths or [len(sample["input_ids"])]
     if sum(lengths) != tokens:
         raise ValueError(f"A sample has {tokens} `input_ids`, and `{DOCUMENT_LENGTHS}` of {sum(lengths)} in all.")
     if sample.get(PROMPT_MASK) is not None:
-        _check_prompt_mask(sample[PROMPT_MASK], lengths)
+        _check_prompt_mask(sample[PROMPT_MASK], lengths, several_prompts)
         return [bool(prompt) for prompt in sample[PROMPT_MASK]]
     completion = sample.get("completion_mask") or [label != IGNORED for label in sample["labels"]]
     if len(completion) != len(sample["input_ids"]):
@@ -90,21 +98,25 @@ def _prompt_mask(sample: dict[str, Any], lengths: list[int] | None) -> list[bool
                 "could be told: its first token already counts for the loss. Pass the dataset from before "
                 "`pack_dataset` and set `packing=True`, or add a column 'prompt_mask' (True on prompt tokens)."
             )
-        prompt_mask += [True] * prompt + [False] * (length - prompt)
+        if several_prompts:
+            prompt_mask += [not learnt for learnt in document]
+        else:
+            prompt_mask += [True] * prompt + [False] * (length - prompt)
     return prompt_mask
 
 
-def _check_prompt_mask(mask: list[Any], lengths: list[int]) -> None:
-    """Raises ValueError unless there is a value for every token, and those of prompts come first in their documents."""
+def _check_prompt_mask(mask: list[Any], lengths: list[int], several_prompts: bool) -> None:
+    """Raises ValueError unless there is a value for every token, and those of prompts come first in their documents, if
+    these have one each."""
     if len(mask) != sum(lengths):
         raise ValueError(f"A sample has {sum(lengths)} `input_ids` and a `{PROMPT_MASK}` of {len(mask)}.")
     start = 0
-    for length in lengths:
+    for length in () if several_prompts else lengths:
         document = [bool(prompt) for prompt in mask[start : start + length]]
         if any(document[leading(document, True) :]):
             raise ValueError(
                 f"`{PROMPT_MASK}` of a sample marks a prompt token after a completion token. Mark all tokens before "
-                "the completion, and no others."
+                "the completion, and no others; or train an adapter with `multi_turn='alternate'`."
             )
         start += length
 

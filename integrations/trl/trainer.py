@@ -22,7 +22,7 @@ from trl.data_utils import get_dataset_column_names
 from bitune_plugin.core.prompts import IGNORED
 from bitune_plugin.integrations.theta import TrainsTheta, check_theta_clip, start_theta_in_float32
 from bitune_plugin.integrations.transformers import PROMPT_MASK, with_layout
-from bitune_plugin.integrations.trl.adapters import bitune_config, check_head
+from bitune_plugin.integrations.trl.adapters import bitune_config, check_head, reads_turns_apart
 from bitune_plugin.integrations.trl.checks import (
     check_has_prompt,
     check_not_empty,
@@ -38,6 +38,7 @@ from bitune_plugin.integrations.trl.filters import filtered
 from bitune_plugin.integrations.trl.host import main_process_first
 from bitune_plugin.integrations.trl.preparation import CHANGED, marked, split_turns_of, workers_of
 from bitune_plugin.integrations.trl.samples import pack
+from bitune_plugin.integrations.trl.turns import tokenized_by_turns
 
 
 class BituneSFTTrainer(TrainsTheta, SFTTrainer):
@@ -82,6 +83,7 @@ class BituneSFTTrainer(TrainsTheta, SFTTrainer):
         arguments = inspect.signature(SFTTrainer.__init__).bind(self, *args, **kwargs).arguments
         del arguments["self"]
         arguments["peft_config"] = bitune_config(arguments["model"], arguments.get("peft_config"))
+        self.several_prompts = reads_turns_apart(arguments["model"], arguments["peft_config"])
         check_settings(arguments.get("args"), arguments.get("data_collator"))
         if isinstance(arguments.get("train_dataset"), Dataset | IterableDataset):  # TRL refuses anything else
             check_not_empty(arguments["train_dataset"], "train")
@@ -109,7 +111,10 @@ class BituneSFTTrainer(TrainsTheta, SFTTrainer):
         given = get_dataset_column_names(dataset)
         check_has_prompt(given, formatting_func, dataset_name)
         check_text(given, processing_class, dataset_name)
-        if is_conversation(given):
+        if is_conversation(given) and self.several_prompts:
+            dataset = tokenized_by_turns(dataset, args, processing_class, self.chat_template, dataset_name)
+            given = get_dataset_column_names(dataset)
+        elif is_conversation(given):
             dataset = split_turns_of(dataset, args, dataset_name)
         dataset = self._tokenize_uncut(dataset, processing_class, args, dataset_name).with_format(None)
         with main_process_first():  # as TRL does, so that one process fills the cache for all
@@ -117,7 +122,7 @@ class BituneSFTTrainer(TrainsTheta, SFTTrainer):
                 template = {"tokenizer": processing_class, "chat_template": self.chat_template}
                 reason = CHANGED.format(dataset_name)
                 dataset = filtered(dataset, keeps_its_prompt, reason, workers_of(dataset, args), **template)
-            dataset = marked(dataset, given, args, packing, dataset_name)
+            dataset = marked(dataset, given, args, packing, dataset_name, self.several_prompts)
             if packing and not is_packed(given):
                 dataset = dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
                 dataset = pack(dataset, args.max_length, args.packing_strategy, workers_of(dataset, args))

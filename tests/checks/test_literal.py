@@ -11,8 +11,9 @@ from transformers import Cache, LlamaForCausalLM, LlamaModel
 
 from agreement import EXACT, NOISE, assert_agrees
 from bitune_plugin.checks.exactness import completion_loss
-from bitune_plugin.checks.literal import cache_keyword
-from bitune_plugin.checks.subject import RANK, SCALING, Subject, tiny_model
+from bitune_plugin.checks.literal import Literal, cache_keyword
+from bitune_plugin.checks.subject import RANK, SCALING, THETA_INIT, Subject, tiny_model
+from bitune_plugin.core.masks import SECOND_PASSES
 from three_pass import ThreePass
 
 
@@ -32,6 +33,17 @@ def oracle() -> ThreePass:
 def test_logits() -> None:
     for sample, got in zip(subject().samples, subject().expected, strict=True):
         assert_agrees(got, oracle()(*sample))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("second_pass", SECOND_PASSES)
+def test_every_second_pass(second_pass: str) -> None:
+    literal = Literal(subject().base, subject().model, SCALING, THETA_INIT, second_pass)
+    adapter = LoraConfig(r=RANK, lora_alpha=int(SCALING * RANK), target_modules="all-linear")
+    three_pass = ThreePass(subject().base, adapter, second_pass_attention=second_pass)
+    three_pass.load_product(subject().model)
+    ids, prompt = subject().samples[0]
+    assert_agrees(literal.logits(ids, prompt), three_pass.eval()(ids, prompt))
 
 
 def test_loss_and_gradients() -> None:

@@ -33,10 +33,11 @@ def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
     assert all(ours[key].equal(value) for key, value in kept.items())
 
 
-def test_it_says_the_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["convert", str(FOLDER), str(tmp_path / "ours"), "--second-pass-attention", "causal"])
-    assert "mixing=abs mixing_granularity=layer second_pass_attention=causal" in capsys.readouterr().out
-    assert BituneConfig.from_pretrained(str(tmp_path / "ours")).second_pass_attention == "causal"
+@pytest.mark.parametrize("second_pass", ["causal", "anticausal"])
+def test_it_says_the_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str], second_pass: str) -> None:
+    main(["convert", str(FOLDER), str(tmp_path / "ours"), "--second-pass-attention", second_pass])
+    assert f"mixing=abs mixing_granularity=layer second_pass_attention={second_pass}" in capsys.readouterr().out
+    assert BituneConfig.from_pretrained(str(tmp_path / "ours")).second_pass_attention == second_pass
 
 
 @pytest.mark.parametrize("option", ["--share-adapter", "--no-share-adapter"])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from bitune_plugin.core.layout import PromptLayout
 from bitune_plugin.core.masks import (
+    SECOND_PASSES,
     AttentionPattern,
     Chunk,
     LocalAttention,
@@ -21,7 +22,18 @@ from bitune_plugin.core.masks import (
     SlidingWindow,
     memoized,
 )
-from documents import ALIKE_QUESTIONS, PACKED, QUESTIONS, RAGGED, Batch, Document, batches, groups, local_attentions
+from documents import (
+    ALIKE_QUESTIONS,
+    PACKED,
+    QUESTIONS,
+    RAGGED,
+    Batch,
+    Document,
+    batches,
+    groups,
+    local_attentions,
+    second_passes,
+)
 from helpers import SHAPES, batch, bitune, samples
 
 
@@ -50,41 +62,41 @@ def seen(pattern: AttentionPattern, row: int, queries: list[int], keys: list[int
     return {query: {keys[k] for k, lit in enumerate(line) if lit} for query, line in zip(queries, lines, strict=True)}
 
 
-def expected(document: Document, local: LocalAttention | None, causal: bool) -> tuple[dict[int, set[int]], ...]:
+def expected(document: Document, local: LocalAttention | None, second_pass: str) -> tuple[dict[int, set[int]], ...]:
     """What each encoded token, copy and token of the answer sees."""
     return (
         {query: document.seen_behind(query, local) for query in document.encoded},
-        {query: document.seen_by_copy(query, local, causal) for query in document.encoded},
+        {query: document.seen_by_copy(query, local, second_pass) for query in document.encoded},
         {query: document.seen_behind(query, local) for query in document.answer},
     )
 
 
-@given(batches, local_attentions, st.booleans(), st.booleans())
-@example(RAGGED, SlidingWindow(2), False, False)
-@example(PACKED, SlidingWindow(3), False, False)
-@example(PACKED, Chunk(3), False, True)
-@example(QUESTIONS, SlidingWindow(3), False, False)
-@example(ALIKE_QUESTIONS, SlidingWindow(2), False, False)
+@given(batches, local_attentions, second_passes, st.booleans())
+@example(RAGGED, SlidingWindow(2), "bidirectional", False)
+@example(PACKED, SlidingWindow(3), "bidirectional", False)
+@example(PACKED, Chunk(3), "anticausal", True)
+@example(QUESTIONS, SlidingWindow(3), "bidirectional", False)
+@example(ALIKE_QUESTIONS, SlidingWindow(2), "bidirectional", False)
 def test_every_token_sees_what_it_would_see_in_a_batch_of_its_own(
-    batch: Batch, local: LocalAttention | None, causal: bool, one_sequence_per_row: bool
+    batch: Batch, local: LocalAttention | None, second_pass: str, one_sequence_per_row: bool
 ) -> None:
     for group, held in groups(batch, batch.plan(one_sequence_per_row)):
-        patterns = group.patterns(local, causal)
+        patterns = group.patterns(local, second_pass)
         for row, document in enumerate(held):
             keys = keys_in_slots(group, document)
             queries = (document.encoded, document.encoded, document.answer)
             got = tuple(map(seen, patterns, [row] * 3, queries, keys))
-            assert got == expected(document, local, causal)
+            assert got == expected(document, local, second_pass)
 
 
-@given(batches, local_attentions, st.booleans(), st.booleans())
-@example(RAGGED, SlidingWindow(2), False, False)
-@example(PACKED, None, False, False)
+@given(batches, local_attentions, second_passes, st.booleans())
+@example(RAGGED, SlidingWindow(2), "bidirectional", False)
+@example(PACKED, None, "bidirectional", False)
 def test_packed_attention_is_told_the_same(
-    batch: Batch, local: LocalAttention | None, causal: bool, one_sequence_per_row: bool
+    batch: Batch, local: LocalAttention | None, second_pass: str, one_sequence_per_row: bool
 ) -> None:
     for group, held in groups(batch, batch.plan(one_sequence_per_row)):
-        for part, pattern in enumerate(group.patterns(local, causal)):
+        for part, pattern in enumerate(group.patterns(local, second_pass)):
             if pattern.causal is None:
                 assert (part, group.completion_index is None) == (2, False)
                 continue
@@ -94,51 +106,53 @@ def test_packed_attention_is_told_the_same(
                 keys = [key for key, filled in zip(all_keys, pattern.keys[row].tolist(), strict=True) if filled]
                 queries = (document.encoded, document.encoded, document.answer)[part]
                 assert pattern.queries[row].sum() == len(queries)
+                if pattern.reversed:
+                    keys, queries = keys[::-1], queries[::-1]
                 for before_last, query in enumerate(reversed(queries)):
                     in_sight = keys[: len(keys) - before_last] if pattern.causal else keys
                     near = {key for key in in_sight if document.near(query, key, local)}
-                    assert near == expected(document, local, causal)[part][query]
+                    assert near == expected(document, local, second_pass)[part][query]
 
 
-@given(batches, local_attentions, st.booleans(), st.booleans())
-@example(RAGGED, SlidingWindow(2), False, False)
-@example(PACKED, SlidingWindow(2), False, True)
-@example(QUESTIONS, SlidingWindow(1), False, True)
+@given(batches, local_attentions, second_passes, st.booleans())
+@example(RAGGED, SlidingWindow(2), "bidirectional", False)
+@example(PACKED, SlidingWindow(2), "bidirectional", True)
+@example(QUESTIONS, SlidingWindow(1), "bidirectional", True)
 def test_no_query_is_left_without_a_key(
-    batch: Batch, local: LocalAttention | None, causal: bool, one_sequence_per_row: bool
+    batch: Batch, local: LocalAttention | None, second_pass: str, one_sequence_per_row: bool
 ) -> None:
     layout = batch.plan(one_sequence_per_row)
     for group in layout.groups:
         assert all(
-            pattern.dense().any(dim=-1).all() for pattern in group.patterns(local, causal) if pattern.keys.numel()
+            pattern.dense().any(dim=-1).all() for pattern in group.patterns(local, second_pass) if pattern.keys.numel()
         )
     if one_sequence_per_row:
-        assert layout.groups[0].single_call_mask(layout.tokens, local, causal).any(dim=-1).all()
+        assert layout.groups[0].single_call_mask(layout.tokens, local, second_pass).any(dim=-1).all()
 
 
-@given(batches, local_attentions, st.booleans())
-@example(RAGGED, SlidingWindow(2), False)
-@example(PACKED, SlidingWindow(3), True)
-@example(QUESTIONS, SlidingWindow(3), False)
-@example(QUESTIONS, Chunk(3), False)
-@example(ALIKE_QUESTIONS, SlidingWindow(2), False)
-@example(Batch(("Pcc", "cc.")), None, False)
+@given(batches, local_attentions, second_passes)
+@example(RAGGED, SlidingWindow(2), "bidirectional")
+@example(PACKED, SlidingWindow(3), "causal")
+@example(QUESTIONS, SlidingWindow(3), "bidirectional")
+@example(QUESTIONS, Chunk(3), "bidirectional")
+@example(ALIKE_QUESTIONS, SlidingWindow(2), "bidirectional")
+@example(Batch(("Pcc", "cc.")), None, "bidirectional")
 def test_the_single_call_mask_says_the_same_of_lengthened_rows(
-    batch: Batch, local: LocalAttention | None, causal: bool
+    batch: Batch, local: LocalAttention | None, second_pass: str
 ) -> None:
     layout = batch.plan(one_sequence_per_row=True)
     tokens, copies = layout.streams
     size = layout.length
     mask = (
         layout.groups[0]
-        .single_call_mask(layout.tokens, local, causal)
+        .single_call_mask(layout.tokens, local, second_pass)
         .expand(len(batch.documents), 1, size, tokens + size)
     )
     for document, of_row in zip(batch.documents, mask[:, 0].tolist(), strict=True):
         row, copy = in_slots(document.tokens, tokens), in_slots(document.encoded, copies)
         keys = [(kind, token) for kind, part in (("own", row), ("copy", copy), ("kept", row)) for token in part]
         saw = [{keys[k] for k, lit in enumerate(line) if lit} for line in of_row]
-        encoded, copied, answer = expected(document, local, causal)
+        encoded, copied, answer = expected(document, local, second_pass)
         wanted = {
             **{query: {("own", key) for key in encoded[query]} for query in document.encoded},
             **{query: {("kept", key) for key in answer[query]} for query in document.answer},
@@ -175,16 +189,16 @@ def test_a_window_as_long_as_the_document_is_no_window(local: LocalAttention) ->
 # --- Made once --------------------------------------------------------------------------------------------------------
 
 
-@given(batches, local_attentions, local_attentions, st.booleans())
+@given(batches, local_attentions, local_attentions, second_passes)
 def test_patterns_asked_for_twice_are_the_same_and_do_not_mix_up_windows(
-    batch: Batch, one: LocalAttention | None, other: LocalAttention | None, causal: bool
+    batch: Batch, one: LocalAttention | None, other: LocalAttention | None, second_pass: str
 ) -> None:
     for group, fresh in zip(batch.plan().groups, batch.plan().groups, strict=True):
-        for second_pass_causal in (True, False):
-            group.patterns(other, second_pass_causal)
-        patterns = group.patterns(one, causal)
-        assert group.patterns(one, causal) is patterns
-        for pattern, alone in zip(patterns, fresh.patterns(one, causal), strict=True):
+        for each in SECOND_PASSES:
+            group.patterns(other, each)
+        patterns = group.patterns(one, second_pass)
+        assert group.patterns(one, second_pass) is patterns
+        for pattern, alone in zip(patterns, fresh.patterns(one, second_pass), strict=True):
             assert torch.equal(pattern.dense(), alone.dense())
 
 
@@ -241,6 +255,12 @@ def test_the_masks_of_a_document() -> None:
         [1, 1, 1, 0],
         [0, 1, 1, 1],
         [0, 0, 1, 1],
+    ]
+    assert group.bidirectional_mask(SlidingWindow(2), "anticausal")[0, 0].int().tolist() == [
+        [1, 1, 0, 0],
+        [0, 1, 1, 0],
+        [0, 0, 1, 1],
+        [0, 0, 0, 1],
     ]
     assert group.answer_mask(SlidingWindow(2))[0, 0].int().tolist() == [
         [0, 0, 0, 1, 1, 0],
@@ -309,7 +329,7 @@ def test_masks_go_with_their_documents(local: LocalAttention | None, one_sequenc
     layout = RAGGED.plan(one_sequence_per_row)
     held: list[weakref.ref] = [weakref.ref(layout)]
     for group in layout.groups:
-        patterns = group.patterns(local, False)
+        patterns = group.patterns(local)
         masks = [pattern.dense() for pattern in patterns] + (
             [group.single_call_mask(layout.tokens, local)] if one_sequence_per_row else []
         )

@@ -896,6 +896,7 @@ def test_architectures_score_like_three_passes(architecture: str) -> None:
         {"mixing": "relu"},
         {"share_adapter": True},
         {"second_pass_attention": "causal"},
+        {"second_pass_attention": "anticausal"},
         {"mixing_granularity": "head"},
         {"mixing_granularity": "model"},
     ],

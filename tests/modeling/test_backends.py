@@ -23,6 +23,7 @@ from bitune_plugin.modeling.backends import BACKENDS
 from helpers import SHAPES, batch, lora, packed, samples, tokens, with_oracle
 from models import tiny
 from three_pass import ThreePass
+from turns import CONVERSATIONS, alternating, assert_all_agree, assert_answers_agree, padded
 from zoo import tiny_of
 
 
@@ -119,6 +120,26 @@ def test_every_version_of_flash_attention_goes_by_its_name(version: int, flash: 
     assert set(flash) == {f"flash_attention_{version}"}
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_flash_attention_reads_backwards_if_tokens_attend_to_those_after_them(
+    architecture: str, side: str, flash: list[str]
+) -> None:
+    base = tiny_of(architecture)
+    model, oracle = with_implementation(base, "flash_attention_2", second_pass_attention="anticausal")
+    assert_gradients_agree(model, oracle, batch(samples(*SHAPES), side))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "second_pass"), [("llama", "bidirectional"), ("mistral", "bidirectional"), ("llama", "anticausal")]
+)
+def test_flash_attention_of_several_prompts(architecture: str, second_pass: str, flash: list[str]) -> None:
+    base = tiny_of(architecture)
+    base.config._attn_implementation_internal = "flash_attention_2"
+    model, oracle = alternating(base, second_pass_attention=second_pass)
+    assert_all_agree(model, oracle, padded(CONVERSATIONS, "left"))
+
+
 def test_flash_attention_of_rows_that_all_agree(flash: list[str]) -> None:
     model, oracle = with_implementation(tiny(), "flash_attention_2")
     assert_logits_agree(model, oracle, batch([(tokens(9, seed), 5) for seed in range(3)]))
@@ -147,14 +168,23 @@ def test_flash_attention_refuses_chunks(flash: list[str]) -> None:
         model(**batch(samples(*SHAPES)).inputs)
 
 
+@pytest.mark.parametrize("second_pass", ["bidirectional", "anticausal"])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
-def test_flex_attention(architecture: str, flex: None) -> None:
-    model, oracle = with_implementation(tiny_of(architecture), "flex_attention")
+def test_flex_attention(architecture: str, second_pass: str, flex: None) -> None:
+    model, oracle = with_implementation(tiny_of(architecture), "flex_attention", second_pass_attention=second_pass)
     with torch.no_grad():
         for side in ("left", "right"):
             assert_logits_agree(model, oracle, batch(samples(*SHAPES), side))
         assert_logits_agree(model, oracle, packed(samples(*SHAPES)))
     assert_tokens_agree(model, oracle)
+
+
+def test_flex_attention_of_several_prompts(flex: None) -> None:
+    base = tiny_of("gemma3_text")
+    base.config._attn_implementation_internal = "flex_attention"
+    model, oracle = alternating(base)
+    with torch.no_grad():
+        assert_answers_agree(model, oracle, padded(CONVERSATIONS, "left"))
 
 
 @pytest.mark.parametrize("base", BACKENDS)

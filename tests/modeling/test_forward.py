@@ -91,6 +91,7 @@ VARIANTS = {
     "head": {"mixing_granularity": "head"},
     "model": {"mixing_granularity": "model"},
     "only causal": {"second_pass_attention": "causal"},
+    "only anticausal": {"second_pass_attention": "anticausal"},
     "shared": {"share_adapter": True},
     "naive bidirectional": {"share_adapter": True, "mixing": "none"},
     "theta_init": {"theta_init": 0.1},
@@ -113,7 +114,7 @@ def test_one_pass_equals_three_for_every_setting(settings: dict, side: str) -> N
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "gemma3_text"])
-@pytest.mark.parametrize("second_pass", ["bidirectional", "causal"])
+@pytest.mark.parametrize("second_pass", ["bidirectional", "causal", "anticausal"])
 def test_sliding_windows_hold_in_both_streams(architecture: str, second_pass: str) -> None:
     model, oracle = with_oracle(architecture, second_pass_attention=second_pass)
     rows = batch(samples((23, 17), (19, 3), (14, 14)), "left")

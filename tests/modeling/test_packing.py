@@ -46,6 +46,7 @@ def test_experts_keep_documents_and_streams_apart(architecture: str) -> None:
         {"mixing_granularity": "head"},
         {"mixing_granularity": "model"},
         {"second_pass_attention": "causal"},
+        {"second_pass_attention": "anticausal"},
         {"share_adapter": True},
     ],
     ids=lambda settings: "-".join(map(str, settings)),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitune_plugin.core.layout import PromptLayout
-from bitune_plugin.core.masks import Chunk, LocalAttention, SequenceGroup, SlidingWindow
+from bitune_plugin.core.masks import SECOND_PASSES, Chunk, LocalAttention, SequenceGroup, SlidingWindow
 from bitune_plugin.core.planning import plan
 
 settings.register_profile("documents", deadline=None, max_examples=60)
@@ -63,10 +63,11 @@ class Document:
         behind = self.alone(query)[: self.place(query) + 1]
         return {key for key in behind if self.near(query, key, local)}
 
-    def seen_by_copy(self, query: int, local: LocalAttention | None, causal: bool) -> set[int]:
-        if causal:
+    def seen_by_copy(self, query: int, local: LocalAttention | None, second_pass: str) -> set[int]:
+        if second_pass == "causal":
             return self.seen_behind(query, local)
-        return {key for key in self.encoded if self.near(query, key, local)}
+        ahead = self.encoded[self.encoded.index(query) if second_pass == "anticausal" else 0 :]
+        return {key for key in ahead if self.near(query, key, local)}
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,8 @@ single_batches = batches_of(documents())
 question_batches = batches_of(questions())
 batches = st.one_of(single_batches, packed_batches, question_batches).filter(lambda batch: batch.documents)
 """With a token at least."""
+
+second_passes = st.sampled_from(SECOND_PASSES)
 
 local_attentions = st.one_of(st.none(), st.integers(1, 12).map(SlidingWindow), st.integers(1, 12).map(Chunk))
 

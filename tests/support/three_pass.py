@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import signature
 from unittest.mock import patch
@@ -95,8 +95,7 @@ class ThreePass(nn.Module):
         causal, second = self._cache(), self._cache()
         self._run("causal", encoded, causal, 0)
         adapter = "causal" if self.share_adapter else "bidirectional"
-        full = self.second_pass_attention == "bidirectional"
-        with full_attention(self.model.get_base_model()) if full else nullcontext():
+        with attention_of(self.second_pass_attention, self.model.get_base_model()):
             self._run(adapter, encoded, second, 0)
         for index, (c, s) in enumerate(zip(causal.layers, second.layers, strict=True)):
             key = self._mix(c.keys, s.keys, self.theta_key, index)
@@ -172,31 +171,46 @@ def without_whole_modules(adapter: PeftConfig) -> PeftConfig:
     return adapter
 
 
+SEES = {"bidirectional": lambda i, j: (i == i) & (j == j), "anticausal": lambda i, j: i <= j}
+"""Second pass -> whether token i attends to token j."""
+
+
 @contextmanager
-def full_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Lets everybody see everybody; in layers with a sliding window or chunks, within it on both sides."""
+def attention_of(second_pass: str, model: PreTrainedModel, past: int = 0) -> Iterator[None]:
+    """Lets everybody see whom `second_pass` says, and `past` tokens in a cache; in layers with a sliding window or
+    chunks, within it."""
+    if second_pass == "causal":
+        yield
+        return
+
+    def sees(i: Tensor, j: Tensor) -> Tensor:
+        return SEES[second_pass](i, j) | (j < past)
+
     config, modelling = model.config, sys.modules[type(model).__module__]
     reaches: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "create_causal_mask": lambda i, j: (i == i) & (j == j),
-        "create_sliding_window_causal_mask": lambda i, j: (i - j).abs() < config.sliding_window,
-        "create_chunked_causal_mask": lambda i, j: i // config.attention_chunk_size == j // config.attention_chunk_size,
+        "create_causal_mask": sees,
+        "create_sliding_window_causal_mask": lambda i, j: sees(i, j) & ((i - j).abs() < config.sliding_window),
+        "create_chunked_causal_mask": lambda i, j: (
+            sees(i, j) & (i // config.attention_chunk_size == j // config.attention_chunk_size)
+        ),
     }
     with ExitStack() as patches:
         for name, reach in reaches.items():
             if hasattr(modelling, name):
-                patches.enter_context(patch.object(modelling, name, partial(_eager_mask, reach)))
+                patches.enter_context(patch.object(modelling, name, partial(_eager_mask, reach, past)))
         for module in model.modules():
             if type(module).__name__ == "GPTNeoSelfAttention":  # has its masks in itself
                 i = torch.arange(module.bias.shape[2])
                 near = (i[:, None] - i).abs() < config.window_size
-                bias = near | (module.attention_type == "global")
+                bias = (near | (module.attention_type == "global")) & sees(i[:, None], i)
                 patches.enter_context(patch.dict(module._buffers, bias=bias[None, None]))
         yield
 
 
-def _eager_mask(reach: Callable[[Tensor, Tensor], Tensor], inputs_embeds: Tensor, **_: object) -> Tensor:
-    i = torch.arange(inputs_embeds.shape[1])
-    return torch.zeros(1, 1, len(i), len(i)).masked_fill(~reach(i[:, None], i[None, :]), torch.finfo(torch.float32).min)
+def _eager_mask(reach: Callable[[Tensor, Tensor], Tensor], past: int, inputs_embeds: Tensor, **_: object) -> Tensor:
+    j = torch.arange(past + inputs_embeds.shape[1])
+    hidden = ~reach(j[past:, None], j[None, :])
+    return torch.zeros(1, 1, *hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
 
 
 def cache_what_is_expanded(model: PreTrainedModel) -> None:

@@ -68,7 +68,8 @@ def test_two_bare_configs_do_not_share_their_adapter() -> None:
     [
         ("mixing", ("'abs'", "'relu'", "'none'")),
         ("mixing_granularity", ("'layer'", "'head'", "'model'")),
-        ("second_pass_attention", ("'bidirectional'", "'causal'")),
+        ("second_pass_attention", ("'bidirectional'", "'causal'", "'anticausal'")),
+        ("multi_turn", ("'reread'", "'alternate'")),
     ],
 )
 @pytest.mark.parametrize("value", ["tanh", "", None, 1, ["abs"]])
@@ -272,7 +273,8 @@ def unusual(**settings: object) -> BituneConfig:
         mixing_granularity="head",
         base_model_name_or_path="some/model",
         revision="main",
-        **{"second_pass_attention": "causal", **settings},
+        multi_turn="alternate",
+        **{"second_pass_attention": "anticausal", **settings},
     )
 
 
@@ -282,7 +284,7 @@ def shared() -> BituneConfig:
 
 def test_every_setting_is_unusual_in_the_configs_used_below() -> None:
     usual = BituneConfig()
-    for name in ("adapter", "theta_init", "mixing", "mixing_granularity", "second_pass_attention"):
+    for name in ("adapter", "theta_init", "mixing", "mixing_granularity", "second_pass_attention", "multi_turn"):
         assert getattr(unusual(), name) != getattr(usual, name)
     assert shared().share_adapter != usual.share_adapter
 
