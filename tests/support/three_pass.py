@@ -195,8 +195,10 @@ def full_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _eager_mask(reach: Callable[[Tensor, Tensor], Tensor], inputs_embeds: Tensor, **_: object) -> Tensor:
-    i = torch.arange(inputs_embeds.shape[1])
-    return torch.zeros(1, 1, len(i), len(i)).masked_fill(~reach(i[:, None], i[None, :]), torch.finfo(torch.float32).min)
+    kind = {"device": inputs_embeds.device, "dtype": inputs_embeds.dtype}
+    i = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+    mask = torch.zeros(1, 1, len(i), len(i), **kind)
+    return mask.masked_fill(~reach(i[:, None], i[None, :]), torch.finfo(inputs_embeds.dtype).min)
 
 
 def cache_what_is_expanded(model: PreTrainedModel) -> None:
