@@ -79,7 +79,7 @@ def test_scores_are_exact_match_of_the_first_line_of_greedy_answers(
         return ["\tYes ", " No", "Yes and no", "Yes"]
 
     monkeypatch.setattr(run.HFLM, "generate_until", answer)
-    assert run.score(trained, word_tokenizer(), questions) == "1001"
+    assert run.score(trained, word_tokenizer(), questions, experiment.METHODS["LoRA r=8"]) == "1001"
 
 
 def test_a_method_is_trained_on_several_models_in_one_process(model: str) -> None:

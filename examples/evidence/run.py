@@ -1,7 +1,7 @@
 """Trains and scores everything that `experiment.py` lists and that has no result yet.
 
     python examples/evidence/run.py                  # all of it; stop it whenever you like, and start it again
-    python examples/evidence/run.py rates table      # some of it: rates, table, curves, ablations
+    python examples/evidence/run.py rates table      # some of it: rates, table, curves, ablations, rivals
     python examples/evidence/run.py --jobs 1 --device cuda
 
 Every run leaves one JSON file in `results/`: scores question by question, losses, alpha by layer, and what it took. A
@@ -36,11 +36,22 @@ from lm_eval.tasks import TaskManager, get_task_dict
 from peft import PeftModel
 from rich.progress import Progress
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from bitune_plugin import BituneConfig, BituneLM, BituneSFTConfig, BituneSFTTrainer
-from evidence.experiment import METHODS, RESULTS, Run, ablation_runs, curve_runs, rate_runs, table_runs
+from evidence.experiment import (
+    METHODS,
+    RESULTS,
+    Method,
+    Run,
+    ablation_runs,
+    curve_runs,
+    rate_runs,
+    rival_runs,
+    table_runs,
+)
+from evidence.rivals import SegmentEnds, SegmentsLM, additive, check_masks_reach, mas_mask, repeated
 from pretrained import resolve
 from tasks import held_out, training
 
@@ -49,6 +60,7 @@ STAGES: dict[str, Callable[[], Iterator[Run]]] = {
     "table": table_runs,
     "curves": curve_runs,
     "ablations": ablation_runs,
+    "rivals": rival_runs,
 }
 """Later ones need the learning rates that the first finds."""
 
@@ -75,12 +87,30 @@ class AnswersOnlyTrainer(SFTTrainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
         causal_lm = model.get_base_model()
-        hidden = causal_lm.model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
+        hidden = causal_lm.model(inputs["input_ids"], attention_mask=self.mask_of(causal_lm, inputs)).last_hidden_state
         labels = inputs["labels"][:, 1:]
         answers = labels != -100
         logits = causal_lm.lm_head(hidden[:, :-1][answers]).float()
         loss = nn.functional.cross_entropy(logits, labels[answers], reduction="sum")
         return loss / (answers.sum() if num_items_in_batch is None else num_items_in_batch)
+
+    def mask_of(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+        """The `attention_mask` of a batch."""
+        return inputs["attention_mask"]
+
+
+class SegmentsTrainer(AnswersOnlyTrainer):
+    """MAS: the same, with full attention within each segment of a prompt."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.ends = SegmentEnds(self.processing_class)
+
+    def mask_of(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+        tokens, attended = inputs["input_ids"], inputs["attention_mask"].bool()
+        check_masks_reach(model, tokens.shape[1])
+        segments = self.ends.segments(tokens.cpu()).to(tokens.device)
+        return additive(mas_mask(segments, attended & (inputs["labels"] == -100), attended), model.dtype)
 
 
 class ScoreAt(TrainerCallback):
@@ -105,6 +135,8 @@ def execute(run: Run, device: str, threads: int) -> dict[str, Any]:
     transformers.set_seed(run.seed)
     questions = held_out(run.task, VALIDATION + TEST)
     samples = training(run.task, run.samples[-1], run.seed, questions)
+    method = METHODS[run.method]
+    samples, questions = as_read(samples, method), as_read(questions, method)
     splits = {"test": questions.select(range(VALIDATION, VALIDATION + TEST))}
     if run in rate_runs():  # whose scores choose the learning rate
         splits["validation"] = questions.select(range(VALIDATION))
@@ -112,7 +144,9 @@ def execute(run: Run, device: str, threads: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(run, samples, tokenizer, device, folder)
         model = trainer.model
-        scoring = ScoreAt(run.samples, lambda: {name: score(model, tokenizer, asked) for name, asked in splits.items()})
+        scoring = ScoreAt(
+            run.samples, lambda: {name: score(model, tokenizer, asked, method) for name, asked in splits.items()}
+        )
         trainer.add_callback(scoring)
         trainer.train()
     trained, _ = model.get_nb_trainable_parameters()
@@ -133,10 +167,11 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     device: str,
     folder: str,
-    stock: type[SFTTrainer] = AnswersOnlyTrainer,
+    stock: type[SFTTrainer] | None = None,
 ) -> SFTTrainer:
-    """The trainer of a run; `stock` is that of what is not Bitune."""
+    """The trainer of a run; `stock` is that of what is not Bitune, by default the one for how its method reads."""
     method = METHODS[run.method]
+    stock = stock or (SegmentsTrainer if method.reading == "by segments" else AnswersOnlyTrainer)
     is_bitune = isinstance(method.adapter, BituneConfig)
     # Weights in bfloat16, as in the paper; adapters and theta stay float32. Eager attention is the fastest on a CPU.
     model = AutoModelForCausalLM.from_pretrained(
@@ -175,9 +210,24 @@ def make_trainer(
     )
 
 
-def score(model: PeftModel, tokenizer: PreTrainedTokenizerBase, questions: Dataset) -> str:
-    """Exact match of the first line of greedy answers by lm-eval, question by question: `1` for a right one."""
-    lm_class = BituneLM if isinstance(model.peft_config["default"], BituneConfig) else HFLM
+def as_read(samples: Dataset, method: Method) -> Dataset:
+    """Samples or questions with the prompts that a method reads."""
+    return samples.map(lambda row: {"prompt": repeated(row["prompt"])}) if method.reading == "twice" else samples
+
+
+def lm_class_of(method: Method) -> type[HFLM]:
+    if isinstance(method.adapter, BituneConfig):
+        return BituneLM
+    return SegmentsLM if method.reading == "by segments" else HFLM
+
+
+def score(model: PeftModel, tokenizer: PreTrainedTokenizerBase, questions: Dataset, method: Method) -> str:
+    """Exact match of the first line of greedy answers by lm-eval, question by question: `1` for a right one.
+
+    Args:
+        questions: with prompts as the method reads them.
+    """
+    lm_class = lm_class_of(method)
     lm = lm_class(pretrained=model, tokenizer=tokenizer, batch_size=50)
     longest = max(map(len, tokenizer(questions["completion"][:], add_special_tokens=False)["input_ids"]))
     with tempfile.TemporaryDirectory() as folder:
