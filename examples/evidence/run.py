@@ -1,7 +1,8 @@
 """Trains and scores everything that `experiment.py` lists and that has no result yet.
 
-    python examples/evidence/run.py                  # all of it; stop it whenever you like, and start it again
+    python examples/evidence/run.py                  # nearly all; stop it whenever you like, and start it again
     python examples/evidence/run.py rates table      # some of it: rates, table, curves, ablations, rivals
+    python examples/evidence/run.py comparison-rates comparison    # days on a CPU, so only if they are named
     python examples/evidence/run.py --jobs 1 --device cuda
 
 Every run leaves one JSON file in `results/`: scores question by question, losses, alpha by layer, and what it took. A
@@ -40,6 +41,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import SFTConfig, SFTTrainer
 
 from bitune_plugin import BituneConfig, BituneLM, BituneSFTConfig, BituneSFTTrainer
+from evidence.choosing import choose
+from evidence.comparison import as_read, comparison_rate_runs, comparison_runs, is_compared, tokens_per_sample
+from evidence.comparison import samples_and_splits as compared_samples
 from evidence.experiment import (
     METHODS,
     RESULTS,
@@ -51,7 +55,7 @@ from evidence.experiment import (
     rival_runs,
     table_runs,
 )
-from evidence.rivals import SegmentEnds, SegmentsLM, additive, check_masks_reach, mas_mask, repeated
+from evidence.rivals import SegmentEnds, SegmentsLM, additive, check_masks_reach, mas_mask
 from pretrained import resolve
 from tasks import held_out, training
 
@@ -61,8 +65,13 @@ STAGES: dict[str, Callable[[], Iterator[Run]]] = {
     "curves": curve_runs,
     "ablations": ablation_runs,
     "rivals": rival_runs,
+    "comparison-rates": comparison_rate_runs,
+    "comparison": comparison_runs,
 }
-"""Later ones need the learning rates that the first finds."""
+"""Later ones need the learning rates that `rates` finds, and `comparison` those of `comparison-rates`."""
+
+DAYS = ("comparison-rates", "comparison")
+"""Stages that take days on a CPU, and run only if they are named."""
 
 VALIDATION, TEST = 100, 150
 """Questions; no training question is among them."""
@@ -133,19 +142,14 @@ def execute(run: Run, device: str, threads: int) -> dict[str, Any]:
     start = time.perf_counter()
     torch.set_num_threads(threads)
     transformers.set_seed(run.seed)
-    questions = held_out(run.task, VALIDATION + TEST)
-    samples = training(run.task, run.samples[-1], run.seed, questions)
-    method = METHODS[run.method]
-    samples, questions = as_read(samples, method), as_read(questions, method)
-    splits = {"test": questions.select(range(VALIDATION, VALIDATION + TEST))}
-    if run in rate_runs():  # whose scores choose the learning rate
-        splits["validation"] = questions.select(range(VALIDATION))
+    method, answered = METHODS[run.method], choose if is_compared(run) else score
+    samples, splits = compared_samples(run) if is_compared(run) else samples_and_splits(run)
     tokenizer = AutoTokenizer.from_pretrained(resolve(run.model))
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(run, samples, tokenizer, device, folder)
         model = trainer.model
         scoring = ScoreAt(
-            run.samples, lambda: {name: score(model, tokenizer, asked, method) for name, asked in splits.items()}
+            run.samples, lambda: {name: answered(model, tokenizer, asked, method) for name, asked in splits.items()}
         )
         trainer.add_callback(scoring)
         trainer.train()
@@ -155,10 +159,23 @@ def execute(run: Run, device: str, threads: int) -> dict[str, Any]:
         "losses": [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry],
         "alphas": alphas(model),
         "trained_parameters": trained,
+        "tokens_per_sample": tokens_per_sample(samples, method, tokenizer),
         "seconds": round(time.perf_counter() - start),
         "device": device_name(device),
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft, trl, lm_eval)},
     }
+
+
+def samples_and_splits(run: Run) -> tuple[Dataset, dict[str, Dataset]]:
+    """What a run trains on, and the questions that it is scored on, with prompts as it reads them."""
+    questions = held_out(run.task, VALIDATION + TEST)
+    method = METHODS[run.method]
+    samples = as_read(training(run.task, run.samples[-1], run.seed, questions), method)
+    questions = as_read(questions, method)
+    splits = {"test": questions.select(range(VALIDATION, VALIDATION + TEST))}
+    if run in rate_runs():  # whose scores choose the learning rate
+        splits["validation"] = questions.select(range(VALIDATION))
+    return samples, splits
 
 
 def make_trainer(
@@ -208,11 +225,6 @@ def make_trainer(
         processing_class=tokenizer,
         peft_config=copy.deepcopy(method.adapter),  # PEFT writes the names of this model's layers into it
     )
-
-
-def as_read(samples: Dataset, method: Method) -> Dataset:
-    """Samples or questions with the prompts that a method reads."""
-    return samples.map(lambda row: {"prompt": repeated(row["prompt"])}) if method.reading == "twice" else samples
 
 
 def lm_class_of(method: Method) -> type[HFLM]:
@@ -295,7 +307,7 @@ def run_all(stage: str, arguments: argparse.Namespace) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; all of them by default")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; one per core by default")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments = parser.parse_args()
@@ -307,7 +319,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    for stage in arguments.stages or STAGES:
+    for stage in arguments.stages or [stage for stage in STAGES if stage not in DAYS]:
         run_all(stage, arguments)
 
 
