@@ -46,7 +46,7 @@ from benchmarks.measuring import (
     time_contenders,
 )
 from benchmarks.report import Result
-from benchmarks.training import Document
+from benchmarks.training import Document, tokens_read
 from pretrained import resolve
 from tasks import TEMPLATE
 
@@ -104,15 +104,6 @@ def batches_for(arguments: argparse.Namespace, model: str, shape: str) -> list[l
 def make_run(arguments: argparse.Namespace, model: str, shape: str, contender: str) -> Run:
     batches = batches_for(arguments, model, shape)
     return training.make_run(contender, load(arguments, model), batches, arguments.checkpointing)
-
-
-def tokens_read(contender: str, batches: list[list[Document]]) -> int:
-    """Tokens that a contender needs to read in its forward passes, padding included."""
-    if contender == "lora":
-        return sum(len(batch) * max(len(document.tokens) for document in batch) for batch in batches)
-    documents = [document for batch in batches for document in batch]
-    read_twice = 0 if contender == "lora packed" else sum(document.prompt_length - 1 for document in documents)
-    return sum(len(document.tokens) for document in documents) + read_twice
 
 
 def measure(arguments: argparse.Namespace, model: str, shape: str) -> list[Result]:

@@ -16,10 +16,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+if TYPE_CHECKING:  # what only makes tables runs without matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).with_name("README.md")
@@ -253,6 +254,8 @@ def _line(cells: Sequence[str]) -> str:
 
 def draw(benchmark: str, results: list[Result], stem: Path) -> None:
     """Draws a column of charts for each model, into `stem` with the endings of PNG and SVG."""
+    from matplotlib.figure import Figure
+
     charts = [chart for chart in REPORTS[benchmark].charts if chart.has_something_in(results)]
     models, shapes = distinct(results, "model"), distinct(results, "shape")
     size = len(models) * (3 + 0.8 * len(shapes)) + 1, 3.5 * len(charts)
@@ -267,6 +270,8 @@ def draw(benchmark: str, results: list[Result], stem: Path) -> None:
 
 def save(figure: Figure, stem: Path) -> None:
     """Writes a plot as PNG and SVG: the same files for the same results."""
+    from matplotlib import rc_context
+
     stem.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(stem.with_suffix(".png"), dpi=120)
     with rc_context({"svg.hashsalt": "bitune"}):

@@ -8,7 +8,9 @@ for `three-pass`, which goes through its documents one by one and sums up their 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -20,6 +22,9 @@ from transformers import PreTrainedModel
 from benchmarks.measuring import lora_config
 from bitune_plugin import BituneConfig
 from three_pass import ThreePass
+
+Forward = Callable[[], AbstractContextManager]
+"""Makes the context of a forward pass."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +91,18 @@ def packed(documents: Sequence[Document]) -> Batch:
 
 
 def make_run(
-    contender: str, base: PreTrainedModel, batches: Sequence[Sequence[Document]], checkpointing: bool = False
+    contender: str,
+    base: PreTrainedModel,
+    batches: Sequence[Sequence[Document]],
+    checkpointing: bool = False,
+    autocast: bool = False,
 ) -> Callable[[], list[float]]:
     """Training steps of a contender, one for each batch.
 
     Args:
         contender: `lora` or `bitune`, followed by ` packed` for one row per batch; or `three-pass`.
         checkpointing: gradient checkpointing; not for `three-pass`, whose cache must carry gradients.
+        autocast: compute the losses in bfloat16, as TRL's trainer does by default.
 
     Returns:
         A function that does the steps and returns their losses.
@@ -111,12 +121,13 @@ def make_run(
     trained = [p for name, p in model.named_parameters() if "lora_" in name or "theta_" in name]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     formed = [packed(batch) if form else padded(batch) for batch in batches]
+    forward = partial(torch.autocast, base.device.type, torch.bfloat16, enabled=autocast)
 
     def step(number: int) -> float:
         if isinstance(model, ThreePass):
-            loss = _three_passes_each(model, batches[number])
+            loss = _three_passes_each(model, batches[number], forward)
         else:
-            loss = _in_one_pass(model, formed[number], knows_prompt=method == "bitune")
+            loss = _in_one_pass(model, formed[number], method == "bitune", forward)
         optimizer.step()
         optimizer.zero_grad()
         return loss
@@ -124,24 +135,35 @@ def make_run(
     return lambda: [step(number) for number in range(len(batches))]
 
 
-def _in_one_pass(model: PeftModel, batch: Batch, knows_prompt: bool) -> float:
+def _in_one_pass(model: PeftModel, batch: Batch, knows_prompt: bool, forward: Forward) -> float:
     causal_model = model.get_base_model()
     prompt = {"prompt_mask": batch.prompt_mask} if knows_prompt else {}
-    hidden_states = causal_model.get_decoder()(**batch.inputs, **prompt, use_cache=False).last_hidden_state
-    logits = causal_model.get_output_embeddings()(hidden_states[batch.predicts])
-    loss = cross_entropy(logits.float(), batch.targets)
+    with forward():
+        hidden_states = causal_model.get_decoder()(**batch.inputs, **prompt, use_cache=False).last_hidden_state
+        logits = causal_model.get_output_embeddings()(hidden_states[batch.predicts])
+        loss = cross_entropy(logits.float(), batch.targets)
     loss.backward()
     return loss.item()
 
 
-def _three_passes_each(model: ThreePass, documents: Sequence[Document]) -> float:
+def _three_passes_each(model: ThreePass, documents: Sequence[Document], forward: Forward) -> float:
     targets = sum(len(document.completion) for document in documents)
     total = 0.0
     for document in documents:
-        loss = model.loss(document.tokens, document.prompt_length) * len(document.completion) / targets
+        with forward():
+            loss = model.loss(document.tokens, document.prompt_length) * len(document.completion) / targets
         loss.backward()
         total += loss.item()
     return total
+
+
+def tokens_read(contender: str, batches: Sequence[Sequence[Document]]) -> int:
+    """Tokens that a contender needs to read in its forward passes, padding included."""
+    if contender == "lora":
+        return sum(len(batch) * max(len(document.tokens) for document in batch) for batch in batches)
+    documents = [document for batch in batches for document in batch]
+    read_twice = 0 if contender == "lora packed" else sum(document.prompt_length - 1 for document in documents)
+    return sum(len(document.tokens) for document in documents) + read_twice
 
 
 def random_documents(base: PreTrainedModel, count: int, length: int, prompt_length: int) -> list[Document]:

@@ -57,6 +57,10 @@ def bitune(rank: int = 8, **settings: Any) -> BituneConfig:
     return BituneConfig(adapter=lora(rank), **settings)
 
 
+READINGS = ("once", "twice", "by segments")
+"""As it is, repeated, or with full attention within each segment (`rivals.py`); Bitune has its own way to read once."""
+
+
 @dataclass(frozen=True)
 class Method:
     """What a run trains.
@@ -64,10 +68,12 @@ class Method:
     Attributes:
         adapter: a PEFT config; Bitune trains with `BituneSFTTrainer`, all else with TRL's own trainer.
         training: settings of `BituneSFTConfig` that differ from all others'.
+        reading: how it reads a prompt, one of `READINGS`.
     """
 
     adapter: PeftConfig
     training: dict[str, Any] = field(default_factory=dict)
+    reading: str = "once"
 
 
 COMPARED = {"LoRA r=8": Method(lora(8)), "LoRA r=16": Method(lora(16)), "Bitune r=8": Method(bitune())}
@@ -89,7 +95,13 @@ MOVERS = {
 }
 """What might move the number of samples from which Bitune is ahead."""
 
-METHODS = COMPARED | ABLATIONS | MOVERS
+RIVALS = {
+    "prompt repetition": Method(lora(16), reading="twice"),
+    "MAS": Method(lora(16), reading="by segments"),
+}
+"""Of as many parameters as Bitune. Prefix-LM is among the ablations, as naive bidirectional."""
+
+METHODS = COMPARED | ABLATIONS | MOVERS | RIVALS
 
 CROSSING = ("LoRA r=16", "Bitune r=8")
 """Whose curves may cross: of as many parameters."""
@@ -161,6 +173,14 @@ def ablation_runs() -> Iterator[Run]:
     for seed in SEEDS:
         for task, samples in ABLATED.items():
             yield from at_best_rate(CURVE_MODEL, [task], ABLATIONS, seed, samples)
+
+
+def rival_runs() -> Iterator[Run]:
+    """Rivals beside Bitune, where the table, the curves and the ablations have run for the others."""
+    for seed in SEEDS:
+        for task, samples in ABLATED.items():
+            yield from at_best_rate(CURVE_MODEL, [task], RIVALS, seed, samples)
+        yield from at_best_rate(CURVE_MODEL, [PATHS], ["LoRA r=8"], seed, ABLATED[PATHS])
 
 
 def curve_runs() -> Iterator[Run]:

@@ -19,9 +19,10 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from matplotlib.figure import Figure
-from scipy.stats import binomtest, ttest_rel
+from scipy.stats import ttest_rel
 
 from benchmarks.report import markdown, save, with_tables
+from evidence import comparison_report
 from evidence.experiment import (
     ABLATED,
     ABLATIONS,
@@ -37,9 +38,11 @@ from evidence.experiment import (
     ablation_runs,
     best_rate,
     curve_runs,
+    rival_runs,
     share,
     table_runs,
 )
+from evidence.paired_tests import mean_gain, p_over_questions
 
 README = Path(__file__).with_name("README.md")
 
@@ -87,15 +90,9 @@ def paired(one: Sequence[Result], other: Sequence[Result]) -> Iterator[tuple[Res
 
 
 def p_of_questions(one: Sequence[Result], other: Sequence[Result], point: int = -1) -> float:
-    """The exact sign test over the questions, each with the answers of all seeds, which are not independent of each
-    other: whether these models differ. With one seed, McNemar's test."""
-    gains = [
-        [int(a) - int(b) for a, b in zip(answers(x, point), answers(y, point), strict=True)]
-        for x, y in paired(one, other)
-    ]
-    by_question = [sum(of_seeds) for of_seeds in zip(*gains, strict=True)]
-    wins, losses = sum(gain > 0 for gain in by_question), sum(gain < 0 for gain in by_question)
-    return binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
+    """`p_over_questions` of results of one model and task."""
+    by_seed = [{result["seed"]: answers(result, point) for result in side} for side in (one, other)]
+    return p_over_questions(*by_seed)
 
 
 def table() -> str:
@@ -140,14 +137,14 @@ def rates() -> str:
     return markdown(["model", "method", *(f"at {rate:g}" for rate in LEARNING_RATES), "chosen"], rows)
 
 
+def answers_at(found: Sequence[Result], size: int) -> dict[int, str]:
+    """Answers after `size` training samples, by seed: a run's are the same whether it ends there or goes on."""
+    return {result["seed"]: point["test"] for result in found for point in result["points"] if point["samples"] == size}
+
+
 def at(found: Sequence[Result], size: int) -> dict[int, float]:
-    """Scores after `size` training samples, by seed: a run's are the same whether it ends there or goes on."""
-    return {
-        result["seed"]: share(point["test"])
-        for result in found
-        for point in result["points"]
-        if point["samples"] == size
-    }
+    """The shares of right answers among those."""
+    return {seed: share(right) for seed, right in answers_at(found, size).items()}
 
 
 def ablations() -> str:
@@ -160,6 +157,37 @@ def ablations() -> str:
     for method in (OURS, *ABLATIONS):
         cells = [at(of(found, task=task, method=method), size) for task, size in columns]
         rows.append([method, *(f"{spread(list(cell.values()))} ({len(cell)})" if cell else "" for cell in cells)])
+    return markdown(["", *(f"{task}, {size}" for task, size in columns)], rows)
+
+
+BESIDE = {
+    "LoRA r=8": "LoRA r=8",
+    "LoRA r=16": "LoRA r=16",
+    "prompt repetition": "prompt repetition (LoRA r=16)",
+    "MAS": "MAS (LoRA r=16)",
+    "naive bidirectional": "prefix-LM (naive bidirectional)",
+    "only causal": "only causal",
+    OURS: OURS,
+}
+"""The rivals, and their names in the table."""
+
+
+def rivals() -> str:
+    """Bitune beside its rivals, at the chosen learning rates, and its gain over each where the seeds are the same."""
+    runs = [*table_runs(), *curve_runs(), *ablation_runs(), *rival_runs()]
+    found = results(run for run in runs if run.model == CURVE_MODEL)
+    found = [result for result in found if result["learning_rate"] == best_rate(CURVE_MODEL, result["method"])]
+    columns = [(task, size) for task, sizes in ABLATED.items() for size in sizes]
+    rows = []
+    for method, name in BESIDE.items():
+        cells = []
+        for task, size in columns:
+            theirs, ours = (answers_at(of(found, task=task, method=each), size) for each in (method, OURS))
+            gain = None if method == OURS else mean_gain(ours, theirs)
+            p = "" if gain is None else f", {100 * gain:+.1f} (p {p_over_questions(ours, theirs):.2g})"
+            shown = spread([share(right) for right in theirs.values()])
+            cells.append(f"{shown} ({len(theirs)}){p}" if theirs else "")
+        rows.append([name, *cells])
     return markdown(["", *(f"{task}, {size}" for task, size in columns)], rows)
 
 
@@ -203,6 +231,8 @@ TABLES = {
     "ablations": ablations,
     "curves": curves,
     "crossing": crossing,
+    "rivals": rivals,
+    **comparison_report.TABLES,
 }
 
 

@@ -1,7 +1,8 @@
 """Trains and scores everything that `experiment.py` lists and that has no result yet.
 
-    python examples/evidence/run.py                  # all of it; stop it whenever you like, and start it again
-    python examples/evidence/run.py rates table      # some of it: rates, table, curves, ablations
+    python examples/evidence/run.py                  # nearly all; stop it whenever you like, and start it again
+    python examples/evidence/run.py rates table      # some of it: rates, table, curves, ablations, rivals
+    python examples/evidence/run.py comparison-rates comparison    # days on a CPU, so only if they are named
     python examples/evidence/run.py --jobs 1 --device cuda
 
 Every run leaves one JSON file in `results/`: scores question by question, losses, alpha by layer, and what it took. A
@@ -36,11 +37,25 @@ from lm_eval.tasks import TaskManager, get_task_dict
 from peft import PeftModel
 from rich.progress import Progress
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from bitune_plugin import BituneConfig, BituneLM, BituneSFTConfig, BituneSFTTrainer
-from evidence.experiment import METHODS, RESULTS, Run, ablation_runs, curve_runs, rate_runs, table_runs
+from evidence.choosing import choose
+from evidence.comparison import as_read, comparison_rate_runs, comparison_runs, is_compared, tokens_per_sample
+from evidence.comparison import samples_and_splits as compared_samples
+from evidence.experiment import (
+    METHODS,
+    RESULTS,
+    Method,
+    Run,
+    ablation_runs,
+    curve_runs,
+    rate_runs,
+    rival_runs,
+    table_runs,
+)
+from evidence.rivals import SegmentEnds, SegmentsLM, additive, check_masks_reach, mas_mask
 from pretrained import resolve
 from tasks import held_out, training
 
@@ -49,8 +64,14 @@ STAGES: dict[str, Callable[[], Iterator[Run]]] = {
     "table": table_runs,
     "curves": curve_runs,
     "ablations": ablation_runs,
+    "rivals": rival_runs,
+    "comparison-rates": comparison_rate_runs,
+    "comparison": comparison_runs,
 }
-"""Later ones need the learning rates that the first finds."""
+"""Later ones need the learning rates that `rates` finds, and `comparison` those of `comparison-rates`."""
+
+DAYS = ("comparison-rates", "comparison")
+"""Stages that take days on a CPU, and run only if they are named."""
 
 VALIDATION, TEST = 100, 150
 """Questions; no training question is among them."""
@@ -75,12 +96,30 @@ class AnswersOnlyTrainer(SFTTrainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
         causal_lm = model.get_base_model()
-        hidden = causal_lm.model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
+        hidden = causal_lm.model(inputs["input_ids"], attention_mask=self.mask_of(causal_lm, inputs)).last_hidden_state
         labels = inputs["labels"][:, 1:]
         answers = labels != -100
         logits = causal_lm.lm_head(hidden[:, :-1][answers]).float()
         loss = nn.functional.cross_entropy(logits, labels[answers], reduction="sum")
         return loss / (answers.sum() if num_items_in_batch is None else num_items_in_batch)
+
+    def mask_of(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+        """The `attention_mask` of a batch."""
+        return inputs["attention_mask"]
+
+
+class SegmentsTrainer(AnswersOnlyTrainer):
+    """MAS: the same, with full attention within each segment of a prompt."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.ends = SegmentEnds(self.processing_class)
+
+    def mask_of(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+        tokens, attended = inputs["input_ids"], inputs["attention_mask"].bool()
+        check_masks_reach(model, tokens.shape[1])
+        segments = self.ends.segments(tokens.cpu()).to(tokens.device)
+        return additive(mas_mask(segments, attended & (inputs["labels"] == -100), attended), model.dtype)
 
 
 class ScoreAt(TrainerCallback):
@@ -103,16 +142,15 @@ def execute(run: Run, device: str, threads: int) -> dict[str, Any]:
     start = time.perf_counter()
     torch.set_num_threads(threads)
     transformers.set_seed(run.seed)
-    questions = held_out(run.task, VALIDATION + TEST)
-    samples = training(run.task, run.samples[-1], run.seed, questions)
-    splits = {"test": questions.select(range(VALIDATION, VALIDATION + TEST))}
-    if run in rate_runs():  # whose scores choose the learning rate
-        splits["validation"] = questions.select(range(VALIDATION))
+    method, answered = METHODS[run.method], choose if is_compared(run) else score
+    samples, splits = compared_samples(run) if is_compared(run) else samples_and_splits(run)
     tokenizer = AutoTokenizer.from_pretrained(resolve(run.model))
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(run, samples, tokenizer, device, folder)
         model = trainer.model
-        scoring = ScoreAt(run.samples, lambda: {name: score(model, tokenizer, asked) for name, asked in splits.items()})
+        scoring = ScoreAt(
+            run.samples, lambda: {name: answered(model, tokenizer, asked, method) for name, asked in splits.items()}
+        )
         trainer.add_callback(scoring)
         trainer.train()
     trained, _ = model.get_nb_trainable_parameters()
@@ -121,10 +159,23 @@ def execute(run: Run, device: str, threads: int) -> dict[str, Any]:
         "losses": [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry],
         "alphas": alphas(model),
         "trained_parameters": trained,
+        "tokens_per_sample": tokens_per_sample(samples, method, tokenizer),
         "seconds": round(time.perf_counter() - start),
         "device": device_name(device),
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft, trl, lm_eval)},
     }
+
+
+def samples_and_splits(run: Run) -> tuple[Dataset, dict[str, Dataset]]:
+    """What a run trains on, and the questions that it is scored on, with prompts as it reads them."""
+    questions = held_out(run.task, VALIDATION + TEST)
+    method = METHODS[run.method]
+    samples = as_read(training(run.task, run.samples[-1], run.seed, questions), method)
+    questions = as_read(questions, method)
+    splits = {"test": questions.select(range(VALIDATION, VALIDATION + TEST))}
+    if run in rate_runs():  # whose scores choose the learning rate
+        splits["validation"] = questions.select(range(VALIDATION))
+    return samples, splits
 
 
 def make_trainer(
@@ -133,10 +184,11 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     device: str,
     folder: str,
-    stock: type[SFTTrainer] = AnswersOnlyTrainer,
+    stock: type[SFTTrainer] | None = None,
 ) -> SFTTrainer:
-    """The trainer of a run; `stock` is that of what is not Bitune."""
+    """The trainer of a run; `stock` is that of what is not Bitune, by default the one for how its method reads."""
     method = METHODS[run.method]
+    stock = stock or (SegmentsTrainer if method.reading == "by segments" else AnswersOnlyTrainer)
     is_bitune = isinstance(method.adapter, BituneConfig)
     # Weights in bfloat16, as in the paper; adapters and theta stay float32. Eager attention is the fastest on a CPU.
     model = AutoModelForCausalLM.from_pretrained(
@@ -175,9 +227,19 @@ def make_trainer(
     )
 
 
-def score(model: PeftModel, tokenizer: PreTrainedTokenizerBase, questions: Dataset) -> str:
-    """Exact match of the first line of greedy answers by lm-eval, question by question: `1` for a right one."""
-    lm_class = BituneLM if isinstance(model.peft_config["default"], BituneConfig) else HFLM
+def lm_class_of(method: Method) -> type[HFLM]:
+    if isinstance(method.adapter, BituneConfig):
+        return BituneLM
+    return SegmentsLM if method.reading == "by segments" else HFLM
+
+
+def score(model: PeftModel, tokenizer: PreTrainedTokenizerBase, questions: Dataset, method: Method) -> str:
+    """Exact match of the first line of greedy answers by lm-eval, question by question: `1` for a right one.
+
+    Args:
+        questions: with prompts as the method reads them.
+    """
+    lm_class = lm_class_of(method)
     lm = lm_class(pretrained=model, tokenizer=tokenizer, batch_size=50)
     longest = max(map(len, tokenizer(questions["completion"][:], add_special_tokens=False)["input_ids"]))
     with tempfile.TemporaryDirectory() as folder:
@@ -245,7 +307,7 @@ def run_all(stage: str, arguments: argparse.Namespace) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; all of them by default")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; one per core by default")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments = parser.parse_args()
@@ -257,7 +319,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    for stage in arguments.stages or STAGES:
+    for stage in arguments.stages or [stage for stage in STAGES if stage not in DAYS]:
         run_all(stage, arguments)
 
 

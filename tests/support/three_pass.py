@@ -208,9 +208,10 @@ def attention_of(second_pass: str, model: PreTrainedModel, past: int = 0) -> Ite
 
 
 def _eager_mask(reach: Callable[[Tensor, Tensor], Tensor], past: int, inputs_embeds: Tensor, **_: object) -> Tensor:
-    j = torch.arange(past + inputs_embeds.shape[1])
+    j = torch.arange(past + inputs_embeds.shape[1], device=inputs_embeds.device)
     hidden = ~reach(j[past:, None], j[None, :])
-    return torch.zeros(1, 1, *hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+    mask = torch.zeros(1, 1, *hidden.shape, device=inputs_embeds.device, dtype=inputs_embeds.dtype)
+    return mask.masked_fill(hidden, torch.finfo(inputs_embeds.dtype).min)
 
 
 def cache_what_is_expanded(model: PreTrainedModel) -> None:

@@ -1,0 +1,134 @@
+"""The comparison: every way to spend a prompt, at equal samples and at equal compute, on questions first and last.
+
+Everything here is chosen among `questions.TASKS` and scored by choice (`choosing.py`) on 1,000 questions. It takes days
+on a CPU; `run.py comparison-rates comparison` does what has no result yet, in this order, and can be stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from bitune_plugin import BituneConfig
+from evidence import questions
+from evidence.experiment import CURVE_MODEL, METHODS, Method, Run, share
+from evidence.rivals import repeated
+
+METHOD_NAMES = {
+    "LoRA r=8": "LoRA r=8",
+    "LoRA r=16": "LoRA r=16",
+    "prompt repetition": "prompt repetition",
+    "naive bidirectional": "prefix-LM",
+    "MAS": "MAS",
+    "only causal": "only causal",
+    "Bitune r=8": "Bitune r=8",
+}
+"""The names of the methods in `METHODS`, and in the tables."""
+
+UNTRAINED = "prompt repetition, untrained"
+"""LoRA r=16, trained as usual and asked with the prompt twice: a score of the runs of `ASKED_TWICE`."""
+
+ASKED_TWICE, REPEATED = "LoRA r=16", "repeated"
+
+RATES = (3e-4, 1e-3, 3e-3)
+SEEDS = (0, 1, 2, 3, 4)
+
+SIZES = (256, 512, 1024)
+"""Training samples after which a run is scored: each twice the one before, because half of the methods read about twice
+the tokens per sample."""
+
+RATE_SIZES = (512,)
+"""Of the runs that choose a learning rate."""
+
+VALIDATION, TEST = 200, 1000
+"""Questions."""
+
+
+def is_compared(run: Run) -> bool:
+    """Whether a run is part of the comparison."""
+    return run.task in questions.TASKS
+
+
+def comparison_rate_runs() -> Iterator[Run]:
+    """Every method at every learning rate on every task, once."""
+    for task in questions.TASKS:
+        for method in METHOD_NAMES:
+            for rate in RATES:
+                yield Run(CURVE_MODEL, task, method, rate, SEEDS[0], RATE_SIZES)
+
+
+def comparison_runs() -> Iterator[Run]:
+    """Every method at its best learning rate, with every seed; nothing for a method whose rate is not known yet."""
+    for seed in SEEDS:
+        for task in questions.TASKS:
+            for method in METHOD_NAMES:
+                best = best_of_rates(task, method)
+                if best is not None:
+                    yield Run(CURVE_MODEL, task, method, best.rate, seed, SIZES)
+
+
+@dataclass(frozen=True)
+class Best:
+    """The learning rate of a method on a task; `at_edge` if a rate beyond those that were tried might be better."""
+
+    rate: float
+    at_edge: bool
+
+
+def best_of_rates(task: str, method: str) -> Best | None:
+    """The best rate on the validation split, the lower of two that are equal; `None` if they have not all run."""
+    tried = {rate: Run(CURVE_MODEL, task, method, rate, SEEDS[0], RATE_SIZES).result() for rate in RATES}
+    if None in tried.values():
+        return None
+    rate = max(RATES, key=lambda rate: (share(tried[rate]["points"][-1]["validation"]), -rate))
+    return Best(rate, at_edge=rate in (RATES[0], RATES[-1]))
+
+
+@cache
+def _held_out(task: str) -> Dataset:
+    return questions.held_out(task, VALIDATION + TEST)
+
+
+def samples_and_splits(run: Run) -> tuple[Dataset, dict[str, Dataset]]:
+    """What a run of the comparison trains on, and the questions that it is scored on, with prompts as it reads them.
+
+    A run that chooses a learning rate is asked those of the validation split, and no others.
+    """
+    asked = _held_out(run.task)
+    samples = questions.training(run.task, run.samples[-1], run.seed)
+    if run.samples == RATE_SIZES:
+        splits = {"validation": asked.select(range(VALIDATION))}
+    else:
+        splits = {"test": asked.select(range(VALIDATION, VALIDATION + TEST))}
+    method = METHODS[run.method]
+    read = {name: as_read(split, method) for name, split in splits.items()}
+    if run.method == ASKED_TWICE and "test" in splits:
+        read[REPEATED] = as_read(splits["test"], METHODS["prompt repetition"])
+    return as_read(samples, method), read
+
+
+def as_read(samples: Dataset, method: Method) -> Dataset:
+    """Samples or questions with the prompts that a method reads."""
+    return samples.map(lambda row: {"prompt": repeated(row["prompt"])}) if method.reading == "twice" else samples
+
+
+def tokens_per_sample(samples: Dataset, method: Method, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Tokens that a training step processes for each sample, the mean: Bitune and its ablations process the encoded
+    prompt twice, and a repeated prompt is longer already.
+
+    Args:
+        samples: with prompts as the method reads them.
+    """
+    return sum(_tokens(row, method, tokenizer) for row in samples) / len(samples)
+
+
+def _tokens(row: dict[str, Any], method: Method, tokenizer: PreTrainedTokenizerBase) -> int:
+    prompt = len(tokenizer(row["prompt"]).input_ids)
+    completion = len(tokenizer(row["completion"], add_special_tokens=False).input_ids) + 1  # its end
+    again = prompt - 1 if isinstance(method.adapter, BituneConfig) else 0
+    return prompt + completion + again
