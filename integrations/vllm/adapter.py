@@ -125,8 +125,8 @@ class ServedAdapter:
             return weight
         if adapter.up.shape[0] != weight.shape[0] or adapter.down.shape[1] != weight.shape[1]:
             raise ValueError(
-                f"{self.saved.folder} adapts {module} with [{adapter.up.shape[0]}, {adapter.down.shape[1]}] features, and "
-                f"the model has {list(weight.shape)}. Serve it with the model it was trained on."
+                f"{self.saved.folder} adapts {module} with [{adapter.up.shape[0]}, {adapter.down.shape[1]}] features, "
+                f"and the model has {list(weight.shape)}. Serve it with the model it was trained on."
             )
         merged, factor = adapter.merge(weight)
         second = self.bidirectional.get(module)
@@ -138,9 +138,9 @@ class ServedAdapter:
         """Raises ValueError if the checkpoint had no weights for a part of the adapter."""
         if self._unused:
             raise ValueError(
-                f"{self.saved.folder} adapts {', '.join(sorted(self._unused)[:3])}, which the checkpoint of the model does "
-                "not have as weights of their own (tied weights, embeddings and single parameters cannot be served). "
-                "Serve it with the model it was trained on, or generate with `PeftModel.generate`."
+                f"{self.saved.folder} adapts {', '.join(sorted(self._unused)[:3])}, which the checkpoint of the model "
+                "does not have as weights of their own (tied weights, embeddings and single parameters cannot be "
+                "served). Serve it with the model it was trained on, or generate with `PeftModel.generate`."
             )
 
     def differences(self) -> dict[str, Difference]:
@@ -174,12 +174,14 @@ def check_method(config: Any) -> None:
     method = str(getattr(inner.peft_type, "value", inner.peft_type))
     if method != "LORA":
         raise ValueError(
-            f"The inner method {method} cannot be served: LoRA, rsLoRA and DoRA can. Generate with `PeftModel.generate`."
+            f"The inner method {method} cannot be served: LoRA, rsLoRA and DoRA can. Generate with "
+            "`PeftModel.generate`."
         )
     for name, reason in REFUSED.items():
         if getattr(inner, name, None):
             raise ValueError(
-                f"`{name}={getattr(inner, name)!r}` {reason}, which cannot be served. Generate with `PeftModel.generate`."
+                f"`{name}={getattr(inner, name)!r}` {reason}, which cannot be served. Generate with "
+                "`PeftModel.generate`."
             )
 
 

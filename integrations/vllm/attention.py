@@ -94,8 +94,8 @@ def mixing_class(attention_class: type) -> type:
 def whole_prompts(spec: Any, block_size: int) -> Any:
     """The spec of a cache that keeps all tokens, of a layer whose prompts vLLM then neither splits nor shares.
 
-    A cache that drops the keys before a sliding window is one that vLLM never takes for non-causal, so such a layer keeps
-    all keys, as vLLM does itself with `disable_hybrid_kv_cache_manager`; attention has its window still.
+    A cache that drops the keys before a sliding window is one that vLLM never takes for non-causal, so such a layer
+    keeps all keys, as vLLM does itself with `disable_hybrid_kv_cache_manager`; attention has its window still.
     """
     if isinstance(spec, SlidingWindowSpec):
         return FullAttentionSpec(
@@ -110,8 +110,8 @@ def whole_prompts(spec: Any, block_size: int) -> Any:
         )
     if type(spec) is not FullAttentionSpec:
         raise ValueError(
-            f"Bitune does not know the cache of {type(spec).__name__}. Serve a model whose layers all have full attention "
-            "or a sliding window, or generate with `PeftModel.generate`."
+            f"Bitune does not know the cache of {type(spec).__name__}. Serve a model whose layers all have full "
+            "attention or a sliding window, or generate with `PeftModel.generate`."
         )
     return replace(spec, non_causal=True)
 

@@ -1,7 +1,7 @@
 """The bidirectional adapter in vLLM's linear layers, which fuse, permute and shard the layers of a checkpoint.
 
-vLLM's own `load_weights` places it: it is given the low-rank matrices as if they were weights, and they are read where it
-put them. So there is no knowledge here of fused projections, of interleaved heads, or of the shards of tensor parallelism.
+vLLM's own `load_weights` places it: it is given the low-rank matrices as if they were weights, and they are read where
+it put them. So nothing here knows of fused projections, of interleaved heads, or of the shards of tensor parallelism.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Placement:
         names = [name.removesuffix(".weight") for name in loaded]
         if len(names) != 1 or not isinstance(self.model.get_submodule(names[0]), LinearBase):
             raise ValueError(
-                f"vLLM has no linear layer for {module}, so that the bidirectional adapter cannot be served there. Leave it "
-                "out of `target_modules`, or generate with `PeftModel.generate`."
+                f"vLLM has no linear layer for {module}, so that the bidirectional adapter cannot be served there. "
+                "Leave it out of `target_modules`, or generate with `PeftModel.generate`."
             )
         return names[0]
 
@@ -70,7 +70,7 @@ class Placement:
         return name, Placed(difference.down.to(weight), torch.cat(up, dim=1)[:, : difference.up.shape[1]])
 
     def place_vector(self, module: str, name: str, vector: Tensor, width: int) -> Tensor:
-        """A vector `[out]` where `name`, the layer of vLLM, has the rows of `module`; 0 elsewhere. Keeps the weights."""
+        """A vector `[out]` where `name`, the layer of vLLM, has the rows of `module`; 0 elsewhere. Weights stay."""
         weight = self.parameters[f"{name}.weight"]
         before = weight.data.clone()
         placed = self._through(module, weight, vector[:, None].expand(-1, width).contiguous(), None)

@@ -20,8 +20,8 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     (
         lambda c: c.scheduler_config.max_num_batched_tokens < c.model_config.max_model_len,
-        "Bitune reads a prompt as a whole, so `--max-num-batched-tokens` must be at least `--max-model-len`. Raise the one, "
-        "or lower the other.",
+        "Bitune reads a prompt as a whole, so `--max-num-batched-tokens` must be at least `--max-model-len`. Raise "
+        "the one, or lower the other.",
     ),
     (
         lambda c: c.scheduler_config.long_prefill_token_threshold > 0,
@@ -44,7 +44,8 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda c: (
             max(c.parallel_config.decode_context_parallel_size, c.parallel_config.prefill_context_parallel_size) > 1
         ),
-        "Context parallelism splits prompts, and Bitune reads a prompt as a whole. Use `--tensor-parallel-size` instead.",
+        "Context parallelism splits prompts, and Bitune reads a prompt as a whole. Use `--tensor-parallel-size` "
+        "instead.",
     ),
     (
         lambda c: c.parallel_config.use_ubatching,
@@ -52,7 +53,8 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     (
         lambda c: c.lora_config is not None,
-        "Bitune has its adapter in the model, and `--enable-lora` would put others on top of both streams. Leave it out.",
+        "Bitune has its adapter in the model, and `--enable-lora` would put others on top of both streams. Leave it "
+        "out.",
     ),
     (
         lambda c: c.model_config.quantization is not None,
@@ -61,8 +63,8 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     (
         lambda c: c.cache_config.cache_dtype not in ("auto", "bfloat16", "float16", "float32"),
-        "Keys are mixed after they were computed, and a quantised cache has scales for unmixed ones. Use `--kv-cache-dtype "
-        "auto`.",
+        "Keys are mixed after they were computed, and a quantised cache has scales for unmixed ones. Use "
+        "`--kv-cache-dtype auto`.",
     ),
     (
         lambda c: c.cache_config.kv_sharing_fast_prefill,
@@ -80,8 +82,8 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     (
         lambda c: c.use_v2_model_runner,
-        "Bitune is for vLLM's V1 model runner: set the environment variable VLLM_USE_V2_MODEL_RUNNER=0, as `bitune serve` "
-        "does.",
+        "Bitune is for vLLM's V1 model runner: set the environment variable VLLM_USE_V2_MODEL_RUNNER=0, as `bitune "
+        "serve` does.",
     ),
 )
 
@@ -131,8 +133,8 @@ def check_layer(name: str, layer: Any, causal_copies: bool) -> None:
 
     if not isinstance(layer, Attention) or layer.attn_type != "decoder":
         raise ValueError(
-            f"{name} is {type(layer).__name__}, which is no plain attention layer, so there are no keys to mix. Generate with "
-            "`PeftModel.generate`."
+            f"{name} is {type(layer).__name__}, which is no plain attention layer, so there are no keys to mix. "
+            "Generate with `PeftModel.generate`."
         )
     if layer.kv_sharing_target_layer_name is not None:
         raise ValueError(
@@ -141,8 +143,8 @@ def check_layer(name: str, layer: Any, causal_copies: bool) -> None:
     backend = layer.attn_backend
     if backend.forward_includes_kv_cache_update:
         raise ValueError(
-            f"The attention backend {backend.get_name()} writes keys while it attends, and Bitune writes them before. Choose "
-            "another one with `--attention-backend`."
+            f"The attention backend {backend.get_name()} writes keys while it attends, and Bitune writes them before. "
+            "Choose another one with `--attention-backend`."
         )
     if not causal_copies and not backend.supports_non_causal():
         raise ValueError(
@@ -172,8 +174,8 @@ def check_request(params: Any) -> None:
     if params.prompt_logprobs is not None and length is None:
         raise ValueError(
             "Bitune reads all tokens of a prompt both ways, so log-probabilities of its tokens are no likelihoods of a "
-            f"completion. Say where the prompt ends: extra_args={{'{PROMPT_LENGTH}': tokens}} (`vllm_xargs` of the server). "
-            "With lm-eval, use `--model bitune`."
+            f"completion. Say where the prompt ends: extra_args={{'{PROMPT_LENGTH}': tokens}} (`vllm_xargs` of the "
+            "server). With lm-eval, use `--model bitune`."
         )
 
 
@@ -191,8 +193,8 @@ def _without_bitune(original: Any) -> Any:
     def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
         if str(self.model_config.architecture).startswith(PREFIX):
             raise ValueError(
-                "vLLM's beam search sends the beams as new prompts, which Bitune would read both ways. Sample instead, with "
-                "`n` completions, or use `PeftModel.generate(num_beams=...)`."
+                "vLLM's beam search sends the beams as new prompts, which Bitune would read both ways. Sample "
+                "instead, with `n` completions, or use `PeftModel.generate(num_beams=...)`."
             )
         return original(self, *args, **kwargs)
 

@@ -10,7 +10,7 @@ MODEL = "bitune_plugin.integrations.vllm.model"
 
 
 def register() -> None:
-    """Registers a class `Bitune<Architecture>` for every causal language model of vLLM, and the checks of its config."""
+    """Registers a class `Bitune<Architecture>` for every causal language model of vLLM, and checks of its config."""
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 

@@ -1,4 +1,4 @@
-"""The check of requests at their arrival, in the form in which vLLM takes one: a logits processor that changes nothing."""
+"""The check of requests at their arrival, in the form that vLLM takes: a logits processor that changes nothing."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The rows of a step of the engine: which belong to encoded prompts. No vLLM, no tensors of a model.
 
-A step has the new tokens of several requests in consecutive rows, `N` in all. Of a request with a prompt of `P` tokens:
+A step has the new tokens of several requests in consecutive rows, `N` in all. Of a request with `P` prompt tokens:
 
-* a prefill has all tokens from the first on: the prompt, and behind it the completion so far if the request was preempted
-  and is resumed. Rows `0..P-2` are the encoded prompt, the others are answer;
+* a prefill has all tokens from the first on: the prompt, and behind it the completion so far if the request was
+  preempted and is resumed. Rows `0..P-2` are the encoded prompt, the others are answer;
 * a decoding step has one row, which is answer.
 
 The number of its rows says nothing of where a prompt ends, because of resumption: `P` has to come from the request.
