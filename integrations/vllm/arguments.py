@@ -56,7 +56,7 @@ def engine_args(adapter: str | Path, **options: Any) -> dict[str, Any]:
 def check_installed() -> None:
     """Raises ImportError, with the command that installs vLLM, if it is not installed."""
     try:
-        import vllm  # noqa: F401
+        import vllm.engine.arg_utils  # noqa: F401
     except ModuleNotFoundError as error:
         raise ImportError(f"Serving needs vLLM ({error}). Install it: pip install 'bitune-plugin[vllm]'") from error
 
