@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,9 +81,8 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_an_engine_is_refused_in_one_line(name: str) -> None:
     value, message = REFUSED[name]
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
         check_engine(config(**{name: value}))
-    assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 

@@ -51,7 +51,7 @@ class Served:
     def adapter(self) -> Path:
         return self.folder / "adapter"
 
-    def expected(self, prompt: Sequence[int], new: int = NEW, prompt_length: int | None = None) -> Answer:
+    def expected(self, prompt: Sequence[int], new: int = NEW) -> Answer:
         """What `PeftModel.generate` says, to one prompt at a time."""
         ids = torch.tensor([list(prompt)])
         with torch.no_grad():
@@ -91,8 +91,9 @@ def prompts(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[list[int]]:
 
 @contextmanager
 def engine(served: Served, **options: Any) -> Iterator[Any]:
-    """An offline engine in a process of its own, which ends with the block."""
+    """An offline engine, which ends with the block; in this process, if the environment says so (`conftest.py`)."""
     from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     from bitune_plugin.integrations.vllm import engine_args
 
@@ -102,12 +103,14 @@ def engine(served: Served, **options: Any) -> Iterator[Any]:
         "max_num_seqs": 4,
         "enforce_eager": True,
         "disable_log_stats": True,
+        "distributed_executor_backend": "uni",
     }
     llm = LLM(**engine_args(served.adapter, **{**settings, **options}))
     try:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
 
 
 def greedy(new: int = NEW, **settings: Any) -> Any:
