@@ -27,7 +27,8 @@ def bitune(base: Any) -> type:
 
     class Bitune(base):
         def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
-            super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+            with _own_architectures(vllm_config.model_config.hf_config):
+                super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
             adapter = ServedAdapter(getattr(vllm_config.model_config.hf_config, ADAPTER))
             check_tied(adapter, vllm_config.model_config.hf_text_config)
             for name, layer in vllm_config.compilation_config.static_forward_context.items():
@@ -71,6 +72,17 @@ def bitune(base: Any) -> type:
     Bitune.__name__ = Bitune.__qualname__ = PREFIX + base.__name__
     Bitune.__module__ = __name__
     return Bitune
+
+
+@contextmanager
+def _own_architectures(hf_config: Any) -> Iterator[None]:
+    """Lets a model find its own architecture in its config, because some rename weights by it."""
+    before = hf_config.architectures
+    hf_config.architectures = [name.removeprefix(PREFIX) for name in before]
+    try:
+        yield
+    finally:
+        hf_config.architectures = before
 
 
 def run_lengthened(

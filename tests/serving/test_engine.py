@@ -6,14 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("vllm")
-
 import torch
 from peft import LoraConfig
-from serving import TOLERANCE, Served, answer_of, ask, ask_in_turn, differences, engine, greedy, prompts, save
 
 from bitune_plugin import BituneConfig
+from serving import TOLERANCE, Served, answer_of, ask, ask_in_turn, differences, engine, greedy, prompts, save
 
 pytestmark = pytest.mark.slow
 

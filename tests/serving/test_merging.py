@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel
-from serving import save
 from torch import Tensor
 
 from bitune_plugin import BituneConfig
@@ -15,6 +14,7 @@ from bitune_plugin.checkpoints.saved import SavedAdapter
 from bitune_plugin.checkpoints.writing import write_adapter
 from bitune_plugin.integrations.vllm.adapter import ServedAdapter
 from models import tiny
+from serving import save
 
 LINEAR = {"r": 4, "target_modules": "all-linear"}
 METHODS = {

@@ -9,13 +9,9 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("vllm")
-
-import torch._dynamo
-from serving import TOLERANCE, ask, ask_in_turn, differences, engine, prompts, save
-
 from bitune_plugin.integrations.vllm import plan, runner
 from bitune_plugin.integrations.vllm.rows import StepRows, rows_of_step
+from serving import TOLERANCE, ask, ask_in_turn, differences, engine, prompts, save
 
 pytestmark = pytest.mark.slow
 
@@ -36,11 +32,14 @@ class Resumptions:
         return rows_of_step(starts, totals, prompts)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+WINDOWS: dict[str, dict[str, int]] = {"llama": {}, "gemma3_text": {"sliding_window": 16}}
+
+
+@pytest.mark.parametrize("architecture", WINDOWS)
 def test_preempted_requests_are_resumed(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resumptions = Resumptions()
     monkeypatch.setattr(plan, "rows_of_step", resumptions)
-    served, asked = save(tmp_path, architecture, sliding_window=16), prompts()
+    served, asked = save(tmp_path, architecture, **WINDOWS[architecture]), prompts()
     expected = [served.expected(prompt) for prompt in asked]
     with engine(served, **FEW_BLOCKS) as llm:
         for way in (ask, ask_in_turn):
@@ -65,7 +64,7 @@ def test_the_length_of_a_prompt_is_not_the_number_of_its_rows(tmp_path: Path, mo
 
 
 def test_compiled_decoding_runs_nothing_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
     served, asked = save(tmp_path), prompts([1, 2, 33, 65])
     expected = [served.expected(prompt) for prompt in asked]
     prefills, steps = [], []
@@ -88,7 +87,7 @@ def test_memory_is_measured_with_copies(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(
         model, "run_lengthened", lambda run, plan, *args: seen.append(plan) or original(run, plan, *args)
     )
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
     options = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
     with engine(save(tmp_path), **options):
         assert seen == [None]

@@ -15,16 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-pytest.importorskip("vllm")
-openai = pytest.importorskip("openai")
-
 import httpx
-from serving import NEW, TOLERANCE, Served, prompts, save
+import openai
+import pytest
 
 from bitune_plugin.cli import main
 from models import WORDS, word_tokenizer
+from serving import NEW, TOLERANCE, Served, prompts, save
 
 pytestmark = pytest.mark.slow
 
