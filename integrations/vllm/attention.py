@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
@@ -34,9 +35,21 @@ def mix_in(layer: Any, alphas: tuple[Tensor | None, Tensor | None], causal: bool
         alphas: of keys and of values, `[1]` or `[key/value heads]`; `None` for bidirectional features only.
         causal: the attention of the bidirectional stream is causal (ablation).
     """
-    layer.alpha_key, layer.alpha_value = alphas
+    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    layer.alpha_key, layer.alpha_value = (of_rank(alpha, layer.num_kv_heads, rank, ranks) for alpha in alphas)
     layer.attn_backend = planning_backend(layer.attn_backend, causal)
     layer.__class__ = mixing_class(type(layer))
+
+
+def of_rank(alpha: Tensor | None, heads: int, rank: int, ranks: int) -> Tensor | None:
+    """The part of an alpha by key/value head for one rank of tensor parallelism, which has `heads` of them.
+
+    vLLM gives each rank consecutive heads, or, where there are fewer heads than ranks, one head to several ranks.
+    """
+    if alpha is None or len(alpha) == 1:
+        return alpha
+    first = rank * len(alpha) // ranks
+    return alpha[first : first + heads]
 
 
 @functools.cache

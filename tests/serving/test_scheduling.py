@@ -60,7 +60,8 @@ def test_the_length_of_a_prompt_is_not_the_number_of_its_rows(tmp_path: Path, mo
     expected = [served.expected(prompt) for prompt in asked]
     monkeypatch.setattr(plan, "rows_of_step", rows_of_each)
     with engine(served, **FEW_BLOCKS) as llm:
-        assert differences(ask(llm, asked), expected)[0] != []
+        wrong, worst = differences(ask(llm, asked), expected)
+    assert wrong != [] or worst > 100 * TOLERANCE
 
 
 def test_compiled_decoding_runs_nothing_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
