@@ -131,7 +131,9 @@ class ServedAdapter:
         merged, factor = adapter.merge(weight)
         second = self.bidirectional.get(module)
         if factor is not None and second is not None:
-            self.factors[module] = factor, second.merge(weight)[1]
+            _, other = second.merge(weight)
+            assert other is not None  # both streams have the same parts
+            self.factors[module] = factor, other
         return merged.to(weight.dtype)
 
     def check_all_used(self) -> None:

@@ -38,7 +38,8 @@ def mix_in(layer: Any, alphas: tuple[Tensor | None, Tensor | None], causal: bool
     rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     layer.alpha_key, layer.alpha_value = (of_rank(alpha, layer.num_kv_heads, rank, ranks) for alpha in alphas)
     layer.attn_backend = planning_backend(layer.attn_backend, causal)
-    layer.__class__ = mixing_class(type(layer))
+    attention_class: Any = type(layer)
+    layer.__class__ = mixing_class(attention_class)
 
 
 def of_rank(alpha: Tensor | None, heads: int, rank: int, ranks: int) -> Tensor | None:

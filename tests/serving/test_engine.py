@@ -40,13 +40,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 16},
     "qwen2": WIDE,
     "qwen3": {},
-    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 32, "tie_word_embeddings": True},
+    "gemma2": {"attention": "eager", "sliding_window": 16, "query_pre_attn_scalar": 32, "tie_word_embeddings": True},
     "gemma3_text": {"sliding_window": 16, "tie_word_embeddings": True},
     "phi3": WIDE,
     "gpt_neox": WIDE,
     "olmo2": WIDE,
 }
-"""Beside Llama. GPT-NeoX and OLMo 2 are built by vLLM's Transformers backend (0.32)."""
+"""Beside Llama. Of Gemma 2, transformers' SDPA leaves out the softcap of the scores. GPT-NeoX and OLMo 2 are built by vLLM's Transformers backend (0.32)."""
 
 
 def check(served: Served, **options: Any) -> None:
@@ -111,6 +111,7 @@ def test_several_completions_and_what_ends_them(tmp_path: Path) -> None:
 
 def test_likelihoods_of_a_completion_need_the_end_of_the_prompt(tmp_path: Path) -> None:
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
 
     served = save(tmp_path)
     tokens, length = prompts([47])[0], 20
@@ -130,7 +131,7 @@ def test_likelihoods_of_a_completion_need_the_end_of_the_prompt(tmp_path: Path) 
         assert found == pytest.approx(expected, abs=TOLERANCE)
         everything = likelihoods(llm, extra_args={"bitune_prompt_length": 47})
         assert max(abs(a - b) for a, b in zip(everything, expected, strict=True)) > 0.01
-        with pytest.raises(ValueError, match="Say where the prompt ends"):
+        with pytest.raises(VLLMValidationError, match="Say where the prompt ends"):
             likelihoods(llm)
         with pytest.raises(ValueError, match="beam search sends the beams as new prompts"):
             llm.beam_search([{"prompt_token_ids": tokens}], None)
