@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig
 
 from bitune_plugin import BituneConfig
+from bitune_plugin.checks.hosts import vllm_likelihoods
 from serving import TOLERANCE, Served, answer_of, ask, ask_in_turn, differences, engine, greedy, prompts, save
 
 pytestmark = pytest.mark.slow
@@ -46,7 +47,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt_neox": WIDE,
     "olmo2": WIDE,
 }
-"""Beside Llama. Of Gemma 2, transformers' SDPA leaves out the softcap of the scores. GPT-NeoX and OLMo 2 are built by vLLM's Transformers backend (0.32)."""
+"""Beside Llama. Of Gemma 2, transformers' SDPA leaves out the softcap of the scores. GPT-NeoX and OLMo 2 are built by
+vLLM's Transformers backend (0.32)."""
 
 
 def check(served: Served, **options: Any) -> None:
@@ -135,6 +137,10 @@ def test_likelihoods_of_a_completion_need_the_end_of_the_prompt(tmp_path: Path) 
             likelihoods(llm)
         with pytest.raises(ValueError, match="beam search sends the beams as new prompts"):
             llm.beam_search([{"prompt_token_ids": tokens}], None)
+
+
+def test_the_check_of_bitune_doctor(tmp_path: Path) -> None:
+    assert vllm_likelihoods(tmp_path) < 1e-4
 
 
 def test_an_engine_that_cannot_serve_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the scheduler of vLLM does with requests changes no answer: preemption, resumption, compiled decoding."""
+"""What vLLM does with requests changes no answer: preemption, resumption, compiled decoding, several processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig
 
+from bitune_plugin import BituneConfig
 from bitune_plugin.integrations.vllm import plan, runner
 from bitune_plugin.integrations.vllm.rows import StepRows, rows_of_step
 from serving import TOLERANCE, ask, ask_in_turn, differences, engine, prompts, save
@@ -78,6 +80,18 @@ def test_compiled_decoding_runs_nothing_of_ours(tmp_path: Path, monkeypatch: pyt
     assert worst < TOLERANCE
     assert len(prefills) == 2  # the copies and the answers of one step
     assert len(steps) == 1
+
+
+def test_tensor_parallelism(tmp_path: Path) -> None:
+    """Two processes, with half of the heads and half of each adapter."""
+    adapter = LoraConfig(r=8, target_modules="all-linear", use_dora=True)
+    served = save(tmp_path, "llama", BituneConfig(adapter=adapter, mixing_granularity="head"))
+    asked = prompts()
+    expected = [served.expected(prompt) for prompt in asked]
+    with engine(served, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
+        wrong, worst = differences(ask(llm, asked), expected)
+    assert wrong == []
+    assert worst < TOLERANCE
 
 
 def test_memory_is_measured_with_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
