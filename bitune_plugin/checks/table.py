@@ -37,6 +37,7 @@ HOSTS: dict[str, Callable[[Path], float | None]] = {
     "TRL: BituneSFTTrainer": hosts.bitune_trainer,
     "TRL: stock SFTTrainer": hosts.stock_trainer,
     "lm-eval: --model bitune": hosts.lm_eval_scores,
+    "vLLM: likelihoods of an engine": hosts.vllm_likelihoods,
 }
 """Checks of the way that Bitune and its hosts work together, in an empty folder."""
 

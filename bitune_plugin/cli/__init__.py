@@ -21,6 +21,7 @@ COMMANDS = {
     "inspect": "print and plot alpha by layer of saved adapters, and their sizes",
     "convert": "make a Bitune adapter of a folder that the reference implementation saved",
     "export": "make a plain PEFT adapter of one stream of a Bitune adapter",
+    "serve": "serve a Bitune adapter with vLLM's OpenAI server",
     "doctor": "check that Bitune computes what it should with the versions installed here",
 }
 """Name -> description. The module of a command is imported when it is called, because that takes seconds."""
@@ -35,6 +36,7 @@ examples:
   bitune inspect out/checkpoint-100 --plot alpha.png
   bitune convert authors-folder adapter          load the result with PeftModel.from_pretrained
   bitune export adapter plain --stream causal    for programs that know PEFT, but not Bitune
+  bitune serve adapter --port 8001               an OpenAI server, by vLLM
   bitune doctor                                  what is installed, and whether it works; for bug reports
 
 `bitune COMMAND --help` says all about a command.

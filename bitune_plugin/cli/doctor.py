@@ -31,7 +31,8 @@ from bitune_plugin.versions import TESTED
 DESCRIPTION = """\
 Compares Bitune, with the versions installed here, with a literal computation of the method on a tiny random model:
 training, prefill, decoding and generation with every device, attention implementation and dtype that runs here; saving
-and loading; TRL and lm-eval, if they are installed. Nothing is downloaded. It takes about half a minute.
+and loading; TRL, lm-eval and vLLM, if they are installed. Nothing is downloaded. It takes about half a minute, and one
+more with vLLM.
 
 A difference is a share of the largest value expected. The exit code is 1 if anything is wrong. Please add the output to
 a bug report.

@@ -18,14 +18,7 @@ class BituneSFTConfig(ThetaSettings, SFTConfig):
     Args:
         assistant_turns: what is learnt from a conversation (column `messages`): its "last" assistant turn, or "each"
             of them as an example of its own. Everything before the turn is its prompt, as `generate` will be given it.
-<<<<<<< HEAD
-=======
             With `multi_turn="alternate"` a conversation is one example, of which the "last" turn or "each" is learnt.
-        theta_learning_rate: learning rate of theta; `learning_rate` by default. The schedule is the same.
-        theta_max_grad_norm: clip the gradient of theta by its own norm, and that of all other parameters by
-            `max_grad_norm`. By default everything is clipped together, as the authors do; theta's gradient is by
-            far the largest, and then sets the factor for all parameters.
->>>>>>> wt-h19
         drop_overlong: leave out samples of more than `max_length` tokens instead of cutting them.
 
     Raises:

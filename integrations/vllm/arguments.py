@@ -1,0 +1,89 @@
+"""The arguments of an engine that serves an adapter."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from .names import ADAPTER, PREFIX
+from .refusals import check_options
+
+AT_LEAST = 2048
+"""Tokens of a step, at least: short models also want many requests in one."""
+
+V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+"""vLLM's switch of its second model runner, which Bitune is not for."""
+
+
+def engine_args(adapter: str | Path, **options: Any) -> dict[str, Any]:
+    """The arguments of `vllm.LLM`, or `EngineArgs`, that serve a Bitune adapter.
+
+        llm = LLM(**engine_args("adapter"))
+
+    Args:
+        adapter: the folder of the adapter, or its hub id.
+        options: further arguments; `model` stands for the base if it lies elsewhere than where the adapter says.
+
+    Raises:
+        ImportError: vLLM is not installed.
+        OSError: there is no such adapter.
+        ValueError: the adapter is damaged or cannot be served, or an option is refused.
+    """
+    check_options(options)
+    check_installed()
+    from vllm.engine.arg_utils import EngineArgs
+
+    from .adapter import ServedAdapter
+    from .register import register
+
+    register()
+    os.environ.setdefault(V2_RUNNER, "0")
+    served = ServedAdapter(adapter)
+    base = options.get("model") or served.config.base_model_name_or_path
+    if not base:
+        raise ValueError(f"{adapter} does not name its base model. Name it: `model=...` (`--model` of `bitune serve`).")
+    arguments = {"tokenizer": _tokenizer_of(served.saved.folder), **options, "model": base}
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    overrides = {**(options.get("hf_overrides") or {}), ADAPTER: str(served.saved.folder.resolve())}
+    arguments["hf_overrides"] = {**overrides, "architectures": [PREFIX + _architecture(base, options)]}
+    if options.get("max_num_batched_tokens") is None:
+        own = EngineArgs(**arguments).create_model_config()
+        arguments["max_num_batched_tokens"] = max(own.max_model_len, AT_LEAST)
+    return arguments
+
+
+def check_installed() -> None:
+    """Raises ImportError, with the command that installs vLLM, if it is not installed."""
+    try:
+        import vllm.engine.arg_utils  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError(f"Serving needs vLLM ({error}). Install it: pip install 'bitune-plugin[vllm]'") from error
+
+
+def _tokenizer_of(folder: Path) -> str | None:
+    """The folder of the adapter, if it has a tokenizer: training may have changed that of the base."""
+    return str(folder) if (folder / "tokenizer_config.json").is_file() else None
+
+
+def _architecture(base: str, options: dict[str, Any]) -> str:
+    """The architecture of the base model that vLLM is to build.
+
+    Raises:
+        ValueError: vLLM can build none.
+    """
+    from vllm import ModelRegistry
+    from vllm.transformers_utils.config import get_config
+
+    trusted = bool(options.get("trust_remote_code"))
+    config = get_config(base, trust_remote_code=trusted, revision=options.get("revision"))
+    names = list(config.architectures or [])
+    known = ModelRegistry.get_supported_archs()
+    found = [name for name in names if PREFIX + name in known]
+    if found:
+        return found[0]
+    if names and names[0].endswith(("ForCausalLM", "LMHeadModel")):
+        return "TransformersForCausalLM"
+    raise ValueError(
+        f"{base} is {' or '.join(names) or 'of no known architecture'}, and no causal language model of vLLM."
+    )

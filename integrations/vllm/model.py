@@ -1,0 +1,156 @@
+"""`Bitune<Architecture>`: vLLM's own class of a model, with an adapter in it. Made when vLLM asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models import ModelRegistry
+from vllm.model_executor.models.utils import extract_layer_index
+
+from .adapter import ServedAdapter
+from .attention import mix_in
+from .names import ADAPTER, PREFIX
+from .placement import Placed, Placement, adapt_copies
+from .plan import Lengthened, Plan, lengthened, plan_of
+from .refusals import check_layer, check_tied
+
+
+def bitune(base: Any) -> type:
+    """The class of vLLM `base`, which serves the adapter that `bitune_adapter` of the model's config names."""
+
+    class Bitune(base):
+        def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
+            with _own_architectures(vllm_config.model_config.hf_config):
+                super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+            adapter = ServedAdapter(getattr(vllm_config.model_config.hf_config, ADAPTER))
+            check_tied(adapter, vllm_config.model_config.hf_text_config)
+            for name, layer in vllm_config.compilation_config.static_forward_context.items():
+                check_layer(name, layer, adapter.causal_copies)
+                if isinstance(layer, Attention):
+                    mix_in(layer, adapter.alphas(extract_layer_index(name)), adapter.causal_copies)
+            self._bitune_adapter = adapter
+            self._bitune_profile_rows = vllm_config.scheduler_config.max_num_batched_tokens
+
+        def load_own_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+            """Loads weights by the names of the checkpoint, as vLLM's class does."""
+            return super().load_weights(weights)
+
+        def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+            adapter = self._bitune_adapter
+            placement = Placement(self)
+            places = {m: placement.place(m, difference) for m, difference in adapter.differences().items()}
+            loaded = self.load_own_weights(adapter.merged(iter(weights)))
+            adapter.check_all_used()
+            adapt_layers(self, adapter, placement, places)
+            del self._bitune_adapter  # with all of its weights, which are in the model now
+            return loaded
+
+        def forward(
+            self,
+            input_ids: Tensor | None,
+            positions: Tensor,
+            intermediate_tensors: Any = None,
+            inputs_embeds: Tensor | None = None,
+            **kwargs: Any,
+        ) -> Any:
+            run: Callable[..., Any] = super().forward
+            metadata = get_forward_context().attn_metadata
+            plan = plan_of(metadata)
+            if metadata is None and positions.shape[-1] == self._bitune_profile_rows:
+                run_lengthened(run, None, input_ids, positions, inputs_embeds, kwargs)  # for its peak of memory
+            if plan is None:
+                return run(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+            return run_lengthened(run, plan, input_ids, positions, inputs_embeds, kwargs)
+
+    Bitune.__name__ = Bitune.__qualname__ = PREFIX + base.__name__
+    Bitune.__module__ = __name__
+    return Bitune
+
+
+@contextmanager
+def _own_architectures(hf_config: Any) -> Iterator[None]:
+    """Lets a model find its own architecture in its config, because some rename weights by it."""
+    before = hf_config.architectures
+    hf_config.architectures = [name.removeprefix(PREFIX) for name in before]
+    try:
+        yield
+    finally:
+        hf_config.architectures = before
+
+
+def run_lengthened(
+    run: Callable[..., Any],
+    plan: Plan | None,
+    input_ids: Tensor | None,
+    positions: Tensor,
+    inputs_embeds: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Any:
+    """The hidden states of the `N` rows of a step, computed with copies behind them.
+
+    Args:
+        run: the forward pass of vLLM's class.
+        plan: that of the step; `None` for copies of all rows, when memory is measured.
+        input_ids: `[N]`.
+        positions: `[N]`.
+        inputs_embeds: `[N, hidden]`.
+    """
+    rows = positions.shape[-1]
+    copied = torch.arange(rows, device=positions.device) if plan is None else plan.encoded
+
+    def longer(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else torch.cat([tensor, tensor[copied]])
+
+    with lengthened(Lengthened(rows, plan)), _uncompiled():
+        return run(longer(input_ids), longer(positions), None, longer(inputs_embeds), **kwargs)[:rows]
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Runs layers in Python, past what was compiled for decoding and past graphs of a fixed number of rows."""
+    context = get_forward_context()
+    before = context.skip_compiled, context.cudagraph_runtime_mode
+    context.skip_compiled, context.cudagraph_runtime_mode = True, CUDAGraphMode.NONE
+    try:
+        yield
+    finally:
+        context.skip_compiled, context.cudagraph_runtime_mode = before
+
+
+def adapt_layers(
+    model: Any, adapter: ServedAdapter, placement: Placement, places: dict[str, tuple[str, Placed]]
+) -> None:
+    """Puts the bidirectional adapter into all layers of a model whose weights are loaded.
+
+    Args:
+        places: by module of the checkpoint, the layer of vLLM and the difference there.
+    """
+    by_layer: dict[str, list[str]] = {}
+    for module, (name, _) in places.items():
+        by_layer.setdefault(name, []).append(module)
+    for name, modules in by_layer.items():
+        rescale = gain = None
+        for module in modules:
+            if module in adapter.factors:
+                first, second = adapter.factors[module]
+                width = adapter.causal[module].down.shape[1]
+                ratio = placement.place_vector(module, name, second / first - 1, width)
+                factor = placement.place_vector(module, name, second - 1, width)
+                rescale = 1 + ratio if rescale is None else rescale + ratio
+                gain = 1 + factor if gain is None else gain + factor
+        adapt_copies(model.get_submodule(name), [places[module][1] for module in modules], rescale, gain)
+
+
+def __getattr__(name: str) -> type:
+    base = ModelRegistry._try_load_model_cls(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+    if base is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = made = bitune(base)
+    return made

@@ -1,0 +1,23 @@
+"""Engines of vLLM in the process of the tests: one in processes of its own takes a minute to start, and not seconds."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # before vLLM is imported
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+import pytest
+
+collect_ignore = [] if find_spec("vllm") else ["test_engine.py", "test_scheduling.py", "test_server.py"]
+"""Without vLLM, the rest of this folder is tested."""
+
+
+@pytest.fixture(autouse=True)
+def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM compiles small functions of its sampler, which takes longer than these tests."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")

@@ -1,0 +1,155 @@
+"""Engines of vLLM say what `PeftModel.generate` says: every setting of the method, every architecture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from bitune_plugin import BituneConfig
+from bitune_plugin.checks.hosts import vllm_likelihoods
+from serving import TOLERANCE, Served, answer_of, ask, ask_in_turn, differences, engine, greedy, prompts, save
+
+pytestmark = pytest.mark.slow
+
+
+def bitune(lora: dict[str, Any] | None = None, **settings: Any) -> BituneConfig:
+    return BituneConfig(adapter=LoraConfig(**{"r": 8, "target_modules": "all-linear", **(lora or {})}), **settings)
+
+
+METHODS = {
+    "abs": {},
+    "relu, by head": {"mixing": "relu", "mixing_granularity": "head"},
+    "by model": {"mixing_granularity": "model"},
+    "no mixing": {"mixing": "none"},
+    "only causal": {"second_pass_attention": "causal"},
+    "shared weights": {"share_adapter": True},
+    "naive bidirectional": {"share_adapter": True, "mixing": "none"},
+    "rsLoRA": {"lora": {"use_rslora": True, "lora_alpha": 2, "rank_pattern": {"q_proj": 4}}},
+    "DoRA": {"lora": {"use_dora": True}},
+    "some layers": {"lora": {"target_modules": ["q_proj", "down_proj"]}},
+}
+"""Settings of Bitune and of its inner method, on Llama."""
+
+WIDE = {"hidden_size": 128}
+"""Of models whose heads are as wide as the hidden size has it."""
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 16},
+    "qwen2": WIDE,
+    "qwen3": {},
+    "gemma2": {"attention": "eager", "sliding_window": 16, "query_pre_attn_scalar": 32, "tie_word_embeddings": True},
+    "gemma3_text": {"sliding_window": 16, "tie_word_embeddings": True},
+    "phi3": WIDE,
+    "gpt_neox": WIDE,
+    "olmo2": WIDE,
+}
+"""Beside Llama. Of Gemma 2, transformers' SDPA leaves out the softcap of the scores. GPT-NeoX and OLMo 2 are built by
+vLLM's Transformers backend (0.32)."""
+
+
+def check(served: Served, **options: Any) -> None:
+    """Asks all at once, and then while others are being answered."""
+    asked = prompts()
+    expected = [served.expected(prompt) for prompt in asked]
+    with engine(served, **options) as llm:
+        for way in (ask, ask_in_turn):
+            wrong, worst = differences(way(llm, asked), expected)
+            assert wrong == []
+            assert worst < TOLERANCE
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_setting_of_the_method(method: str, tmp_path: Path) -> None:
+    check(save(tmp_path, "llama", bitune(**METHODS[method])))
+
+
+def test_settings_of_the_method_make_a_difference(tmp_path: Path) -> None:
+    """So that the tests above can fail."""
+    names = ["abs", "no mixing", "only causal", "shared weights", "naive bidirectional"]
+    answers = []
+    for name in names:
+        served = save(tmp_path / name, "llama", bitune(**METHODS[name]))
+        answers.append([served.expected(prompt).tokens for prompt in prompts([33, 64])])
+    assert all(answers[i] != answers[j] for i in range(len(names)) for j in range(i))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture(architecture: str, tmp_path: Path) -> None:
+    check(save(tmp_path, architecture, **ARCHITECTURES[architecture]))
+
+
+def test_bfloat16(tmp_path: Path) -> None:
+    """The engine rounds the merged weights, and `generate` what each adapter adds: nearly the same."""
+    served = save(tmp_path)
+    asked = prompts([2, 33, 64, 130])
+    with engine(served, dtype="bfloat16") as llm:
+        found = ask(llm, asked, greedy(1))
+    first = [served.expected(prompt, 1) for prompt in asked]
+    assert [answer.tokens for answer in found] == [answer.tokens for answer in first]
+    assert differences(found, first)[1] < 0.1
+
+
+def test_several_completions_and_what_ends_them(tmp_path: Path) -> None:
+    from vllm import SamplingParams
+
+    served = save(tmp_path)
+    prompt = prompts([33])[0]
+    expected = served.expected(prompt)
+    with engine(served) as llm:
+        several = llm.generate(
+            [{"prompt_token_ids": prompt}],
+            SamplingParams(n=3, temperature=1, top_k=1, max_tokens=8, ignore_eos=True, logprobs=0),
+            use_tqdm=False,
+        )[0].outputs
+        assert [answer_of(completion).tokens for completion in several] == [expected.tokens[:8]] * 3
+        fifth = expected.tokens.index(expected.tokens[4])
+        stopped = ask(llm, [prompt], greedy(stop_token_ids=[expected.tokens[4]]))[0]
+        assert stopped.tokens == expected.tokens[: fifth + 1]
+
+
+def test_likelihoods_of_a_completion_need_the_end_of_the_prompt(tmp_path: Path) -> None:
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    served = save(tmp_path)
+    tokens, length = prompts([47])[0], 20
+    ids, prompt_mask = torch.tensor([tokens]), torch.arange(47)[None] < length
+    with torch.no_grad():
+        logits = served.model(input_ids=ids, prompt_mask=prompt_mask).logits[0].log_softmax(-1)
+    expected = [logits[i - 1, tokens[i]].item() for i in range(length, 47)]
+
+    def likelihoods(llm: Any, **settings: Any) -> list[float]:
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, **settings)
+        (output,) = llm.generate([{"prompt_token_ids": tokens}], params, use_tqdm=False)
+        steps = zip(output.prompt_logprobs[length:], tokens[length:], strict=True)
+        return [step[token].logprob for step, token in steps]
+
+    with engine(served) as llm:
+        found = likelihoods(llm, extra_args={"bitune_prompt_length": length})
+        assert found == pytest.approx(expected, abs=TOLERANCE)
+        everything = likelihoods(llm, extra_args={"bitune_prompt_length": 47})
+        assert max(abs(a - b) for a, b in zip(everything, expected, strict=True)) > 0.01
+        with pytest.raises(VLLMValidationError, match="Say where the prompt ends"):
+            likelihoods(llm)
+        with pytest.raises(ValueError, match="beam search sends the beams as new prompts"):
+            llm.beam_search([{"prompt_token_ids": tokens}], None)
+
+
+def test_the_check_of_bitune_doctor(tmp_path: Path) -> None:
+    assert vllm_likelihoods(tmp_path) < 1e-4
+
+
+def test_an_engine_that_cannot_serve_is_refused(tmp_path: Path) -> None:
+    served = save(tmp_path)
+    for options, message in (
+        ({"max_num_batched_tokens": 100}, "must be at least `--max-model-len`"),
+        ({"enable_lora": True}, "`--enable-lora` would put others on top"),
+        ({"kv_cache_dtype": "fp8"}, "Use `--kv-cache-dtype auto`"),
+        ({"enable_prefix_caching": True}, "shares parts of prompts"),
+    ):
+        with pytest.raises(ValueError, match=message), engine(served, **options):
+            pass

@@ -1,0 +1,157 @@
+"""Bitune adapters of tiny models, served by vLLM, and what `PeftModel.generate` says to the same prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from bitune_plugin import BituneConfig
+from models import randomise_adapters, tiny, word_tokenizer
+
+SIZE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "max_position_embeddings": 256}
+"""vLLM's attention on CPUs knows heads of 32 and more."""
+
+LENGTHS = (1, 2, 3, 5, 8, 17, 31, 32, 33, 47, 64, 65, 100, 130)
+"""Of prompts: one and two tokens, around the size of a block of the cache, and over several."""
+
+NEW = 24
+"""Tokens to generate."""
+
+TOLERANCE = 1e-4
+"""Of log-probabilities in float32."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Greedy tokens and the log-probability of each."""
+
+    tokens: list[int]
+    logprobs: list[float]
+
+
+@dataclass
+class Served:
+    """A base model and an adapter in folders, and the same in memory."""
+
+    folder: Path
+    model: PeftModel
+
+    @property
+    def base(self) -> Path:
+        return self.folder / "base"
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    def expected(self, prompt: Sequence[int], new: int = NEW) -> Answer:
+        """What `PeftModel.generate` says, to one prompt at a time."""
+        ids = torch.tensor([list(prompt)])
+        with torch.no_grad():
+            out = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        tokens = out.sequences[0, len(prompt) :].tolist()
+        logs = torch.stack(out.logits)[:, 0].float().log_softmax(-1)
+        return Answer(tokens, logs.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist())
+
+
+def save(folder: Path, architecture: str = "llama", config: BituneConfig | None = None, **changes: Any) -> Served:
+    """Saves a tiny base model, and an adapter with random weights over it."""
+    base = tiny(architecture, **{**SIZE, **changes})
+    base.generation_config.eos_token_id = None
+    base.save_pretrained(folder / "base")
+    word_tokenizer().save_pretrained(folder / "base")
+    config = config or BituneConfig(adapter=LoraConfig(r=8, target_modules="all-linear"))
+    base.name_or_path = str(folder / "base")
+    model = get_peft_model(base, config).eval()
+    randomise_adapters(model)
+    model.save_pretrained(str(folder / "adapter"))
+    return Served(folder, model)
+
+
+def prompts(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(6, 96, (length,), generator=generator).tolist() for length in lengths]
+
+
+@contextmanager
+def engine(served: Served, **options: Any) -> Iterator[Any]:
+    """An offline engine, which ends with the block; in this process, if the environment says so (`conftest.py`)."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from bitune_plugin.integrations.vllm import engine_args
+
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "max_model_len": 192,
+        "max_num_seqs": 4,
+        "enforce_eager": True,
+        "disable_log_stats": True,
+        "distributed_executor_backend": "uni",
+    }
+    llm = LLM(**engine_args(served.adapter, **{**settings, **options}))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+
+
+def greedy(new: int = NEW, **settings: Any) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, logprobs=0, **settings)
+
+
+def answer_of(completion: Any) -> Answer:
+    """Of a `CompletionOutput` of vLLM."""
+    tokens = list(completion.token_ids)
+    return Answer(tokens, [step[token].logprob for step, token in zip(completion.logprobs, tokens, strict=True)])
+
+
+def ask(llm: Any, asked: Sequence[Sequence[int]], params: Any = None) -> list[Answer]:
+    """Asks all prompts at once."""
+    outputs = llm.generate([{"prompt_token_ids": list(p)} for p in asked], params or greedy(), use_tqdm=False)
+    return [answer_of(output.outputs[0]) for output in outputs]
+
+
+def ask_in_turn(llm: Any, asked: Sequence[Sequence[int]], every: int = 3, params: Any = None) -> list[Answer]:
+    """Asks one more prompt every few steps, while the others are being answered."""
+    core, waiting, answers, step = llm.llm_engine, list(enumerate(asked)), {}, 0
+    while waiting or core.has_unfinished_requests():
+        if waiting and step % every == 0:
+            number, prompt = waiting.pop(0)
+            core.add_request(str(number), {"prompt_token_ids": list(prompt)}, params or greedy())
+        for output in core.step():
+            if output.finished:
+                answers[int(output.request_id.split("-")[0])] = answer_of(output.outputs[0])
+        step += 1
+    return [answers[number] for number in range(len(asked))]
+
+
+def differences(found: Sequence[Answer], expected: Sequence[Answer]) -> tuple[list[int], float]:
+    """The numbers of prompts with another answer, and the greatest difference of log-probabilities in the others."""
+    wrong = [i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a.tokens != b.tokens]
+    same = [(a, b) for a, b in zip(found, expected, strict=True) if a.tokens == b.tokens]
+    worst = max((abs(x - y) for a, b in same for x, y in zip(a.logprobs, b.logprobs, strict=True)), default=0.0)
+    return wrong, worst
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
