@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "examples"))
 
 from benchmarks.cuda import exactness, timing  # noqa: E402
+from benchmarks.cuda.command import Case, run_all  # noqa: E402
 from benchmarks.cuda.models import make_model, sharing_weights  # noqa: E402
 from benchmarks.cuda.profiles import kind_of  # noqa: E402
 from benchmarks.cuda.steps import unequal_documents  # noqa: E402
@@ -70,6 +71,21 @@ def test_a_spent_budget_leaves_a_row_for_each_case_that_it_did_not_reach(tmp_pat
     [written] = json.loads((tmp_path / "gpu.json").read_text())
     assert [row["section"] for row in written["results"]] == ["exactness", "exactness", "profile"]
     assert {row["failure"] for row in written["results"]} == {"not measured: the budget is spent"}
+
+
+def test_a_spent_budget_starts_no_case() -> None:
+    case = Case("profile", "llama-toy", "T 8", lambda _: pytest.fail("it was started"))
+    kept: list[int] = []
+    [row] = run_all([case], Budget(0), lambda results: kept.append(len(results)))
+    assert (row["contender"], row["failure"], kept) == ("all", "not measured: the budget is spent", [1])
+
+
+def test_a_case_that_fails_as_a_whole_is_a_row_and_the_next_is_measured() -> None:
+    failing = Case("profile", "llama-toy", "T 8", lambda _: [][0])
+    whole = Case("profile", "llama-toy", "T 9", lambda allowance: [{"contender": "lora", "failure": None}])
+    first, second = run_all([failing, whole], Budget(100), lambda _: None)
+    assert first["failure"] == "IndexError: list index out of range"
+    assert (second["shape"], second["contender"]) == ("T 9", "lora")
 
 
 def test_the_budget_ends_what_does_not_end_by_itself() -> None:

@@ -150,6 +150,7 @@ def run_all(planned: Sequence[Case], budget: Budget, keep: Callable[[list[Result
         print(f"{budget.left:4.0f} s left  {case.section}, {case.model}, {case.shape}", file=sys.stderr)
         allowance = budget.left / (len(planned) - number)
         try:
+            budget.check()
             with budget.enforced():
                 found, failure = attempt(lambda case=case, allowance=allowance: case.measure(allowance))
             results += case.without_results(failure) if found is None else case.described(found)

@@ -46,6 +46,11 @@ class Budget:
     def left(self) -> float:
         return self.end - time.monotonic()
 
+    def check(self) -> None:
+        """Raises `BudgetSpentError` if nothing is left."""
+        if self.left <= 0:
+            raise BudgetSpentError(f"the budget of {self.seconds:g} s is spent")
+
     @contextmanager
     def enforced(self) -> Iterator[None]:
         """Raises `BudgetSpentError` in the block as soon as the budget is spent, whatever Python code runs by then."""
