@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ class ServedAdapter:
         """
         if self.config.mixing == "none":
             return None, None
-        alphas = self.saved.alphas()
+        alphas = self._alphas
         if self.config.mixing_granularity == "model":
             return alphas["key"][0], alphas["value"][0]
         numbers = self.saved.layers
@@ -110,6 +111,10 @@ class ServedAdapter:
             )
         place = numbers.index(layer)
         return alphas["key"][place], alphas["value"][place]
+
+    @cached_property
+    def _alphas(self) -> dict[str, list[Tensor]]:
+        return self.saved.alphas()
 
     def merged(self, weights: Mapping[str, Tensor] | Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The weights of a checkpoint, by the names in it, with the causal adapter."""

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .names import ADAPTER, PREFIX
+from .names import ADAPTER, ENDINGS, PREFIX
 from .refusals import check_options
 
 AT_LEAST = 2048
@@ -46,7 +46,7 @@ def engine_args(adapter: str | Path, **options: Any) -> dict[str, Any]:
     arguments = {"tokenizer": _tokenizer_of(served.saved.folder), **options, "model": base}
     arguments = {name: value for name, value in arguments.items() if value is not None}
     overrides = {**(options.get("hf_overrides") or {}), ADAPTER: str(served.saved.folder.resolve())}
-    arguments["hf_overrides"] = {**overrides, "architectures": [PREFIX + _architecture(base, options)]}
+    arguments["hf_overrides"] = {**overrides, "architectures": _architectures(base, options)}
     if options.get("max_num_batched_tokens") is None:
         own = EngineArgs(**arguments).create_model_config()
         arguments["max_num_batched_tokens"] = max(own.max_model_len, AT_LEAST)
@@ -66,8 +66,8 @@ def _tokenizer_of(folder: Path) -> str | None:
     return str(folder) if (folder / "tokenizer_config.json").is_file() else None
 
 
-def _architecture(base: str, options: dict[str, Any]) -> str:
-    """The architecture of the base model that vLLM is to build.
+def _architectures(base: str, options: dict[str, Any]) -> list[str]:
+    """The architectures for the config of a base model, the first of which vLLM is to build.
 
     Raises:
         ValueError: vLLM can build none.
@@ -79,11 +79,10 @@ def _architecture(base: str, options: dict[str, Any]) -> str:
     config = get_config(base, trust_remote_code=trusted, revision=options.get("revision"))
     names = list(config.architectures or [])
     known = ModelRegistry.get_supported_archs()
-    found = [name for name in names if PREFIX + name in known]
-    if found:
-        return found[0]
-    if names and names[0].endswith(("ForCausalLM", "LMHeadModel")):
-        return "TransformersForCausalLM"
-    raise ValueError(
-        f"{base} is {' or '.join(names) or 'of no known architecture'}, and no causal language model of vLLM."
-    )
+    for name in names:
+        if PREFIX + name in known:
+            return [PREFIX + name]
+    if names and names[0].endswith(ENDINGS):
+        return [f"{PREFIX}TransformersForCausalLM", names[0]]  # which then renames weights by the second
+    which = " or ".join(names) or "of no known architecture"
+    raise ValueError(f"{base} is {which}, and no causal language model of vLLM.")

@@ -99,17 +99,17 @@ def run_lengthened(
         run: the forward pass of vLLM's class.
         plan: that of the step; `None` for copies of all rows, when memory is measured.
         input_ids: `[N]`.
-        positions: `[N]`.
+        positions: `[N]`, or `[3, N]` of models that also read images.
         inputs_embeds: `[N, hidden]`.
     """
     rows = positions.shape[-1]
     copied = torch.arange(rows, device=positions.device) if plan is None else plan.encoded
 
-    def longer(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else torch.cat([tensor, tensor[copied]])
+    def longer(tensor: Tensor | None, rows_in: int = 0) -> Tensor | None:
+        return None if tensor is None else torch.cat([tensor, tensor.index_select(rows_in, copied)], rows_in)
 
     with lengthened(Lengthened(rows, plan)), _uncompiled():
-        return run(longer(input_ids), longer(positions), None, longer(inputs_embeds), **kwargs)[:rows]
+        return run(longer(input_ids), longer(positions, -1), None, longer(inputs_embeds), **kwargs)[:rows]
 
 
 @contextmanager

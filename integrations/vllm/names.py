@@ -5,6 +5,9 @@ from __future__ import annotations
 PREFIX = "Bitune"
 """Of the names of architectures: `BituneLlamaForCausalLM`."""
 
+ENDINGS = ("ForCausalLM", "LMHeadModel")
+"""Of the architectures that are causal language models."""
+
 ADAPTER = "bitune_adapter"
 """The entry of `hf_overrides`, and so of the model's config, with the folder of the adapter."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .names import PREFIX
+from .names import ENDINGS, PREFIX
 
 MODEL = "bitune_plugin.integrations.vllm.model"
 
@@ -18,7 +18,7 @@ def register() -> None:
     from .runner import tell_prompt_lengths
 
     known = ModelRegistry.get_supported_archs()
-    for architecture in [name for name in known if name.endswith(("ForCausalLM", "LMHeadModel"))]:
+    for architecture in [name for name in known if name.endswith(ENDINGS)]:
         name = PREFIX + architecture
         if architecture.startswith(PREFIX) or name in known:
             continue

@@ -46,9 +46,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "phi3": WIDE,
     "gpt_neox": WIDE,
     "olmo2": WIDE,
+    "helium": {},
 }
 """Beside Llama. Of Gemma 2, transformers' SDPA leaves out the softcap of the scores. GPT-NeoX and OLMo 2 are built by
-vLLM's Transformers backend (0.32)."""
+vLLM's Transformers backend (0.32), and Helium, of which vLLM has no entry, too."""
 
 
 def check(served: Served, **options: Any) -> None:
