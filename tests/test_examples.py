@@ -162,6 +162,34 @@ def test_generate_measures_all_contenders(model: Path, tmp_path: Path) -> None:
         assert entry["per_token_ratio"] > 0
 
 
+def test_chat_measures_every_turn(model: Path, tmp_path: Path) -> None:
+    results = measured("chat", model, tmp_path, "--shapes", "6x4", "--turns", 2)
+    names = [(turn, contender) for turn in (1, 2) for contender in ("lora", "alternate", "reread")]
+    assert [(entry["turn"], entry["contender"]) for entry in results] == names
+    assert all(entry["seconds"] > 0 and entry["to_lora"] > 0 and entry["to_reread"] > 0 for entry in results)
+
+
+def test_the_chat_that_alternates_goes_on_as_if_it_read_all_turns_at_once() -> None:
+    import torch
+    from peft import get_peft_model
+
+    from benchmarks.chat import Chat
+    from bitune_plugin import BituneConfig
+
+    model = get_peft_model(tiny(), BituneConfig(multi_turn="alternate"))
+    turns = torch.randint(5, 90, (3, 10), generator=torch.Generator().manual_seed(0))
+    chat = Chat("alternate", model, turns, prompt_length=6)
+    chat.start()
+    got = []
+    for turn in range(3):
+        got.append(chat.read(turn))
+        chat.write(turn)
+    prompt_mask = (torch.arange(10) < 6).repeat(3)[None]
+    with torch.no_grad():
+        whole = model(input_ids=turns.flatten()[None], prompt_mask=prompt_mask).logits[0]
+    assert torch.allclose(torch.cat(got), whole[[5, 15, 25]], atol=1e-5)
+
+
 def test_the_readme_shows_the_results() -> None:
     """Every table of a benchmark is the one that `report.py` makes of its JSON file."""
     from benchmarks.report import README, RESULTS, tables_of, with_tables

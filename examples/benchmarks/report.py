@@ -92,6 +92,23 @@ class Curves:
 
 
 @dataclass(frozen=True)
+class Turns:
+    """The time to the first token against the turn of a chat, as a multiple of LoRA's at the same turn."""
+
+    def has_something_in(self, results: Sequence[Result]) -> bool:
+        return any(result["to_lora"] is not None for result in results)
+
+    def draw(self, axes: Axes, results: Sequence[Result]) -> None:
+        """Draws the results of one model."""
+        for shape in distinct(results, "shape"):
+            for contender in distinct(results, "contender"):
+                own = [r for r in results if (r["shape"], r["contender"]) == (shape, contender)]
+                axes.plot([r["turn"] for r in own], [r["to_lora"] for r in own], "o-", label=f"{contender}, {shape}")
+        axes.axhline(2, color="black", linestyle="--", linewidth=1, label="target 2")
+        axes.set(yscale="log", xlabel="turn", ylabel="time to the first token, to LoRA")
+
+
+@dataclass(frozen=True)
 class Report:
     """How the results of a benchmark are shown.
 
@@ -102,7 +119,7 @@ class Report:
     """
 
     columns: Mapping[str, Cell]
-    charts: Sequence[Bars | Curves]
+    charts: Sequence[Bars | Curves | Turns]
     rows: Callable[[list[Result]], Iterable[Result]] = iter
 
 
@@ -219,6 +236,18 @@ REPORTS = {
             Bars("prefill_ratio", "reading the prompt, to LoRA", target=2.0),
             Bars("per_token_ratio", "a token, to LoRA or to the base model", target=1.02),
         ],
+    ),
+    "chat": Report(
+        {
+            "model": text("model"),
+            "P x C": text("shape"),
+            "turn": text("turn"),
+            "": text("contender"),
+            "first token, seconds (min-max)": lambda r: spread(r, digits=3),
+            "to LoRA": number("to_lora"),
+            "to reading again": number("to_reread"),
+        },
+        [Turns()],
     ),
     "lm_eval": Report(
         {

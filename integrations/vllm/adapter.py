@@ -71,7 +71,7 @@ class ServedAdapter:
 
     Raises:
         OSError: there is none.
-        ValueError: it is damaged, or of a method that cannot be merged.
+        ValueError: it is damaged, of a method that cannot be merged, or reads prompts in a way that vLLM cannot.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -81,6 +81,7 @@ class ServedAdapter:
         self.saved = SavedAdapter.read(local_folder(str(folder)))
         self.config = self.saved.config
         check_method(self.config)
+        check_reading(self.config)
         self.causal = self._streams(self.saved.causal)
         self.bidirectional = self._streams(self.saved.bidirectional)
         self.whole = {_plain_name(key): value for key, value in self.saved.whole.items()}
@@ -190,6 +191,21 @@ def check_method(config: Any) -> None:
                 f"`{name}={getattr(inner, name)!r}` {reason}, which cannot be served. Generate with "
                 "`PeftModel.generate`."
             )
+
+
+def check_reading(config: Any) -> None:
+    """Raises ValueError if an adapter reads prompts in a way that is not that of this server."""
+    if config.second_pass_attention not in ("bidirectional", "causal"):
+        raise ValueError(
+            f"`second_pass_attention={config.second_pass_attention!r}`: the attention of vLLM knows no such mask, so "
+            "it cannot be served. Generate with `PeftModel.generate`."
+        )
+    if config.multi_turn != "reread":
+        raise ValueError(
+            f"`multi_turn={config.multi_turn!r}`: vLLM is given a whole conversation as one prompt, and would read it "
+            "otherwise than the adapter was trained to. Generate with `PeftModel.generate`; or, to serve prompts of a "
+            "single turn, write 'reread' for `multi_turn` in the adapter's `adapter_config.json`."
+        )
 
 
 def scale_of(inner: Any, module: str) -> float:

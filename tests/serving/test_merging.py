@@ -111,6 +111,20 @@ def test_other_methods_are_refused(inner: object, message: str, tmp_path: Path) 
         ServedAdapter(tmp_path / "adapter")
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"second_pass_attention": "anticausal"}, "`second_pass_attention='anticausal'`: .* knows no such mask"),
+        ({"multi_turn": "alternate"}, "`multi_turn='alternate'`: .* write 'reread'"),
+    ],
+    ids=["anticausal", "alternate"],
+)
+def test_other_ways_to_read_are_refused(settings: dict, message: str, tmp_path: Path) -> None:
+    save(tmp_path, config=BituneConfig(adapter=LoraConfig(r=4, target_modules=["k_proj"]), **settings))
+    with pytest.raises(ValueError, match=message):
+        ServedAdapter(tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("granularity", ["layer", "head", "model"])
 def test_each_layer_has_its_alphas(granularity: str, tmp_path: Path) -> None:
     config = BituneConfig(adapter=METHODS["LoRA"], mixing_granularity=granularity)
