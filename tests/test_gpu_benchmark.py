@@ -233,8 +233,9 @@ def test_documents_of_unequal_length_fill_a_step() -> None:
 
 
 def test_masks_of_the_three_passes_are_where_the_model_is_and_in_its_dtype() -> None:
-    mask = _eager_mask(lambda i, j: i >= j, inputs_embeds=torch.empty(1, 4, 8, device="meta", dtype=torch.bfloat16))
-    assert (mask.device.type, mask.dtype, mask.shape) == ("meta", torch.bfloat16, (1, 1, 4, 4))
+    embeds = torch.empty(1, 4, 8, device="meta", dtype=torch.bfloat16)
+    mask = _eager_mask(lambda i, j: i >= j, past=2, inputs_embeds=embeds)
+    assert (mask.device.type, mask.dtype, mask.shape) == ("meta", torch.bfloat16, (1, 1, 4, 6))
 
 
 @pytest.mark.parametrize(
