@@ -146,7 +146,7 @@ def commands() -> list[Command]:
         for block in blocks(page, "bash"):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
-                while words and re.match(r"[A-Z_]+=", words[0]):
+                while words and re.match(r"[A-Z0-9_]+=", words[0]):
                     words.pop(0)
                 if words:
                     found.append(Command(page, tuple(words)))
