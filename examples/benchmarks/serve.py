@@ -1,10 +1,10 @@
-"""What serving costs with vLLM: reading a prompt, and each token after it, in an engine of its own for each contender.
+"""What serving costs with vLLM: reading a prompt, and each token after it.
 
     python examples/benchmarks/serve.py --models smollm2-135m --lengths 64 256 1024 --json out.json
 
-All engines are in one process, one after another, because two of them would share the cores; every length is asked in
-several rounds. A prompt of random tokens is asked for one token (`prefill`) and for `--tokens` more (`per_token`, their
-difference for each). `--rows` such prompts are asked at once.
+All engines are in one process and take turns: in each round every contender is asked for one token behind `--rows` random
+prompts (`prefill`), and for `--tokens` more behind others (`per_token`, from the difference). A ratio is the median over
+the rounds of what one contender took to what `merged` took in the same round.
 
 * `base`: the model without an adapter.
 * `merged`: LoRA, merged into the weights.
@@ -15,32 +15,31 @@ difference for each). `--rows` such prompts are asked at once.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 # In place of this file's own folder, whose `lm_eval.py` would pass for lm-eval.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, for each engine
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or all engines would get the same core
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from vllm import LLM, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 
 from bitune_plugin import BituneConfig
 from bitune_plugin.integrations.vllm import engine_args
 from pretrained import load_model
+
+Result = dict[str, Any]
 
 CONTENDERS = ("base", "merged", "lora", "bitune")
 
@@ -61,66 +60,80 @@ def save(model: str, folder: Path) -> None:
     lora.merge_and_unload().save_pretrained(folder / "merged")
 
 
-@contextmanager
-def engine(contender: str, folder: Path, arguments: argparse.Namespace) -> Iterator[LLM]:
+def engine(contender: str, folder: Path, arguments: argparse.Namespace) -> LLM:
     longest = max(arguments.lengths) + arguments.tokens + 1
-    common: dict[str, Any] = {
+    options: dict[str, Any] = {
         "dtype": arguments.dtype,
         "max_model_len": longest,
-        "max_num_batched_tokens": max(longest, 2048),
+        "max_num_batched_tokens": max(longest * arguments.rows, 2048),
         "skip_tokenizer_init": True,
         "enable_prefix_caching": False,
         "distributed_executor_backend": "uni",
         "enforce_eager": arguments.eager,
     }
     if contender == "bitune":
-        common = engine_args(folder / "bitune", **common)
-    else:
-        common["model"] = str(folder / ("merged" if contender == "merged" else "base"))
-        common |= {"enable_lora": True, "max_lora_rank": 8} if contender == "lora" else {}
-    llm = LLM(**common)
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        return LLM(**engine_args(folder / "bitune", **options))
+    if contender == "lora":
+        options |= {"enable_lora": True, "max_lora_rank": 8}
+    return LLM(model=str(folder / ("merged" if contender == "merged" else "base")), **options)
 
 
-def measure(contender: str, folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    request = LoRARequest("lora", 1, str(folder / "lora")) if contender == "lora" else None
-    results = []
-    with engine(contender, folder, arguments) as llm:
+def measure(model: str, folder: Path, arguments: argparse.Namespace) -> list[Result]:
+    save(model, folder)
+    engines = {contender: engine(contender, folder, arguments) for contender in arguments.contenders}
+    request = LoRARequest("lora", 1, str(folder / "lora"))
+
+    def seconds(contender: str, length: int, new: int) -> float:
+        llm = engines[contender]
         vocabulary = llm.llm_engine.model_config.get_vocab_size()
+        prompts = torch.randint(5, vocabulary - 5, (arguments.rows, length)).tolist()
+        params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+        lora = request if contender == "lora" else None
+        start = time.perf_counter()
+        llm.generate([{"prompt_token_ids": p} for p in prompts], params, lora_request=lora, use_tqdm=False)
+        return time.perf_counter() - start
 
-        def seconds(length: int, new: int) -> float:
-            prompts = torch.randint(5, vocabulary - 5, (arguments.rows, length)).tolist()
-            params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
-            start = time.perf_counter()
-            llm.generate([{"prompt_token_ids": p} for p in prompts], params, lora_request=request, use_tqdm=False)
-            return time.perf_counter() - start
-
-        for length in arguments.lengths:
-            seconds(length, 2)  # warms up
-            rounds = [(seconds(length, 1), seconds(length, 1 + arguments.tokens)) for _ in range(arguments.rounds)]
-            prefill = statistics.median(first for first, _ in rounds)
-            per_token = statistics.median(both - first for first, both in rounds) / arguments.tokens
-            results.append({"contender": contender, "length": length, "prefill": prefill, "per_token": per_token})
+    results = []
+    for length in arguments.lengths:
+        prefill: dict[str, list[float]] = {contender: [] for contender in engines}
+        per_token: dict[str, list[float]] = {contender: [] for contender in engines}
+        for turn in range(arguments.rounds + 1):
+            for contender in engines:
+                first = seconds(contender, length, 1)
+                rest = seconds(contender, length, 1 + arguments.tokens) - first
+                if turn:  # the first warms up
+                    prefill[contender].append(first)
+                    per_token[contender].append(rest / arguments.tokens)
+        results += [
+            {
+                **{"model": model, "rows": arguments.rows, "dtype": arguments.dtype, "eager": arguments.eager},
+                **{"length": length, "contender": contender},
+                **{"prefill": median(prefill[contender]), "prefill_ratio": ratio(prefill, contender)},
+                **{"per_token": median(per_token[contender]), "per_token_ratio": ratio(per_token, contender)},
+            }
+            for contender in engines
+        ]
     return results
 
 
-def table(results: list[dict[str, Any]], rows: int) -> str:
-    """In Markdown, with ratios to `merged`."""
-    lines = ["| prompt | contender | prompts per second | over merged | tokens per second | over merged |"]
-    lines.append("|---|---|---|---|---|---|")
-    reference = {r["length"]: r for r in results if r["contender"] == "merged"}
-    for result in sorted(results, key=lambda r: (r["length"], CONTENDERS.index(r["contender"]))):
-        cells = [str(result["length"]), result["contender"]]
+def ratio(seconds: dict[str, list[float]], contender: str) -> float | None:
+    """Median over the rounds of what a contender took to what `merged` took, if both took part."""
+    if "merged" not in seconds:
+        return None
+    return median(a / b for a, b in zip(seconds[contender], seconds["merged"], strict=True))
+
+
+def table(results: list[Result]) -> str:
+    """In Markdown."""
+    lines = [
+        "| model | prompt | contender | prompts per second | seconds over merged | tokens per second | over merged |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|")
+    for result in results:
+        cells = [str(result[name]) for name in ("model", "length", "contender")]
         for name in ("prefill", "per_token"):
-            base = reference.get(result["length"])
-            ratio = f"{result[name] / base[name]:.2f}" if base else ""
-            cells += [f"{rows / result[name]:.3g}", ratio]
+            over = result[f"{name}_ratio"]
+            cells += [f"{result['rows'] / result[name]:.3g}", "" if over is None else f"{over:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -144,12 +157,10 @@ def main() -> None:
     results = []
     for model in arguments.models:
         with tempfile.TemporaryDirectory(prefix="bitune-serve-") as folder:
-            save(model, Path(folder))
-            found = [r for c in arguments.contenders for r in measure(c, Path(folder), arguments)]
-        results += [{"model": model, "rows": arguments.rows, "dtype": arguments.dtype, **r} for r in found]
-        print(f"\n{model}\n{table(found, arguments.rows)}", flush=True)
+            results += measure(model, Path(folder), arguments)
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+    print(f"\n{table(results)}", flush=True)
 
 
 if __name__ == "__main__":
