@@ -2,9 +2,9 @@
 
     python examples/benchmarks/serve.py --models smollm2-135m --lengths 64 256 1024 --json out.json
 
-All engines are in one process and take turns: in each round every contender is asked for one token behind `--rows` random
-prompts (`prefill`), and for `--tokens` more behind others (`per_token`, from the difference). A ratio is the median over
-the rounds of what one contender took to what `merged` took in the same round.
+All engines are in one process and take turns: in each round every contender is asked for one token behind `--rows`
+random prompts (`prefill`), and for `--tokens` more behind others (`per_token`, from the difference). A ratio is the
+median over the rounds of what one contender took to what `merged` took in the same round.
 
 * `base`: the model without an adapter.
 * `merged`: LoRA, merged into the weights.
@@ -125,9 +125,7 @@ def ratio(seconds: dict[str, list[float]], contender: str) -> float | None:
 
 def table(results: list[Result]) -> str:
     """In Markdown."""
-    lines = [
-        "| model | prompt | contender | prompts per second | seconds over merged | tokens per second | over merged |"
-    ]
+    lines = ["| model | prompt | contender | prompts per second | over merged | tokens per second | over merged |"]
     lines.append("|---|---|---|---|---|---|---|")
     for result in results:
         cells = [str(result[name]) for name in ("model", "length", "contender")]
