@@ -46,7 +46,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "phi3": WIDE,
     "gpt_neox": WIDE,
     "olmo2": WIDE,
-    "helium": {},
+    "helium": WIDE,
 }
 """Beside Llama. Of Gemma 2, transformers' SDPA leaves out the softcap of the scores. GPT-NeoX and OLMo 2 are built by
 vLLM's Transformers backend (0.32), and Helium, of which vLLM has no entry, too."""

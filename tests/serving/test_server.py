@@ -156,8 +156,8 @@ def test_many_requests_at_once_lose_nothing(server: Server) -> None:
     rounds = _load(server, count=200, seconds=float(os.environ.get("BITUNE_LOAD_SECONDS", "0")))
     assert rounds[0].answered == 200
     assert sum(each.wrong for each in rounds) == 0
-    if len(rounds) > 4:
-        assert rounds[-1].memory < 1.05 * rounds[1].memory
+    if len(rounds) > 4:  # the first rounds fill what is kept
+        assert rounds[-1].memory < 1.02 * rounds[len(rounds) // 2].memory
 
 
 @dataclass
