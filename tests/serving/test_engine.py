@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from peft import LoraConfig
 
 from bitune_plugin import BituneConfig
 from bitune_plugin.checks.hosts import vllm_likelihoods
+from bitune_plugin.integrations.vllm.refusals import check_layer
 from serving import TOLERANCE, Served, answer_of, ask, ask_in_turn, differences, engine, greedy, prompts, save
 
 pytestmark = pytest.mark.slow
@@ -154,3 +156,39 @@ def test_an_engine_that_cannot_serve_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message), engine(served, **options):
             pass
+
+
+def attention_layer(**changes: Any) -> Any:
+    """A layer of vLLM as far as `check_layer` looks at it."""
+    from vllm.model_executor.layers.attention import Attention
+
+    layer = Attention.__new__(Attention)
+    torch.nn.Module.__init__(layer)
+    backend = SimpleNamespace(
+        forward_includes_kv_cache_update=changes.pop("writes_while_it_attends", False),
+        supports_non_causal=lambda causal=changes.pop("is_causal_only", False): not causal,
+        get_name=lambda: "BACKEND",
+    )
+    settings = {"attn_type": "decoder", "kv_sharing_target_layer_name": None, "attn_backend": backend, **changes}
+    for name, value in settings.items():
+        setattr(layer, name, value)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kv_sharing_target_layer_name": "model.layers.0"}, "uses the keys of another layer"),
+        ({"attn_type": "encoder_only"}, "is no plain attention layer"),
+        ({"writes_while_it_attends": True}, "BACKEND writes keys while it attends"),
+        ({"is_causal_only": True}, "BACKEND is causal only"),
+    ],
+)
+def test_a_layer_that_cannot_mix_is_refused(changes: dict[str, Any], message: str) -> None:
+    check_layer("layer", attention_layer(), causal_copies=False)
+    with pytest.raises(ValueError, match=message):
+        check_layer("layer", attention_layer(**changes), causal_copies=False)
+
+
+def test_a_causal_backend_serves_the_causal_ablation() -> None:
+    check_layer("layer", attention_layer(is_causal_only=True), causal_copies=True)
