@@ -158,15 +158,15 @@ def test_an_engine_that_cannot_serve_is_refused(tmp_path: Path) -> None:
             pass
 
 
-def attention_layer(**changes: Any) -> Any:
+def attention_layer(writes: bool = False, causal: bool = False, **changes: Any) -> Any:
     """A layer of vLLM as far as `check_layer` looks at it."""
     from vllm.model_executor.layers.attention import Attention
 
     layer = Attention.__new__(Attention)
     torch.nn.Module.__init__(layer)
     backend = SimpleNamespace(
-        forward_includes_kv_cache_update=changes.pop("writes_while_it_attends", False),
-        supports_non_causal=lambda causal=changes.pop("is_causal_only", False): not causal,
+        forward_includes_kv_cache_update=writes,
+        supports_non_causal=lambda: not causal,
         get_name=lambda: "BACKEND",
     )
     settings = {"attn_type": "decoder", "kv_sharing_target_layer_name": None, "attn_backend": backend, **changes}
@@ -180,8 +180,8 @@ def attention_layer(**changes: Any) -> Any:
     [
         ({"kv_sharing_target_layer_name": "model.layers.0"}, "uses the keys of another layer"),
         ({"attn_type": "encoder_only"}, "is no plain attention layer"),
-        ({"writes_while_it_attends": True}, "BACKEND writes keys while it attends"),
-        ({"is_causal_only": True}, "BACKEND is causal only"),
+        ({"writes": True}, "BACKEND writes keys while it attends"),
+        ({"causal": True}, "BACKEND is causal only"),
     ],
 )
 def test_a_layer_that_cannot_mix_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -191,4 +191,4 @@ def test_a_layer_that_cannot_mix_is_refused(changes: dict[str, Any], message: st
 
 
 def test_a_causal_backend_serves_the_causal_ablation() -> None:
-    check_layer("layer", attention_layer(is_causal_only=True), causal_copies=True)
+    check_layer("layer", attention_layer(causal=True), causal_copies=True)
