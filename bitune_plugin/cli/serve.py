@@ -17,7 +17,7 @@ from bitune_plugin.integrations.vllm.arguments import V2_RUNNER, check_installed
 SERVER = "vllm.entrypoints.openai.api_server"
 """Run as a module, because `vllm serve` of the builds for CPUs looks for a package of another name (0.32)."""
 
-SET_HERE = ("model", "tokenizer", "hf_overrides", "max_num_batched_tokens")
+SET_HERE = ("model", "revision", "tokenizer", "hf_overrides", "max_num_batched_tokens")
 """What `engine_args` may set, by the names of vLLM's `EngineArgs`."""
 
 DESCRIPTION = """\
@@ -36,10 +36,11 @@ EXAMPLES = """\
 
 def main(argv: Sequence[str]) -> None:
     options, of_vllm = _parser().parse_known_args(argv)
+    check_dotted(of_vllm)
     check_installed()
     arguments = engine_args(options.adapter, **engine_options(of_vllm))
     _check(arguments)
-    command = command_of(arguments, of_vllm)
+    command = command_of(options.adapter, arguments, of_vllm)
     if options.print:
         say(f"{V2_RUNNER}=0 {shlex.join(command)}")
         return
@@ -55,6 +56,17 @@ def _parser() -> argparse.ArgumentParser:
     arguments.add_argument("adapter", metavar="ADAPTER", help="folder of a Bitune adapter, or hub id")
     arguments.add_argument("--print", action="store_true", help="print the command instead of running it")
     return arguments
+
+
+def check_dotted(of_vllm: Sequence[str]) -> None:
+    """Raises ValueError for `--hf-overrides.name`, which vLLM puts behind, and so in the place of, all that is set."""
+    for option in _with_dashes(of_vllm):
+        name = option.partition("=")[0]
+        if name.startswith("--hf-overrides."):
+            raise ValueError(
+                f"`{name}` would take the place of the overrides that Bitune sets. Give them as one object: "
+                "`--hf-overrides '{\"name\": value}'`."
+            )
 
 
 def engine_options(of_vllm: Sequence[str]) -> dict[str, Any]:
@@ -73,7 +85,8 @@ def _with_dashes(options: Sequence[str]) -> list[str]:
     found = []
     for option in options:
         name, equals, value = option.partition("=")
-        found.append(name.replace("_", "-") + equals + value if name.startswith("--") else option)
+        name, dot, rest = name.partition(".")
+        found.append(name.replace("_", "-") + dot + rest + equals + value if name.startswith("--") else option)
     return found
 
 
@@ -89,14 +102,15 @@ def _check(arguments: dict[str, Any]) -> None:
         raise ValueError(" ".join(reasons)) from error
 
 
-def command_of(arguments: dict[str, Any], of_vllm: Sequence[str]) -> list[str]:
+def command_of(adapter: str, arguments: dict[str, Any], of_vllm: Sequence[str]) -> list[str]:
     """The command that starts the server.
 
     Args:
+        adapter: as it was named; a folder lends the model its name, and a hub id is one.
         arguments: those of `engine_args`.
         of_vllm: the options of the command line. What is set in `arguments` comes last, and so wins.
     """
-    name = Path(str(arguments["hf_overrides"]["bitune_adapter"])).name
+    name = Path(adapter).resolve().name if Path(adapter).is_dir() else adapter
     named = [] if any(each.startswith("--served") for each in of_vllm) else ["--served-model-name", name]
     ours = []
     for each in SET_HERE:

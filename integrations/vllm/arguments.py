@@ -35,12 +35,14 @@ def engine_args(adapter: str | Path, **options: Any) -> dict[str, Any]:
     from vllm.engine.arg_utils import EngineArgs
 
     from .adapter import ServedAdapter
-    from .register import register
+    from .register import register_models
 
-    register()
+    register_models()
     os.environ.setdefault(V2_RUNNER, "0")
     served = ServedAdapter(adapter)
     base = options.get("model") or served.config.base_model_name_or_path
+    if not options.get("model"):
+        options = {"revision": served.config.revision, **options}  # of the base that it was trained on
     if not base:
         raise ValueError(f"{adapter} does not name its base model. Name it: `model=...` (`--model` of `bitune serve`).")
     arguments = {"tokenizer": _tokenizer_of(served.saved.folder), **options, "model": base}

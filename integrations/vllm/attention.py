@@ -24,7 +24,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from bitune_plugin.core.mixing import mix
 
-from .plan import Plan, current, planning_backend
+from .plan import current, planning_backend
 
 
 def mix_in(layer: Any, alphas: tuple[Tensor | None, Tensor | None], causal: bool) -> None:
@@ -73,13 +73,14 @@ def mixing_class(attention_class: type) -> type:
             k = key.view(-1, self.num_kv_heads, self.head_size)
             v = value.view(-1, self.num_kv_heads, size)
             out = query.new_zeros(q.shape[0], heads, size)
-            self.read(q, k, v, out, step.rows, step.plan)
+            self.read(q, k, v, out, step.rows)
             return out.view(output_shape or (-1, heads * size))
 
-        def read(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, n: int, plan: Plan) -> None:
+        def read(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, n: int) -> None:
             """Attends, and fills the cache. `q, k, v, out`: `[N + C, heads, head size]`."""
             context = get_forward_context()
             metadata, slots = context.attn_metadata[self.layer_name], context.slot_mapping[self.layer_name][:n]
+            plan = metadata.bitune  # of this layer: those with other heads or windows may have metadata of their own
             encoded, answer = plan.encoded, plan.answer
 
             self.write(k[n:], v[n:], slots[encoded])

@@ -19,11 +19,13 @@ from .attention import mix_in
 from .names import ADAPTER, PREFIX
 from .placement import Placed, Placement, adapt_copies
 from .plan import Lengthened, Plan, lengthened, plan_of
-from .refusals import check_layer, check_tied
+from .refusals import check_layer, check_loaded, check_tied
+from .runner import tell_prompt_lengths
 
 
 def bitune(base: Any) -> type:
     """The class of vLLM `base`, which serves the adapter that `bitune_adapter` of the model's config names."""
+    tell_prompt_lengths()
 
     class Bitune(base):
         def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
@@ -35,7 +37,7 @@ def bitune(base: Any) -> type:
                 check_layer(name, layer, adapter.causal_copies)
                 if isinstance(layer, Attention):
                     mix_in(layer, adapter.alphas(extract_layer_index(name)), adapter.causal_copies)
-            self._bitune_adapter = adapter
+            self._bitune_adapter = adapter  # until its weights are loaded
             self._bitune_profile_rows = vllm_config.scheduler_config.max_num_batched_tokens
 
         def load_own_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
@@ -64,6 +66,7 @@ def bitune(base: Any) -> type:
             metadata = get_forward_context().attn_metadata
             plan = plan_of(metadata)
             if metadata is None and positions.shape[-1] == self._bitune_profile_rows:
+                check_loaded(self)
                 run_lengthened(run, None, input_ids, positions, inputs_embeds, kwargs)  # for its peak of memory
             if plan is None:
                 return run(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)

@@ -64,27 +64,33 @@ class Placement:
         name = self.layer_of(module, shape)
         weight = self.parameters[f"{name}.weight"]
         if isinstance(self.model.get_submodule(name), RowParallelLinear):
-            down = torch.cat([self._through(module, weight, rows, shape) for rows in _chunks(difference.down, shape)])
-            return name, Placed(down[: len(difference.down)], difference.up.to(weight))
-        up = [self._through(module, weight, rows.T, shape) for rows in _chunks(difference.up.T, shape[::-1])]
-        return name, Placed(difference.down.to(weight), torch.cat(up, dim=1)[:, : difference.up.shape[1]])
+            chunks = _chunks(difference.down, shape)
+            down = [self._through(module, weight, rows, shape)[: len(rows)].clone() for rows in chunks]
+            return name, Placed(torch.cat(down), difference.up.to(weight))
+        chunks = _chunks(difference.up.T, shape[::-1])
+        up = [self._through(module, weight, rows.T, shape)[:, : len(rows)].clone() for rows in chunks]
+        return name, Placed(difference.down.to(weight), torch.cat(up, dim=1))
 
     def place_vector(self, module: str, name: str, vector: Tensor, width: int) -> Tensor:
         """A vector `[out]` where `name`, the layer of vLLM, has the rows of `module`; 0 elsewhere. Weights stay."""
         weight = self.parameters[f"{name}.weight"]
         before = weight.data.clone()
-        placed = self._through(module, weight, vector[:, None].expand(-1, width).contiguous(), None)
+        placed = self._through(module, weight, vector[:, None].expand(-1, width).contiguous(), None)[:, 0].float()
+        placed = placed.clone()  # which `float` leaves out in float32
         weight.data.copy_(before)
-        return placed[:, 0].float()
+        return placed
 
     def _through(self, module: str, weight: nn.Parameter, matrix: Tensor, shape: tuple[int, int] | None) -> Tensor:
-        """What `weight` holds if `matrix`, and behind it 0 up to `shape`, is loaded as the weight of `module`."""
+        """What `weight` holds if `matrix`, and behind it 0 up to `shape`, is loaded as the weight of `module`.
+
+        A view: whoever keeps a part of it clones the part, because a second model would not fit beside the first.
+        """
         full = matrix if shape is None else matrix.new_zeros(shape)
         if shape is not None:
             full[: matrix.shape[0], : matrix.shape[1]] = matrix
         weight.data.zero_()
         self.model.load_own_weights([(f"{module}.weight", full)])
-        return weight.data.clone()
+        return weight.data
 
 
 def _chunks(rows: Tensor, shape: tuple[int, int]) -> Iterator[Tensor]:

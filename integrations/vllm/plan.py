@@ -88,6 +88,8 @@ def planning_backend(backend: type[AttentionBackend], causal: bool) -> type[Atte
     builder_class: Any = backend.get_builder_cls()
 
     class BituneBuilder(builder_class):
+        supports_update_block_table = False  # which would copy the plan of other blocks
+
         def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
             super().__init__(kv_cache_spec, layer_names, vllm_config, device)
             # Builders of some backends keep state for the step they built last, and three metadata live in one step.

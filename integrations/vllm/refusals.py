@@ -37,6 +37,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "KV transfer moves keys that Bitune has not mixed yet. Leave `--kv-transfer-config` out.",
     ),
     (
+        # vLLM makes a KV transfer of it, but later than it asks for this check.
+        lambda c: c.cache_config.kv_offloading_size is not None,
+        "KV offloading brings parts of prompts back, and Bitune reads a prompt as a whole. Leave "
+        "`--kv-offloading-size` out.",
+    ),
+    (
         lambda c: c.parallel_config.pipeline_parallel_size > 1,
         "Pipeline parallelism hands on the hidden states of one stream alone. Use `--tensor-parallel-size` instead.",
     ),
@@ -140,6 +146,11 @@ def check_layer(name: str, layer: Any, causal_copies: bool) -> None:
         raise ValueError(
             f"{name} uses the keys of another layer, which are mixed already. Generate with `PeftModel.generate`."
         )
+    if not causal_copies and getattr(layer.impl, "alibi_slopes", None) is not None:
+        raise ValueError(
+            f"{name} has a bias by distance (ALiBi), which the backends of vLLM and transformers compute differently "
+            "for keys behind the query. Generate with `PeftModel.generate`."
+        )
     backend = layer.attn_backend
     if backend.forward_includes_kv_cache_update:
         raise ValueError(
@@ -153,12 +164,34 @@ def check_layer(name: str, layer: Any, causal_copies: bool) -> None:
 
 
 def check_tied(adapter: Any, hf_config: Any) -> None:
-    """Raises ValueError if the adapter trained one of two weights that vLLM keeps as one."""
-    whole = [name for name in adapter.whole if name.split(".")[-2:-1] in (["embed_tokens"], ["lm_head"], ["embed_in"])]
-    if whole and getattr(hf_config, "tie_word_embeddings", False):
+    """Raises ValueError if the adapter changes one of two weights that vLLM keeps as one: embeddings and head.
+
+    Args:
+        adapter: a `ServedAdapter`.
+        hf_config: of the model.
+    """
+    if not getattr(hf_config, "tie_word_embeddings", False):
+        return
+    changed = [name for name, value in adapter.whole.items() if _is_per_word(value, hf_config)]
+    changed += [module for module in adapter.causal if module.split(".")[-1] in ("lm_head", "embed_out")]
+    if changed:
         raise ValueError(
-            f"The adapter trains {whole[0]}, and this model has one weight for embeddings and head. Generate with "
+            f"The adapter trains {changed[0]}, and this model has one weight for embeddings and head. Generate with "
             "`PeftModel.generate`."
+        )
+
+
+def _is_per_word(weight: Any, hf_config: Any) -> bool:
+    """Whether `weight` is `[vocabulary or more, hidden]`, as embeddings and heads are, under whatever name."""
+    return weight.dim() == 2 and len(weight) >= hf_config.vocab_size and weight.shape[1] == hf_config.hidden_size
+
+
+def check_loaded(model: Any) -> None:
+    """Raises ValueError, at the start of an engine, if the weights of a Bitune model were not loaded through it."""
+    if hasattr(model, "_bitune_adapter"):
+        raise ValueError(
+            "vLLM filled this model without loading its weights by name, and so without the adapter. Leave "
+            "`--load-format` at 'auto'."
         )
 
 

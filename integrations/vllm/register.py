@@ -1,7 +1,12 @@
-"""What vLLM calls in each of its processes: the entry point `vllm.general_plugins`. Imports no model."""
+"""What vLLM calls in each of its processes, with or without an adapter: the entry point `vllm.general_plugins`.
+
+vLLM does not catch what it raises, and calls it also in the short-lived processes that inspect classes. So it imports
+only what vLLM has imported before; all patches of vLLM wait until an adapter is served.
+"""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from .names import ENDINGS, PREFIX
@@ -10,12 +15,19 @@ MODEL = "bitune_plugin.integrations.vllm.model"
 
 
 def register() -> None:
+    """Calls `register_models`, and warns instead of raising if vLLM has no such registry: plain engines go on."""
+    try:
+        register_models()
+    except (ImportError, AttributeError) as error:
+        logging.getLogger(__name__).warning(
+            "Bitune adapters cannot be served by this version of vLLM (%s). Nothing else is affected.", error
+        )
+
+
+def register_models() -> None:
     """Registers a class `Bitune<Architecture>` for every causal language model of vLLM, and checks of its config."""
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
-
-    from .refusals import refuse_beams
-    from .runner import tell_prompt_lengths
 
     known = ModelRegistry.get_supported_archs()
     for architecture in [name for name in known if name.endswith(ENDINGS)]:
@@ -24,8 +36,6 @@ def register() -> None:
             continue
         ModelRegistry.register_model(name, f"{MODEL}:{name}")
         MODELS_CONFIG_MAP[name] = config_check(MODELS_CONFIG_MAP.get(architecture))
-    tell_prompt_lengths()
-    refuse_beams()
 
 
 def config_check(of_base: Any) -> type:
@@ -36,7 +46,7 @@ def config_check(of_base: Any) -> type:
     """
     from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-    from .refusals import check_engine, prepare_engine
+    from .refusals import check_engine, prepare_engine, refuse_beams
 
     class BituneConfigCheck(VerifyAndUpdateConfig):
         @staticmethod
@@ -45,6 +55,7 @@ def config_check(of_base: Any) -> type:
                 of_base.verify_and_update_config(vllm_config)
             check_engine(vllm_config)
             prepare_engine(vllm_config)
+            refuse_beams()
 
         @staticmethod
         def verify_and_update_model_config(model_config: Any) -> None:

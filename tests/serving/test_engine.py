@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +15,21 @@ from peft import LoraConfig
 
 from bitune_plugin import BituneConfig
 from bitune_plugin.checks.hosts import vllm_likelihoods
+from bitune_plugin.integrations.vllm import engine_args
 from bitune_plugin.integrations.vllm.refusals import check_layer
-from serving import TOLERANCE, Served, answer_of, ask, ask_in_turn, differences, engine, greedy, prompts, save
+from serving import (
+    TOLERANCE,
+    Served,
+    answer_of,
+    ask,
+    ask_in_turn,
+    change_json,
+    differences,
+    engine,
+    greedy,
+    prompts,
+    save,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -140,6 +156,59 @@ def test_likelihoods_of_a_completion_need_the_end_of_the_prompt(tmp_path: Path) 
             likelihoods(llm)
         with pytest.raises(ValueError, match="beam search sends the beams as new prompts"):
             llm.beam_search([{"prompt_token_ids": tokens}], None)
+
+
+def test_the_revision_of_the_base_is_the_adapters(tmp_path: Path) -> None:
+    served = save(tmp_path)
+    change_json(served.adapter / "adapter_config.json", revision="v2")
+    assert engine_args(served.adapter, max_model_len=64)["revision"] == "v2"
+    assert engine_args(served.adapter, max_model_len=64, revision="v3")["revision"] == "v3"
+    assert "revision" not in engine_args(served.adapter, max_model_len=64, model=str(served.base))
+
+
+def test_a_bias_by_distance_is_refused() -> None:
+    from vllm.model_executor.layers.attention import Attention
+
+    layer = Attention.__new__(Attention)
+    torch.nn.Module.__init__(layer)
+    layer.attn_type, layer.kv_sharing_target_layer_name = "decoder", None
+    layer.impl = SimpleNamespace(alibi_slopes=[0.5])
+    with pytest.raises(ValueError, match=r"has a bias by distance \(ALiBi\)"):
+        check_layer("layers.0.attn", layer, causal_copies=False)
+
+
+def test_a_plain_engine_imports_nothing_more() -> None:
+    """Plugins are loaded in every process of vLLM, also those that only inspect a class, and patch nothing there."""
+    code = (
+        "import sys; from vllm import EngineArgs, ModelRegistry; from vllm.model_executor.models import config;"
+        "before = set(sys.modules); from bitune_plugin.integrations.vllm.register import register; register();"
+        "assert 'BituneLlamaForCausalLM' in ModelRegistry.get_supported_archs();"
+        "print('found', sorted(n for n in set(sys.modules) - before if not n.startswith('bitune_plugin')))"
+    )
+    environment = {**os.environ, "VLLM_PLUGINS": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip().endswith("found []"), done.stdout + done.stderr
+
+
+def test_a_model_is_loaded_beside_small_parts_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is placed has no storage of the size of a weight: all of them together would be a second model."""
+    from bitune_plugin.integrations.vllm import model
+
+    sizes: list[tuple[int, int]] = []
+    original = model.adapt_layers
+
+    def adapt_layers(of: Any, adapter: Any, placement: Any, places: dict[str, Any]) -> None:
+        for _, placed in places.values():
+            sizes.extend((t.untyped_storage().nbytes(), t.nbytes) for t in (placed.down, placed.up))
+        original(of, adapter, placement, places)
+
+    monkeypatch.setattr(model, "adapt_layers", adapt_layers)
+    served = save(tmp_path, "llama", bitune({"r": 2}))
+    with engine(served) as llm:
+        wrong, worst = differences(ask(llm, prompts([33])), [served.expected(prompts([33])[0])])
+    assert (wrong, worst < TOLERANCE) == ([], True)
+    assert sizes
+    assert all(storage == needed for storage, needed in sizes)
 
 
 def test_the_check_of_bitune_doctor(tmp_path: Path) -> None:

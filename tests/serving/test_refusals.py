@@ -5,21 +5,25 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from bitune_plugin.cli import main
+from bitune_plugin.cli.serve import check_dotted, command_of
 from bitune_plugin.integrations.vllm import engine_args
 from bitune_plugin.integrations.vllm.refusals import (
     REQUESTS,
     check_engine,
+    check_loaded,
     check_options,
     check_request,
     check_tied,
     prepare_engine,
 )
+from bitune_plugin.integrations.vllm.register import register, register_models
 
 
 def config(**changes: Any) -> SimpleNamespace:
@@ -45,7 +49,12 @@ def config(**changes: Any) -> SimpleNamespace:
             "prefill_context_parallel_size": 1,
             "use_ubatching": False,
         },
-        "cache_config": {"cache_dtype": "auto", "kv_sharing_fast_prefill": False, "enable_prefix_caching": True},
+        "cache_config": {
+            "cache_dtype": "auto",
+            "kv_sharing_fast_prefill": False,
+            "kv_offloading_size": None,
+            "enable_prefix_caching": True,
+        },
     }
     whole = {"speculative_config": None, "kv_transfer_config": None, "lora_config": None, "use_v2_model_runner": False}
     for name, value in changes.items():
@@ -70,6 +79,7 @@ REFUSED = {
     "lora_config": (object(), "`--enable-lora` would put others on top"),
     "model_config__quantization": ("awq", "Serve the base without quantisation"),
     "cache_config__cache_dtype": ("fp8", "Use `--kv-cache-dtype auto`"),
+    "cache_config__kv_offloading_size": (1.0, "Leave `--kv-offloading-size` out"),
     "cache_config__kv_sharing_fast_prefill": (True, "leaves rows of a prompt out"),
     "model_config__use_mla": (True, "latent states"),
     "model_config__is_hybrid": (True, "no attention layers"),
@@ -124,11 +134,59 @@ def test_the_end_of_a_prompt_is_a_number_of_tokens(length: Any) -> None:
         check_request(request(extra_args={"bitune_prompt_length": length}))
 
 
-def test_one_of_two_tied_weights_is_refused() -> None:
-    adapter = SimpleNamespace(whole={"lm_head.weight": None})
-    check_tied(adapter, SimpleNamespace(tie_word_embeddings=False))
-    with pytest.raises(ValueError, match=r"trains lm_head.weight, and this model has one weight"):
-        check_tied(adapter, SimpleNamespace(tie_word_embeddings=True))
+@pytest.mark.parametrize(
+    ("whole", "causal", "named"),
+    [
+        ({"lm_head.weight": torch.zeros(10, 4)}, {}, r"lm_head\.weight"),
+        ({"transformer.wte.weight": torch.zeros(12, 4)}, {}, r"transformer\.wte\.weight"),
+        ({}, {"lm_head": object()}, "lm_head"),
+    ],
+    ids=["head", "embeddings under another name", "an adapter of the head"],
+)
+def test_one_of_two_tied_weights_is_refused(whole: dict[str, Any], causal: dict[str, Any], named: str) -> None:
+    adapter = SimpleNamespace(whole={"model.norm.weight": torch.zeros(4), **whole}, causal=causal)
+    size = {"vocab_size": 10, "hidden_size": 4}
+    check_tied(adapter, SimpleNamespace(**size, tie_word_embeddings=False))
+    with pytest.raises(ValueError, match=f"trains {named}, and this model has one weight"):
+        check_tied(adapter, SimpleNamespace(**size, tie_word_embeddings=True))
+
+
+def test_a_model_that_was_filled_without_the_adapter_is_refused() -> None:
+    check_loaded(SimpleNamespace())
+    with pytest.raises(ValueError, match="Leave `--load-format` at 'auto'"):
+        check_loaded(SimpleNamespace(_bitune_adapter=object()))
+
+
+@pytest.mark.parametrize("option", ["--hf-overrides.rope_theta=1", "--hf_overrides.rope_theta"])
+def test_overrides_by_name_are_refused(option: str) -> None:
+    """vLLM puts them behind the command line as one object, in the place of ours: it would serve the base alone."""
+    check_dotted(["--hf-overrides", "{}", "--compilation-config.mode", "3"])
+    with pytest.raises(ValueError, match=r"`--hf-overrides.rope_theta` would take the place .* as one object"):
+        check_dotted([option, "1"])
+
+
+def test_the_model_is_named_after_its_folder_or_its_hub_id(tmp_path: Path) -> None:
+    arguments = {"model": "base", "hf_overrides": {"bitune_adapter": str(tmp_path / "snapshots" / "0a1b2c")}}
+
+    def name(adapter: str, *options: str) -> str:
+        command = command_of(adapter, arguments, options)
+        return command[command.index("--served-model-name") + 1]
+
+    (tmp_path / "mine").mkdir()
+    assert name(str(tmp_path / "mine")) == "mine"
+    assert name("someone/adapter") == "someone/adapter"
+    assert name("someone/adapter", "--served-model-name", "other") == "other"
+
+
+def test_a_vllm_that_cannot_serve_bitune_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM does not catch what a plugin raises, so every engine on the machine would end."""
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))  # without a registry
+    register()
+    assert "Bitune adapters cannot be served by this version of vLLM" in caplog.text
+    with pytest.raises(ImportError):
+        register_models()
 
 
 def test_without_vllm_one_line_says_how_to_install_it(
