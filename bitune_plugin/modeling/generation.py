@@ -35,6 +35,10 @@ GENERATION = "bitune_generation"
 """The keyword under which a step of `generate` passes its `Generation` to the causal language model."""
 
 
+NEW_TOKENS = "next_sequence_length"
+"""The keyword under which `generate` says how many of its tokens a step reads, the last ones."""
+
+
 class GeneratesFromPrompt(Patch):
     """The patch of transformers' `GenerationMixin`.
 
@@ -67,7 +71,9 @@ class GeneratesFromPrompt(Patch):
             self._check_no_completions(tokens, kwargs.get("labels"))
             prompt_mask = known_prompts(tokens, kwargs.get("attention_mask"))
         past = cache_in(kwargs)
-        over_cache = holds_tokens(past) and alternates(self.bitune_architecture)
+        over_cache, given_again = holds_tokens(past) and alternates(self.bitune_architecture), 0
+        if prompt_mask is None and _generation.value is not None:
+            over_cache = False  # a draft model, asked again within `generate`: it continues its completion
         if prompt_mask is None:
             if over_cache:
                 raise LayoutError(
@@ -80,10 +86,12 @@ class GeneratesFromPrompt(Patch):
         else:
             check_per_token("prompt_mask", prompt_mask, tokens)
             if past is not None and over_cache:
+                given = prompt_mask.shape[1]
                 prompt_mask = _of_new_tokens(prompt_mask, past, kwargs)
+                given_again = given - prompt_mask.shape[1]
             else:
                 check_cache_is_empty(past)
-        with _generation.set(Generation(prompt_mask.bool(), over_cache=over_cache)):
+        with _generation.set(Generation(prompt_mask.bool(), over_cache=over_cache, given_again=given_again)):
             return super().generate(**kwargs)
 
     def _check_settings(self, kwargs: dict[str, Any]) -> None:
@@ -129,6 +137,12 @@ class GeneratesFromPrompt(Patch):
                 "`cache_implementation` unset, or call `model.set_attn_implementation('sdpa')`."
             )
         kwargs |= {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        generation = _generation.value
+        if generation is not None and _reads_prompts(past) and kwargs.get(NEW_TOKENS) is None:
+            # Assisted decoding gives the model all tokens in its first step (transformers 5.17 to 5.24), those in the
+            # cache included, which would be read again behind themselves.
+            tokens = input_ids if inputs_embeds is None else inputs_embeds
+            kwargs[NEW_TOKENS] = tokens.shape[1] - generation.given_again
         kwargs = translate_cache(kwargs, OF_GENERATE)
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         if _generation.value is not None:

@@ -65,11 +65,13 @@ class Generation:
             completion.
         cache: the cache of the encoded prompt, once it is encoded.
         over_cache: the caller's cache holds earlier turns, and the tokens after them may be prompt.
+        given_again: the number of tokens given that are in the caller's cache already.
     """
 
     prompt_mask: Tensor
     cache: Cache | None = None
     over_cache: bool = False
+    given_again: int = 0
 
     def prompt_mask_for(self, rows: int, tokens: int) -> Tensor:
         """bool `[rows, tokens]`: the prompt in the first forward pass.

@@ -126,7 +126,9 @@ def test_the_answers_alone_and_their_labels() -> None:
 GREEDY = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-def said_in_chat(model: PeftModel, prompts: Sequence[Tensor], cache: object, new_only: bool = False) -> list[Tensor]:
+def said_in_chat(
+    model: PeftModel, prompts: Sequence[Tensor], cache: object, new_only: bool = False, **settings: object
+) -> list[Tensor]:
     """Greedy completions of a chat; every turn is read once."""
     ids, mask, completions = tokens(0), torch.zeros(0, dtype=torch.bool), []
     for prompt in prompts:
@@ -140,11 +142,13 @@ def said_in_chat(model: PeftModel, prompts: Sequence[Tensor], cache: object, new
             prompt_mask=mask[None, read:],
             **{CACHE: cache},
             **GREEDY,
+            **settings,
         )[0]
         completions.append(out[len(ids) - read :])
         ids = torch.cat([ids, completions[-1]])
         mask = torch.cat([mask, torch.zeros(len(completions[-1]), dtype=torch.bool)])
         assert len(ids) == given + len(prompt) + 3
+        assert cache.get_seq_length() == len(ids) - 1
     return completions
 
 
@@ -240,18 +244,25 @@ def test_a_batch_of_chats_of_different_lengths() -> None:
         assert all(map(torch.equal, (said[row] for said in got), oracle.chat(prompts, 3)))
 
 
+ASSISTED = {
+    "prompt lookup": lambda model: {"prompt_lookup_num_tokens": 2},
+    "a bare model": lambda model: {"assistant_model": tiny(seed=3)},
+    "a model that reads turn by turn": lambda model: {"assistant_model": bitune(tiny(seed=3), multi_turn="alternate")},
+    "the model itself": lambda model: {"assistant_model": model},
+}
+
+
 @torch.no_grad()
-def test_candidates_behind_a_new_prompt_are_completion() -> None:
-    """Prompt lookup appends candidates to the first forward pass over the cache."""
-    model, oracle = alternating()
-    said = oracle.chat(PROMPTS[:2], 3)
+@pytest.mark.parametrize("new_only", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+@pytest.mark.parametrize("assisted", ASSISTED)
+def test_candidates_behind_a_new_prompt_are_completion(assisted: str, architecture: str, new_only: bool) -> None:
+    """They are appended to the first forward pass over the cache. Prompts repeat themselves, so that there are some."""
+    model, oracle = alternating(architecture)
+    prompts = [torch.cat([tokens(3, seed)] * 2) for seed in range(3)]
     cache = DynamicCache(config=model.config)
-    settings = {**GREEDY, "prompt_lookup_num_tokens": 2, CACHE: cache}
-    out = model.generate(input_ids=PROMPTS[0][None], attention_mask=torch.ones(1, 6), **settings)[0]
-    ids = torch.cat([out, PROMPTS[1]])[None]
-    mask = torch.cat([torch.ones(6), torch.zeros(3), torch.ones(len(PROMPTS[1]))]).bool()[None]
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), prompt_mask=mask, **settings)
-    assert torch.equal(out[0, -3:], said[1])
+    got = said_in_chat(model, prompts, cache, new_only, **ASSISTED[assisted](model))
+    assert all(map(torch.equal, got, oracle.chat(prompts, 3)))
 
 
 # --- Refused by name --------------------------------------------------------------------------------------------------
