@@ -14,9 +14,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
-from bitune_plugin.core.prompts import prompt_from_labels, sequence_starts
+from bitune_plugin.core.prompts import prompt_from_labels, prompts_from_labels, sequence_starts
 from bitune_plugin.integrations.theta import ThetaSettings, TrainsTheta, check_theta_clip, check_theta_settings
-from bitune_plugin.modeling.causal_lm import plan_ahead
+from bitune_plugin.modeling.causal_lm import plan_ahead, reads_turns_apart
 
 if TYPE_CHECKING:
     _Trainer = Trainer
@@ -68,7 +68,8 @@ class BituneSeq2SeqTrainer(KnowsLabels, Seq2SeqTrainer):
     """`transformers.Seq2SeqTrainer` for a decoder with Bitune. Takes its arguments.
 
     With `predict_with_generate`, it generates from the prompts of an evaluation batch, padded on the left. The stock
-    trainer takes all of a batch for the prompt, its completions included. Predictions are prompts and what follows.
+    trainer takes all of a batch for the prompt, its completions included. Predictions are prompts and what follows. Of
+    a conversation that is read turn by turn, it generates the last completion, from all that is before it.
     """
 
     args: Any  # of Seq2SeqTrainer
@@ -91,7 +92,8 @@ class BituneSeq2SeqTrainer(KnowsLabels, Seq2SeqTrainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
         inputs = self._prepare_inputs(inputs)
         loss, _, _ = super().prediction_step(model, dict(inputs), True, ignore_keys)
-        prompts = prompts_alone(inputs, self._padding())
+        turns_apart = reads_turns_apart(self.accelerator.unwrap_model(model))
+        prompts = prompts_alone(inputs, self._padding(), turns_apart)
         _, generated, _ = super().prediction_step(model, prompts, False, ignore_keys, **gen_kwargs)
         return loss, generated, inputs["labels"]
 
@@ -109,12 +111,17 @@ def with_layout(accelerator: Accelerator, model: nn.Module, inputs: dict[str, An
     return {**inputs, "prompt_layout": plan_ahead(accelerator.unwrap_model(model), **inputs)}
 
 
-def prompts_alone(inputs: dict[str, Any], padding: int) -> dict[str, Tensor]:
-    """The prompts of a batch, padded on the left: `input_ids` and `attention_mask`, `[B, P]`.
+def prompts_alone(inputs: dict[str, Any], padding: int, several_prompts: bool = False) -> dict[str, Tensor]:
+    """The prompts of a batch, padded on the left.
 
     Args:
         inputs: `input_ids` and `labels`, `[B, T]`, and optionally `attention_mask`, `prompt_mask`, `position_ids`.
         padding: a token for padding.
+        several_prompts: a row may have several prompts (`multi_turn="alternate"`). Its last completion is left out, and
+            the turns before it are kept.
+
+    Returns:
+        `input_ids` and `attention_mask`, `[B, P]`; and `prompt_mask` if there may be several prompts.
 
     Raises:
         ValueError: rows hold several documents.
@@ -125,10 +132,30 @@ def prompts_alone(inputs: dict[str, Any], padding: int) -> dict[str, Tensor]:
             "`predict_with_generate=True` came with rows that hold several documents (`position_ids` start again). "
             "Evaluate on rows with one document each."
         )
-    given = inputs.get(PROMPT_MASK)
-    prompt = prompt_from_labels(inputs["labels"], mask) if given is None else given.bool()
-    rows = [row[kept] for row, kept in zip(inputs["input_ids"], prompt, strict=True)]
+    given, find = inputs.get(PROMPT_MASK), prompts_from_labels if several_prompts else prompt_from_labels
+    prompt = find(inputs["labels"], mask) if given is None else given.bool()
+    kept = _before_last_completion(prompt, mask) if several_prompts else prompt
+    rows = {"input_ids": (inputs["input_ids"], padding), "attention_mask": (torch.ones_like(prompt).long(), 0)}
+    if several_prompts:
+        rows[PROMPT_MASK] = (prompt, False)
+    return {name: _padded_left(values, kept, filling) for name, (values, filling) in rows.items()}
+
+
+def _before_last_completion(prompt: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """bool `[B, T]`: tokens up to the last prompt that has a completion; up to the last prompt of a row without one."""
+    attended = torch.ones_like(prompt) if attention_mask is None else attention_mask.bool()
+    completion = attended & ~prompt & (prompt.cumsum(dim=1) > 0)
+    answered = prompt & _here_or_later(completion)
+    return attended & _here_or_later(torch.where(answered.any(dim=1, keepdim=True), answered, prompt))
+
+
+def _here_or_later(marked: Tensor) -> Tensor:
+    """bool `[B, T]`: this token or a later one of its row is marked."""
+    return marked.flip(1).cumsum(dim=1).flip(1) > 0
+
+
+def _padded_left(values: Tensor, kept: Tensor, padding: int) -> Tensor:
+    """The kept values of each row, `[B, T]`, behind padding: `[B, P]`."""
+    rows = [row[chosen] for row, chosen in zip(values, kept, strict=True)]
     longest = max(map(len, rows))
-    padded = [nn.functional.pad(row, (longest - len(row), 0), value=padding) for row in rows]
-    attended = [nn.functional.pad(torch.ones_like(row), (longest - len(row), 0)) for row in rows]
-    return {"input_ids": torch.stack(padded), "attention_mask": torch.stack(attended)}
+    return torch.stack([nn.functional.pad(row, (longest - len(row), 0), value=padding) for row in rows])

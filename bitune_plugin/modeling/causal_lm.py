@@ -91,5 +91,15 @@ def plan_ahead(model: nn.Module, **inputs: Any) -> PromptLayout | None:
     Raises:
         LayoutError: the end of a prompt is not known.
     """
-    causal_model = next(each for each in model.modules() if isinstance(each, CausalModel))
+    causal_model = _causal_model(model)
     return plan_call(causal_model.bitune_architecture, causal_model.prompts_of(inputs), None, inputs)
+
+
+def reads_turns_apart(model: nn.Module) -> bool:
+    """Whether the enabled adapter of a causal language model, or of a PeftModel around it, reads conversations turn by
+    turn (`multi_turn="alternate"`)."""
+    return alternates(_causal_model(model).bitune_architecture)
+
+
+def _causal_model(model: nn.Module) -> CausalModel:
+    return next(each for each in model.modules() if isinstance(each, CausalModel))

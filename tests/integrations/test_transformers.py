@@ -185,6 +185,36 @@ class TestSeq2SeqTrainer:
         assert prompts["input_ids"].tolist() == [[5, 6, 7], [0, 0, 9]]
         assert prompts["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
 
+    @pytest.mark.parametrize("told_by", ["labels", "prompt_mask"])
+    def test_of_a_conversation_the_last_completion_is_left_out(self, told_by: str) -> None:
+        """The first row ends with a token that its template puts behind the answer; the second has one turn."""
+        prompt_mask = torch.tensor([[0, 1, 1, 0, 1, 0, 0, 1], [1, 1, 0, 0, 0, 0, 0, 0]]).bool()
+        attention_mask = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0, 0]])
+        ids = torch.tensor([[0, 5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 0, 0, 0, 0, 0]])
+        labels = ids.masked_fill(prompt_mask | (attention_mask == 0), -100)
+        batch = {"input_ids": ids, "attention_mask": attention_mask, "labels": labels}
+        batch |= {"prompt_mask": prompt_mask} if told_by == "prompt_mask" else {}
+
+        prompts = prompts_alone(batch, padding=0, several_prompts=True)
+
+        assert prompts["input_ids"].tolist() == [[5, 6, 7, 8], [0, 0, 12, 13]]
+        assert prompts["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+        assert prompts["prompt_mask"].int().tolist() == [[1, 1, 0, 1], [0, 0, 1, 1]]
+
+    def test_generates_the_last_turn_of_conversations(self, tmp_path: Path) -> None:
+        config = BituneConfig(adapter=copy.deepcopy(LORA), multi_turn="alternate")
+        conversations = [{"input_ids": [5, 6, 7, 8, 9, 10], "labels": [-100, -100, 7, -100, -100, 10]}] * 3
+        data = Dataset.from_list([{**row, "attention_mask": [1] * 6} for row in conversations])
+        model = get_peft_model(tiny(), config)
+        trainer = build(tmp_path, BituneSeq2SeqTrainer, **self.generating, model=model, eval_dataset=data)
+        given = torch.tensor([[5, 6, 7, 8, 9]])
+        mask = torch.tensor([[True, True, False, True, True]])
+
+        prediction = trainer.predict(data, max_new_tokens=4)
+
+        expected = model.eval().generate(given, prompt_mask=mask, max_new_tokens=4)[0].tolist()
+        assert prediction.predictions[0].tolist()[: len(expected)] == expected
+
     def test_rows_of_several_documents_are_refused(self) -> None:
         ids = torch.tensor([[5, 6, 7, 8]])
         packed = {"input_ids": ids, "labels": ids, "position_ids": torch.tensor([[0, 1, 0, 1]])}
