@@ -86,9 +86,8 @@ class GeneratesFromPrompt(Patch):
         else:
             check_per_token("prompt_mask", prompt_mask, tokens)
             if past is not None and over_cache:
-                given = prompt_mask.shape[1]
-                prompt_mask = _of_new_tokens(prompt_mask, past, kwargs)
-                given_again = given - prompt_mask.shape[1]
+                new = _of_new_tokens(prompt_mask, past, kwargs)
+                given_again, prompt_mask = prompt_mask.shape[1] - new.shape[1], new
             else:
                 check_cache_is_empty(past)
         with _generation.set(Generation(prompt_mask.bool(), over_cache=over_cache, given_again=given_again)):
