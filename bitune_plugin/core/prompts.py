@@ -51,7 +51,8 @@ def prompt_from_labels(labels: Tensor, attention_mask: Tensor | None = None, sta
     in_sequences_before = torch.where(starts, so_far - labelled.long(), 0).cummax(dim=1).values
     prompt = attended & (so_far == in_sequences_before)
     if (attended & ~labelled & ~prompt & _comes_before_another(labelled, starts)).any():
-        _warn_ignored_within()
+        _warn_ignored_within()  # before the error, which may have the same cause
+    _check_prompts_come_first(starts, labelled)
     return prompt
 
 
@@ -67,16 +68,21 @@ def prompts_from_labels(labels: Tensor, attention_mask: Tensor | None = None, st
     Raises:
         LayoutError: the first token of a sequence has a label, so there is no prompt.
     """
-    attended, _, labelled = _labelled(labels, attention_mask, starts)
+    attended, starts, labelled = _labelled(labels, attention_mask, starts)
+    _check_prompts_come_first(starts, labelled)
     return attended & ~labelled
 
 
 def _labelled(labels: Tensor, attention_mask: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens that are no padding, that begin a sequence, and that have a label: bool `[B, T]` each. Raises LayoutError
-    if the first token of a sequence has one."""
+    """Tokens that are no padding, that begin a sequence, and that have a label: bool `[B, T]` each."""
     attended = torch.ones_like(labels, dtype=torch.bool) if attention_mask is None else attention_mask.to(torch.bool)
     starts = with_first_of_rows(starts, attended)
     labelled = (labels != IGNORED) & attended
+    return attended, starts, labelled
+
+
+def _check_prompts_come_first(starts: Tensor, labelled: Tensor) -> None:
+    """Raises LayoutError if the first token of a sequence has a label. Both bool `[B, T]`."""
     without = (starts & labelled).any(dim=1).nonzero().flatten().tolist()
     if without:
         raise LayoutError(
@@ -84,7 +90,6 @@ def _labelled(labels: Tensor, attention_mask: Tensor | None, starts: Tensor | No
             "needs to know where the prompt ends. Set the labels of prompt tokens to -100 (with TRL: a dataset with "
             "'prompt' and 'completion' columns, and `completion_only_loss` left on), or pass `prompt_mask`."
         )
-    return attended, starts, labelled
 
 
 def with_first_of_rows(starts: Tensor | None, attended: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ class BituneLM(ScoresRows):
             "version": bitune_plugin.__version__,
             "adapter": self.peft or name,
             "adapter_revision": None if self.peft is None or Path(self.peft).is_dir() else self._adapter_revision,
-            "adaptersha256_of": None if weights is None else sha256_of(weights),
+            "adapter_sha256": None if weights is None else sha256_of(weights),
             "config": tuner.peft_config[name].to_dict(),
             "alpha": {kind: [alpha.tolist() for alpha in layers] for kind, layers in tuner.alphas(name).items()},
         }

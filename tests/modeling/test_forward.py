@@ -217,7 +217,7 @@ def test_training_without_either_is_refused() -> None:
     model = bitune().train()
     ids = tokens(9)[None]
 
-    with pytest.raises(LayoutError, match=r"BituneSFTTrainer.*label smoothing.*`labels`.*`prompt_mask`.*`model.eval"):
+    with pytest.raises(LayoutError, match=r"label smoothing.*BituneSFTTrainer.*`labels`.*`prompt_mask`.*`model.eval"):
         model(input_ids=ids)
     with pytest.raises(LayoutError, match="where prompts end"):  # as trainers call it that have a head of their own
         model.get_base_model().model(input_ids=ids)

@@ -30,7 +30,8 @@ class Replay:
         def recording(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             random, given = torch.get_rng_state(), copy.copy(inputs)
             loss = mine(model, inputs, *args, **kwargs)
-            self.calls.append((random, (model, given, *args), kwargs, loss.detach()))
+            if isinstance(loss, Tensor):  # and not, as in evaluation, with outputs
+                self.calls.append((random, (model, given, *args), kwargs, loss.detach()))
             return loss
 
         setattr(trainer, method, recording)
