@@ -89,11 +89,6 @@ class ServedAdapter:
         """Of modules with DoRA, `f_c` and `f_b`, `[out]` each, once their weights went through `merged`."""
         self._unused = {*self.causal, *self.whole}
 
-    @property
-    def causal_copies(self) -> bool:
-        """The attention of the bidirectional stream is causal (ablation)."""
-        return self.config.second_pass_attention == "causal"
-
     def alphas(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
         """Alpha of keys and of values in a layer, `[1]` or `[key/value heads]`; `None` for bidirectional features only.
 
@@ -195,11 +190,6 @@ def check_method(config: Any) -> None:
 
 def check_reading(config: Any) -> None:
     """Raises ValueError if an adapter reads prompts in a way that is not that of this server."""
-    if config.second_pass_attention not in ("bidirectional", "causal"):
-        raise ValueError(
-            f"`second_pass_attention={config.second_pass_attention!r}`: the attention of vLLM knows no such mask, so "
-            "it cannot be served. Generate with `PeftModel.generate`."
-        )
     if config.multi_turn != "reread":
         raise ValueError(
             f"`multi_turn={config.multi_turn!r}`: vLLM is given a whole conversation as one prompt, and would read it "

@@ -3,7 +3,7 @@
 The rows are lengthened: `[N rows of the step | C copies of its encoded prompts]`. With vLLM's own paged cache, and the
 arithmetic of its own backend (windows, softcaps, sinks, head sizes), a layer does
 
-    1  cache <- bidirectional keys of the copies    the copies attend, all to all
+    1  cache <- bidirectional keys of the copies    the copies attend, all to all (or as an ablation says)
     2  cache <- causal keys of the N rows           the encoded prompts attend, causally
     3  cache <- mixed keys of the encoded prompts   the answers attend, and whatever else is decoded
 
@@ -27,17 +27,17 @@ from bitune_plugin.core.mixing import mix
 from .plan import current, planning_backend
 
 
-def mix_in(layer: Any, alphas: tuple[Tensor | None, Tensor | None], causal: bool) -> None:
+def mix_in(layer: Any, alphas: tuple[Tensor | None, Tensor | None], second_pass: str) -> None:
     """Makes an attention layer of vLLM one that mixes. Before vLLM asks it for its backend and its cache.
 
     Args:
         layer: an `Attention`.
         alphas: of keys and of values, `[1]` or `[key/value heads]`; `None` for bidirectional features only.
-        causal: the attention of the bidirectional stream is causal (ablation).
+        second_pass: the attention within the bidirectional stream, one of `SECOND_PASSES`.
     """
     rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     layer.alpha_key, layer.alpha_value = (of_rank(alpha, layer.num_kv_heads, rank, ranks) for alpha in alphas)
-    layer.attn_backend = planning_backend(layer.attn_backend, causal)
+    layer.attn_backend = planning_backend(layer.attn_backend, second_pass)
     attention_class: Any = type(layer)
     layer.__class__ = mixing_class(attention_class)
 
@@ -81,7 +81,7 @@ def mixing_class(attention_class: type) -> type:
             context = get_forward_context()
             metadata, slots = context.attn_metadata[self.layer_name], context.slot_mapping[self.layer_name][:n]
             plan = metadata.bitune  # of this layer: those with other heads or windows may have metadata of their own
-            encoded, answer = plan.encoded, plan.answer
+            encoded, copied, answer = plan.encoded, plan.copied, plan.answer
 
             self.write(k[n:], v[n:], slots[encoded])
             self.attend(q[n:], k[n:], v[n:], plan.bidirectional_metadata, out[n:])
@@ -89,9 +89,9 @@ def mixing_class(attention_class: type) -> type:
             self.write(k[:n], v[:n], slots)
             self.attend(q[:n], k[:n], v[:n], metadata, out[:n])
 
-            mixed_key = mix_rows(k[encoded], k[n:], self.alpha_key)
-            mixed_value = mix_rows(v[encoded], v[n:], self.alpha_value)
-            self.write(mixed_key, mixed_value, slots[encoded])
+            mixed_key = mix_rows(k[copied], k[n:], self.alpha_key)
+            mixed_value = mix_rows(v[copied], v[n:], self.alpha_value)
+            self.write(mixed_key, mixed_value, slots[copied])
             answers = torch.zeros_like(q[answer], memory_format=torch.contiguous_format)[..., : self.head_size_v]
             self.attend(q[answer], k[answer], v[answer], plan.answer_metadata, answers)
             out[answer] = answers

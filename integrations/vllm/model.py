@@ -32,11 +32,12 @@ def bitune(base: Any) -> type:
             with _own_architectures(vllm_config.model_config.hf_config):
                 super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
             adapter = ServedAdapter(getattr(vllm_config.model_config.hf_config, ADAPTER))
+            second_pass = adapter.config.second_pass_attention
             check_tied(adapter, vllm_config.model_config.hf_text_config)
             for name, layer in vllm_config.compilation_config.static_forward_context.items():
-                check_layer(name, layer, adapter.causal_copies)
+                check_layer(name, layer, second_pass)
                 if isinstance(layer, Attention):
-                    mix_in(layer, adapter.alphas(extract_layer_index(name)), adapter.causal_copies)
+                    mix_in(layer, adapter.alphas(extract_layer_index(name)), second_pass)
             self._bitune_adapter = adapter  # until its weights are loaded
             self._bitune_profile_rows = vllm_config.scheduler_config.max_num_batched_tokens
 
@@ -106,7 +107,7 @@ def run_lengthened(
         inputs_embeds: `[N, hidden]`.
     """
     rows = positions.shape[-1]
-    copied = torch.arange(rows, device=positions.device) if plan is None else plan.encoded
+    copied = torch.arange(rows, device=positions.device) if plan is None else plan.copied
 
     def longer(tensor: Tensor | None, rows_in: int = 0) -> Tensor | None:
         return None if tensor is None else torch.cat([tensor, tensor.index_select(rows_in, copied)], rows_in)

@@ -26,13 +26,15 @@ class Plan:
     """A step of `N` rows, to which the `C` rows of encoded prompts are appended once more.
 
     Attributes:
-        encoded: int64 `[C]`, the rows that the bidirectional stream copies.
+        encoded: int64 `[C]`, the rows of encoded prompts, whose places in the cache the copies take.
+        copied: int64 `[C]`, the same rows in the order of the copies (`StepRows.copied`).
         answer: int64 `[A]`, all other rows; together with `encoded` all rows with a token.
         bidirectional_metadata: of the backend, for the copies.
         answer_metadata: of the backend, for the rows of `answer`. (That of all `N` rows is the step's own.)
     """
 
     encoded: Tensor
+    copied: Tensor
     answer: Tensor
     bidirectional_metadata: Any
     answer_metadata: Any
@@ -79,11 +81,11 @@ def plan_of(attn_metadata: Any) -> Plan | None:
 
 
 @functools.cache
-def planning_backend(backend: type[AttentionBackend], causal: bool) -> type[AttentionBackend]:
+def planning_backend(backend: type[AttentionBackend], second_pass: str) -> type[AttentionBackend]:
     """`backend`, whose metadata carry the plan of their step as `bitune`.
 
     Args:
-        causal: the attention of the bidirectional stream is causal (ablation).
+        second_pass: the attention within the bidirectional stream, one of `SECOND_PASSES`.
     """
     builder_class: Any = backend.get_builder_cls()
 
@@ -120,11 +122,14 @@ def planning_backend(backend: type[AttentionBackend], causal: bool) -> type[Atte
 
         def plan_for(self, common: CommonAttentionMetadata, rows: StepRows, totals: list[int]) -> Plan:
             device = common.slot_mapping.device
-            encoded, answer = (torch.from_numpy(each).to(device) for each in (rows.encoded, rows.answer))
+            parts = rows.encoded, rows.copied(second_pass), rows.answer
+            encoded, copied, answer = (torch.from_numpy(each).to(device) for each in parts)
             lengths = rows.encoded_lengths
+            # Both causal and anticausal copies attend causally, in their own order.
+            causal = second_pass != "bidirectional"
             copies = part_of(common, encoded, lengths, lengths, rows.requests, causal)
             rest = part_of(common, answer, rows.answer_lengths, totals, range(len(totals)), True)
-            return Plan(encoded, answer, self.for_copies.build(0, copies), self.for_answer.build(0, rest))
+            return Plan(encoded, copied, answer, self.for_copies.build(0, copies), self.for_answer.build(0, rest))
 
     BituneBuilder.__name__ = f"Bitune{builder_class.__name__}"
     return subclass_attention_backend("Bitune", backend, BituneBuilder)

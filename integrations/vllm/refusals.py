@@ -128,12 +128,12 @@ def check_options(options: dict[str, Any]) -> None:
         )
 
 
-def check_layer(name: str, layer: Any, causal_copies: bool) -> None:
+def check_layer(name: str, layer: Any, second_pass: str) -> None:
     """Raises ValueError if a layer of the engine cannot mix.
 
     Args:
         layer: one of vLLM's layers with a cache.
-        causal_copies: the attention of the bidirectional stream is causal.
+        second_pass: the attention within the bidirectional stream, one of `SECOND_PASSES`.
     """
     from vllm.model_executor.layers.attention import Attention
 
@@ -146,7 +146,7 @@ def check_layer(name: str, layer: Any, causal_copies: bool) -> None:
         raise ValueError(
             f"{name} uses the keys of another layer, which are mixed already. Generate with `PeftModel.generate`."
         )
-    if not causal_copies and getattr(layer.impl, "alibi_slopes", None) is not None:
+    if second_pass != "causal" and getattr(layer.impl, "alibi_slopes", None) is not None:
         raise ValueError(
             f"{name} has a bias by distance (ALiBi), which the backends of vLLM and transformers compute differently "
             "for keys behind the query. Generate with `PeftModel.generate`."
@@ -157,7 +157,7 @@ def check_layer(name: str, layer: Any, causal_copies: bool) -> None:
             f"The attention backend {backend.get_name()} writes keys while it attends, and Bitune writes them before. "
             "Choose another one with `--attention-backend`."
         )
-    if not causal_copies and not backend.supports_non_causal():
+    if second_pass == "bidirectional" and not backend.supports_non_causal():
         raise ValueError(
             f"The attention backend {backend.get_name()} is causal only. Choose another one with `--attention-backend`."
         )

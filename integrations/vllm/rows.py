@@ -23,7 +23,7 @@ class StepRows:
     """The rows of a step with a prefill.
 
     Attributes:
-        encoded: int64 `[C]`, the rows of encoded prompts, request by request; the bidirectional stream copies them.
+        encoded: int64 `[C]`, the rows of encoded prompts, request by request.
         requests: the requests that `encoded` is of.
         encoded_lengths: the number of rows of each of `requests`, `P - 1`.
         answer: int64 `[A]`, all other rows, request by request.
@@ -35,6 +35,20 @@ class StepRows:
     encoded_lengths: list[int]
     answer: NDArray[np.int64]
     answer_lengths: list[int]
+
+    def copied(self, second_pass: str) -> NDArray[np.int64]:
+        """The rows that the bidirectional stream copies, int64 `[C]`, in its order: `copied[i]` takes the place of
+        `encoded[i]` in the cache.
+
+        An anticausal stream reads each prompt backwards, because causal attention then is to the tokens behind.
+
+        Args:
+            second_pass: the attention within the bidirectional stream, one of `SECOND_PASSES`.
+        """
+        if second_pass != "anticausal":
+            return self.encoded
+        prompts = np.split(self.encoded, np.cumsum(self.encoded_lengths)[:-1])
+        return np.concatenate([prompt[::-1] for prompt in prompts])
 
 
 def rows_of_step(starts: Sequence[int], totals: Sequence[int], prompts: Sequence[int]) -> StepRows | None:

@@ -44,6 +44,7 @@ METHODS = {
     "by model": {"mixing_granularity": "model"},
     "no mixing": {"mixing": "none"},
     "only causal": {"second_pass_attention": "causal"},
+    "only anticausal": {"second_pass_attention": "anticausal"},
     "shared weights": {"share_adapter": True},
     "naive bidirectional": {"share_adapter": True, "mixing": "none"},
     "rsLoRA": {"lora": {"use_rslora": True, "lora_alpha": 2, "rank_pattern": {"q_proj": 4}}},
@@ -88,12 +89,16 @@ def test_every_setting_of_the_method(method: str, tmp_path: Path) -> None:
 
 def test_settings_of_the_method_make_a_difference(tmp_path: Path) -> None:
     """So that the tests above can fail."""
-    names = ["abs", "no mixing", "only causal", "shared weights", "naive bidirectional"]
+    names = ["abs", "no mixing", "only causal", "only anticausal", "shared weights", "naive bidirectional"]
     answers = []
     for name in names:
         served = save(tmp_path / name, "llama", bitune(**METHODS[name]))
         answers.append([served.expected(prompt).tokens for prompt in prompts([33, 64])])
     assert all(answers[i] != answers[j] for i in range(len(names)) for j in range(i))
+
+
+def test_an_anticausal_sliding_window_looks_ahead(tmp_path: Path) -> None:
+    check(save(tmp_path, "gemma3_text", bitune(second_pass_attention="anticausal"), **ARCHITECTURES["gemma3_text"]))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -166,7 +171,8 @@ def test_the_revision_of_the_base_is_the_adapters(tmp_path: Path) -> None:
     assert "revision" not in engine_args(served.adapter, max_model_len=64, model=str(served.base))
 
 
-def test_a_bias_by_distance_is_refused() -> None:
+@pytest.mark.parametrize("second_pass", ["bidirectional", "anticausal"])
+def test_a_bias_by_distance_is_refused(second_pass: str) -> None:
     from vllm.model_executor.layers.attention import Attention
 
     layer = Attention.__new__(Attention)
@@ -174,7 +180,7 @@ def test_a_bias_by_distance_is_refused() -> None:
     layer.attn_type, layer.kv_sharing_target_layer_name = "decoder", None
     layer.impl = SimpleNamespace(alibi_slopes=[0.5])
     with pytest.raises(ValueError, match=r"has a bias by distance \(ALiBi\)"):
-        check_layer("layers.0.attn", layer, causal_copies=False)
+        check_layer("layers.0.attn", layer, second_pass)
 
 
 def test_a_plain_engine_imports_nothing_more() -> None:
@@ -254,10 +260,11 @@ def attention_layer(writes: bool = False, causal: bool = False, **changes: Any) 
     ],
 )
 def test_a_layer_that_cannot_mix_is_refused(changes: dict[str, Any], message: str) -> None:
-    check_layer("layer", attention_layer(), causal_copies=False)
+    check_layer("layer", attention_layer(), second_pass="bidirectional")
     with pytest.raises(ValueError, match=message):
-        check_layer("layer", attention_layer(**changes), causal_copies=False)
+        check_layer("layer", attention_layer(**changes), second_pass="bidirectional")
 
 
-def test_a_causal_backend_serves_the_causal_ablation() -> None:
-    check_layer("layer", attention_layer(causal=True), causal_copies=True)
+@pytest.mark.parametrize("second_pass", ["causal", "anticausal"])
+def test_a_causal_backend_serves_the_ablations(second_pass: str) -> None:
+    check_layer("layer", attention_layer(causal=True), second_pass)

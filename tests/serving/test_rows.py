@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from bitune_plugin.core.masks import SECOND_PASSES
 from bitune_plugin.integrations.vllm.rows import StepRows, rows_of_step
+from three_pass import SEES as SEES_BEHIND
 
 ALPHA = 0.3
+
+SEES = {"causal": lambda i, j: i >= j, **SEES_BEHIND}
+"""Second pass -> whether token i attends to token j."""
 
 
 @st.composite
@@ -58,11 +63,9 @@ def keys_of(request: int, stream: int, total: int) -> np.ndarray:
     return np.random.default_rng([request, stream]).normal(size=(total, 4))
 
 
-def attend(queries: np.ndarray, keys: np.ndarray, last: np.ndarray | None) -> np.ndarray:
-    """Softmax attention, whose query `i` attends to the keys up to `last[i]`, or to all."""
-    scores = queries @ keys.T
-    if last is not None:
-        scores = np.where(np.arange(len(keys)) <= last[:, None], scores, -np.inf)
+def attend(queries: np.ndarray, keys: np.ndarray, sees: np.ndarray) -> np.ndarray:
+    """Softmax attention. `sees`: bool `[queries, keys]`."""
+    scores = np.where(sees, queries @ keys.T, -np.inf)
     weights = np.exp(scores - scores.max(1, keepdims=True))
     return weights / weights.sum(1, keepdims=True) @ keys
 
@@ -72,12 +75,13 @@ def three_passes(request: int, total: int, prompt: int) -> np.ndarray:
     causal, second, encoded = keys_of(request, 0, total), keys_of(request, 1, total), prompt - 1
     mixed = causal.copy()
     mixed[:encoded] = (1 - ALPHA) * causal[:encoded] + ALPHA * second[:encoded]
-    out = attend(causal, mixed, np.arange(total))
-    out[:encoded] = attend(causal[:encoded], causal[:encoded], np.arange(encoded)) if encoded else out[:0]
+    out = attend(causal, mixed, np.tri(total, dtype=bool))
+    if encoded:
+        out[:encoded] = attend(causal[:encoded], causal[:encoded], np.tri(encoded, dtype=bool))
     return out
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(steps())
 def test_three_readings_over_the_rows_are_the_three_passes(step: list[tuple[int, int, int]]) -> None:
     rows = rows_of(step)
@@ -92,7 +96,8 @@ def test_three_readings_over_the_rows_are_the_three_passes(step: list[tuple[int,
         for row, key in zip(which, keys, strict=True):  # the cache, which is written first
             stored = cache[owner[row]]
             cache[owner[row]] = np.vstack([stored[: place[row]], key, stored[place[row] + 1 :]])
-        return np.stack([attend(own[[row]], cache[owner[row]], place[[row]])[0] for row in which])
+        seen = {row: np.arange(len(cache[owner[row]])) <= place[row] for row in which}
+        return np.stack([attend(own[[row]], cache[owner[row]], seen[row])[0] for row in which])
 
     everything = np.arange(len(own))
     out = read(everything, own)
@@ -102,6 +107,33 @@ def test_three_readings_over_the_rows_are_the_three_passes(step: list[tuple[int,
         out[rows.answer] = read(rows.answer, own[rows.answer])
     for r, (before, new, prompt) in enumerate(step):
         np.testing.assert_allclose(out[owner == r], three_passes(r, before + new, prompt)[before:], atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps(), st.sampled_from(SECOND_PASSES), st.integers(1, 9))
+@example([(0, 4, 4), (5, 1, 3), (0, 7, 6)], "anticausal", 2)
+def test_copies_in_their_order_attend_as_the_second_pass_says(
+    step: list[tuple[int, int, int]], second_pass: str, window: int
+) -> None:
+    """A backend knows the places of copies in the cache, and causal windows over them, or full attention in windows."""
+    rows = rows_of(step)
+    assume(rows is not None)
+    encoded, copied = rows.encoded, rows.copied(second_pass)
+    ends = np.cumsum(rows.encoded_lengths)
+    for request, end, length in zip(rows.requests, ends, rows.encoded_lengths, strict=True):
+        own = slice(end - length, end)
+        start = encoded[own][0]
+        assert encoded[own].tolist() == list(range(start, start + length))
+        order = copied[own] - start  # of the tokens in the cache, place by place
+        tokens = keys_of(request, 1, length)
+        query, key = np.arange(length)[:, None], np.arange(length)
+        seen_in_cache = np.abs(query - key) < window
+        if second_pass != "bidirectional":
+            seen_in_cache &= query >= key
+        found = np.empty_like(tokens)
+        found[order] = attend(tokens[order], tokens[order], seen_in_cache)
+        expected = attend(tokens, tokens, SEES[second_pass](query, key) & (np.abs(query - key) < window))
+        np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 def mixture(request: int, length: int, prompt: int) -> np.ndarray:
