@@ -244,8 +244,8 @@ def attention_layer(writes: bool = False, causal: bool = False, **changes: Any) 
         supports_non_causal=lambda: not causal,
         get_name=lambda: "BACKEND",
     )
-    settings = {"attn_type": "decoder", "kv_sharing_target_layer_name": None, "attn_backend": backend, **changes}
-    for name, value in settings.items():
+    whole = {"attn_type": "decoder", "kv_sharing_target_layer_name": None, "impl": None, "attn_backend": backend}
+    for name, value in {**whole, **changes}.items():
         setattr(layer, name, value)
     return layer
 
