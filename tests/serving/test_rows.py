@@ -33,6 +33,7 @@ def rows_of(step: list[tuple[int, int, int]]) -> StepRows | None:
     return rows_of_step(starts, [before + new for before, new, _ in step], [prompt for _, _, prompt in step])
 
 
+@settings(deadline=None)
 @given(steps())
 def test_encoded_rows_are_those_of_prompt_tokens_but_the_last(step: list[tuple[int, int, int]]) -> None:
     rows = rows_of(step)
