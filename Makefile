@@ -87,6 +87,7 @@ benchmarks: $(VENV)/installed  ## measure every table of examples/benchmarks
 	$(call measure,lengths,lengths) --rounds 2
 	$(call measure,authors,authors) --shapes 128x64 --rounds 4
 	$(call measure,generate,generate) --rounds 5
+	$(call measure,chat,chat) --shapes 64x64 --rounds 2
 	$(call measure,lm_eval,lm_eval) --rounds 2
 	$(BIN)/python examples/benchmarks/report.py --write
 
