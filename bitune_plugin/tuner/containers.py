@@ -98,9 +98,10 @@ class StreamDict(Patch):
         return ({} if stream is None else stream._modules), key.removesuffix(SUFFIX)
 
     def _flat(self) -> dict[str, nn.Module]:
-        flat = {name: module for name, module in self._modules.items() if name != BIDIRECTIONAL}
-        stream = self._modules.get(BIDIRECTIONAL)
-        return flat if stream is None else flat | {bidirectional(name): x for name, x in stream.named_children()}
+        # PEFT's layers ask for the keys in every forward pass, so this goes past `named_children`, which takes longer.
+        flat = dict(self._modules)
+        stream = flat.pop(BIDIRECTIONAL, None)
+        return flat if stream is None else flat | {bidirectional(name): x for name, x in stream._modules.items()}
 
 
 def nest_second_stream(layer: PeftLayer) -> None:
