@@ -48,8 +48,11 @@ class StreamDict(Patch):
     _modules: dict[str, Any]
 
     def __getitem__(self, key: str) -> nn.Module:
-        modules, name = self._locate(key)
-        return modules[name]
+        module = self._modules.get(key)  # first, because every forward pass asks for the causal stream's
+        if module is None:
+            modules, name = self._locate(key)
+            module = modules[name]
+        return module
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
         if not key.endswith(SUFFIX):
@@ -82,7 +85,8 @@ class StreamDict(Patch):
         return iter(self._flat())
 
     def keys(self) -> KeysView[str]:
-        return self._flat().keys()
+        # Not of `_flat()`, because PEFT's layers ask in every forward pass whether an adapter is among the keys.
+        return KeysView(self)
 
     def items(self) -> ItemsView[str, nn.Module]:
         return self._flat().items()
@@ -98,7 +102,6 @@ class StreamDict(Patch):
         return ({} if stream is None else stream._modules), key.removesuffix(SUFFIX)
 
     def _flat(self) -> dict[str, nn.Module]:
-        # PEFT's layers ask for the keys in every forward pass, so this goes past `named_children`, which takes longer.
         flat = dict(self._modules)
         stream = flat.pop(BIDIRECTIONAL, None)
         return flat if stream is None else flat | {bidirectional(name): x for name, x in stream._modules.items()}
