@@ -14,7 +14,7 @@ import torch
 from matplotlib.container import BarContainer
 from trl import SFTTrainer
 
-from models import tiny, word_tokenizer
+from models import save_tiny, word_tokenizer
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "examples"))
@@ -26,10 +26,7 @@ from tasks import held_out, training  # noqa: E402
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny(max_position_embeddings=512).save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=512)
 
 
 @pytest.fixture(autouse=True)

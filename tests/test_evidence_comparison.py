@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from scipy.stats import binomtest
 
-from models import tiny, word_tokenizer
+from models import save_tiny, word_tokenizer
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "examples"))
@@ -43,10 +43,7 @@ def few_questions(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny(max_position_embeddings=512).save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=512)
 
 
 @pytest.mark.usefixtures("few_questions")

@@ -13,7 +13,7 @@ from peft import get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from models import randomise_adapters, tiny, word_tokenizer
+from models import randomise_adapters, save_tiny, tiny, word_tokenizer
 from three_pass import ThreePass
 
 ROOT = Path(__file__).parents[1]
@@ -45,10 +45,7 @@ class Pieces:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny(max_position_embeddings=512).save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=512)
 
 
 def trainer_of(model: str, method: str, samples: list[dict[str, str]], folder: Path) -> Any:

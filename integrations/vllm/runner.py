@@ -1,7 +1,8 @@
 """Where the prompt of each request ends: the one thing that vLLM does not tell its attention metadata.
 
 After a preemption, vLLM prefills the prompt and the completion so far in one go, so that the number of rows is not the
-length of the prompt. The only patch of vLLM: a private method of its model runner is wrapped, and left as it is.
+length of the prompt. So a private method of vLLM's model runner is wrapped, and left as it is.
+(`refusals.py` wraps beam search, only to refuse it.)
 """
 
 from __future__ import annotations

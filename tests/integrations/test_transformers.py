@@ -10,8 +10,6 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import (
     DataCollatorForSeq2Seq,
     Seq2SeqTrainer,
@@ -30,7 +28,18 @@ from bitune_plugin import (
 )
 from bitune_plugin.integrations.transformers import prompts_alone
 from models import tiny, word_tokenizer
-from training import LORA, ONE_STEP, SHORT_RUN, assert_exact, losses, nll, oracle_of, pairs
+from training import (
+    LORA,
+    ONE_STEP,
+    SHORT_RUN,
+    assert_exact,
+    doubled,
+    losses,
+    of_the_user,
+    oracle_of,
+    pairs,
+    smoothed,
+)
 
 
 def rows(count: int = 24) -> Dataset:
@@ -62,18 +71,6 @@ def build(folder: Path, cls: type = BituneTrainer, **settings: Any) -> Any:
     }
     args = config(str(folder), **{**SHORT_RUN, "per_device_train_batch_size": 4, **fields})
     return cls(args=args, **{**defaults, **settings})
-
-
-def smoothed(logits: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy(logits, labels, reduction="sum", label_smoothing=0.1)
-
-
-def of_the_user(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
-    return 2 * nll(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()) / num_items_in_batch
-
-
-def doubled(logits: Tensor, labels: Tensor) -> Tensor:
-    return 2 * nll(logits, labels)
 
 
 ACCUMULATED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}

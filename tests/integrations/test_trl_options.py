@@ -23,11 +23,13 @@ from training import (
     assert_exact,
     batch_of,
     documents,
+    doubled,
     literal_logits,
     losses,
-    nll,
+    of_the_user,
     oracle_of,
     pairs,
+    smoothed,
 )
 
 SELECTIVE = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"selective": True}}
@@ -48,18 +50,6 @@ def dft(logits: Tensor, labels: Tensor) -> Tensor:
     """Dynamic fine-tuning: every token weighs its own probability."""
     negative = cross_entropy(logits, labels, reduction="none")
     return (negative * (-negative).exp().detach()).sum()
-
-
-def smoothed(logits: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy(logits, labels, reduction="sum", label_smoothing=0.1)
-
-
-def of_the_user(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
-    return 2 * nll(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()) / num_items_in_batch
-
-
-def doubled(logits: Tensor, labels: Tensor) -> Tensor:
-    return 2 * nll(logits, labels)
 
 
 class TestLosses:

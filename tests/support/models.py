@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -113,3 +115,10 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         chat_template=CHAT,
     )
+
+
+def save_tiny(folder: Path, **changes: object) -> str:
+    """Writes a tiny model and its tokenizer into `folder`, as a user has them on disk."""
+    tiny(**changes).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return str(folder)

@@ -142,6 +142,20 @@ def nll(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits, labels, reduction="sum")
 
 
+def smoothed(logits: Tensor, labels: Tensor) -> Tensor:
+    """Under `label_smoothing_factor=0.1`."""
+    return cross_entropy(logits, labels, reduction="sum", label_smoothing=0.1)
+
+
+def of_the_user(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+    """A `compute_loss_func`, which comes to `doubled`."""
+    return 2 * nll(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()) / num_items_in_batch
+
+
+def doubled(logits: Tensor, labels: Tensor) -> Tensor:
+    return 2 * nll(logits, labels)
+
+
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
 """Sum over the tokens that count, of logits `[T, vocabulary]` and labels `[T]`."""
 
