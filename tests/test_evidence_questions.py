@@ -89,7 +89,7 @@ class WordEnds:
 
 
 def adapted(method: str) -> PeftModel:
-    model = get_peft_model(tiny(), METHODS[method].adapter)
+    model = get_peft_model(tiny(), METHODS[method].new_config())
     randomise_adapters(model)
     return model.eval()
 

@@ -76,7 +76,7 @@ def test_a_repeated_prompt_stands_twice_and_only_the_completion_is_learnt(model:
 def test_a_repeated_prompt_is_scored_as_it_was_trained(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     method = METHODS["prompt repetition"]
     questions = Dataset.from_list([{**SAMPLES[0], "answer": "w5 w6"}])
-    adapted = get_peft_model(tiny(max_position_embeddings=512), method.adapter)
+    adapted = get_peft_model(tiny(max_position_embeddings=512), method.new_config())
     asked: list[str] = []
 
     def answer(self: Any, requests: list[Any], **_: Any) -> list[str]:
@@ -158,7 +158,7 @@ def test_the_loss_of_mas_is_that_of_each_sample_alone(model: str, tmp_path: Path
 
 
 def test_answers_of_mas_read_the_prompt_by_segments_and_write_causally() -> None:
-    adapted = get_peft_model(tiny("llama", attention="eager"), METHODS["MAS"].adapter)
+    adapted = get_peft_model(tiny("llama", attention="eager"), METHODS["MAS"].new_config())
     randomise_adapters(adapted)
     adapted.eval()
     prompts = torch.tensor([[5, 6, 9, 7, 8, 10], [11, 9, 12, 13, 14, 15]])
@@ -172,7 +172,7 @@ def test_answers_of_mas_read_the_prompt_by_segments_and_write_causally() -> None
 
 
 def test_answers_of_mas_come_in_the_order_of_their_questions(monkeypatch: pytest.MonkeyPatch) -> None:
-    adapted = get_peft_model(tiny(), METHODS["MAS"].adapter)
+    adapted = get_peft_model(tiny(), METHODS["MAS"].new_config())
     tokenizer = word_tokenizer()
     monkeypatch.setattr(rivals, "greedy", lambda _, prompts, *__: prompts[:, :1])  # the first word of each prompt
     lm = SegmentsLM(pretrained=adapted, tokenizer=tokenizer, batch_size=2)
@@ -188,14 +188,14 @@ def test_an_answer_ends_at_the_first_end() -> None:
 
 
 def test_mas_refuses_rows_beyond_a_sliding_window() -> None:
-    adapted = get_peft_model(tiny("mistral"), METHODS["MAS"].adapter)
+    adapted = get_peft_model(tiny("mistral"), METHODS["MAS"].new_config())
     with pytest.raises(ValueError, match=r"sliding window of 5"):
         greedy(adapted, torch.full((1, 5), 7), ends_at(9), 1)
 
 
 def test_prefix_lm_is_one_stream_that_sees_all_of_the_encoded_prompt() -> None:
     """The ablation "naive bidirectional": one adapter, and no causal features of the prompt."""
-    config = METHODS["naive bidirectional"].adapter
+    config = METHODS["naive bidirectional"].new_config()
     assert (config.mixing, config.share_adapter) == ("none", True)
     base = tiny()
     oracle = ThreePass(base, experiment.lora(8), mixing="none", share_adapter=True)

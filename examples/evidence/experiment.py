@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,10 @@ class Method:
     adapter: PeftConfig
     training: dict[str, Any] = field(default_factory=dict)
     reading: str = "once"
+
+    def new_config(self) -> PeftConfig:
+        """A copy of the PEFT config for one model, because PEFT writes the names of the model's layers into it."""
+        return deepcopy(self.adapter)
 
 
 COMPARED = {"LoRA r=8": Method(lora(8)), "LoRA r=16": Method(lora(16)), "Bitune r=8": Method(bitune())}

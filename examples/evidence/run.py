@@ -12,7 +12,6 @@ run that was interrupted starts again. `report.py` makes tables and plots of the
 from __future__ import annotations
 
 import argparse
-import copy
 import multiprocessing
 import os
 import sys
@@ -223,7 +222,7 @@ def make_trainer(
         args=settings,
         train_dataset=samples.select_columns(["prompt", "completion"]),
         processing_class=tokenizer,
-        peft_config=copy.deepcopy(method.adapter),  # PEFT writes the names of this model's layers into it
+        peft_config=method.new_config(),
     )
 
 
