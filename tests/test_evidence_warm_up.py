@@ -16,8 +16,8 @@ from models import randomise_adapters, tiny, word_tokenizer
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "examples"))
 
-from evidence import run, warm_up  # noqa: E402
-from evidence.experiment import bitune, lora  # noqa: E402
+from evidence import experiment, run, warm_up  # noqa: E402
+from evidence.experiment import CURVE, Run, bitune, lora  # noqa: E402
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16], [17, 18, 19]]
 
@@ -117,3 +117,14 @@ def test_the_experiment_keeps_a_result_for_each_kind_and_does_none_twice(
     assert capsys.readouterr().out.count("| syllogism |") == 3
     monkeypatch.setattr(warm_up, "execute", lambda *_: pytest.fail("it was done already"))
     warm_up.main()
+
+
+def test_without_a_warm_up_scores_are_those_of_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment, "RESULTS", tmp_path / "curves")
+    monkeypatch.setattr(warm_up, "RESULTS", tmp_path / "warm_up")
+    one = Run("tiny", "syllogism", warm_up.METHOD, warm_up.RATE, 0, (256, 512))
+    assert warm_up.points_of(one, "none") is None
+    points = [{"samples": size, "test": "01"} for size in CURVE]
+    Run("tiny", "syllogism", warm_up.METHOD, warm_up.RATE, 0, CURVE).save({"points": points})
+    assert warm_up.points_of(one, "none") == points[:2]
+    assert warm_up.points_of(one, "distil") is None

@@ -6,7 +6,7 @@
 Bitune starts behind LoRA, because half of the keys and values come from full attention, which the model was never
 trained for. Before the usual training, the bidirectional adapter is trained on the prompts of the same samples, alone:
 
-* `none`: no warm-up, what Bitune does;
+* `none`: no warm-up, what Bitune does; taken from the curves of `run.py` where they have run;
 * `distil`: the last hidden states under full attention are to be those of the base model under causal attention;
 * `mntp`: masked next-token prediction, as in LLM2Vec (arXiv 2404.05961): some tokens are replaced by one that says
   nothing, and each is predicted from the state of the token before it.
@@ -22,6 +22,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from benchmarks.report import markdown
 from evidence import run
-from evidence.experiment import CURVE_MODEL, FAMILIES, METHODS, PATHS, Run, lora, share
+from evidence.experiment import CURVE, CURVE_MODEL, FAMILIES, METHODS, PATHS, Run, lora, share
 from evidence.rivals import additive
 from pretrained import resolve
 
@@ -178,6 +179,15 @@ def file_of(one: Run, kind: str) -> Path:
     return RESULTS / Path(one.model).name / one.task / f"{kind}_{sizes}_seed{one.seed}.json"
 
 
+def points_of(one: Run, kind: str) -> list[dict[str, Any]] | None:
+    """The scores of a run on its way, `None` if it has not run. Without a warm-up, a run is one of Bitune's curves."""
+    file = file_of(one, kind)
+    if file.exists():
+        return json.loads(file.read_text())["points"]
+    curve = replace(one, samples=CURVE).result() if kind == "none" else None
+    return curve and [point for point in curve["points"] if point["samples"] in one.samples]
+
+
 def wanted(arguments: argparse.Namespace) -> Iterator[tuple[Run, str]]:
     for seed, task, kind in product(arguments.seeds, arguments.tasks, arguments.kinds):
         yield Run(arguments.model, task, METHOD, RATE, seed, tuple(arguments.samples)), kind
@@ -187,8 +197,8 @@ def table(arguments: argparse.Namespace) -> str:
     """Right answers in percent, seed by seed, after each number of samples."""
     rows = []
     for one, kind in wanted(arguments):
-        if file_of(one, kind).exists():
-            points = json.loads(file_of(one, kind).read_text())["points"]
+        points = points_of(one, kind)
+        if points is not None:
             rows.append([one.task, kind, str(one.seed), *(f"{100 * share(point['test']):.1f}" for point in points)])
     return markdown(["task", "warm-up", "seed", *map(str, arguments.samples)], sorted(rows))
 
@@ -209,8 +219,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     for one, kind in wanted(arguments):
-        file = file_of(one, kind)
-        if not file.exists():
+        if points_of(one, kind) is None:
+            file = file_of(one, kind)
             file.parent.mkdir(parents=True, exist_ok=True)
             unfinished = file.with_suffix(".unfinished")
             unfinished.write_text(json.dumps(execute(one, kind, arguments.device), indent=1) + "\n")
