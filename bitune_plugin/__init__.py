@@ -12,176 +12,98 @@ from typing import TYPE_CHECKING, Any
 
 from .moved import stand_in as _stand_in
 
-if TYPE_CHECKING:
-    from .errors import LayoutError, UnsupportedModelError
-    from .hookspecs import hookimpl
-    from .integrations.lm_eval.model import BituneLM
+if TYPE_CHECKING:  # under their own names, by which type checkers know that they are public
+    from .errors import LayoutError as LayoutError, UnsupportedModelError as UnsupportedModelError
+    from .hookspecs import hookimpl as hookimpl
+    from .integrations.lm_eval.model import BituneLM as BituneLM
     from .integrations.transformers import (
-        BituneSeq2SeqTrainer,
-        BituneSeq2SeqTrainingArguments,
-        BituneTrainer,
-        BituneTrainingArguments,
+        BituneSeq2SeqTrainer as BituneSeq2SeqTrainer,
+        BituneSeq2SeqTrainingArguments as BituneSeq2SeqTrainingArguments,
+        BituneTrainer as BituneTrainer,
+        BituneTrainingArguments as BituneTrainingArguments,
     )
     from .integrations.trl.config import (
-        BituneDistillationConfig,
-        BituneDPOConfig,
-        BituneGRPOConfig,
-        BituneKTOConfig,
-        BituneRLOOConfig,
-        BituneSFTConfig,
+        BituneDistillationConfig as BituneDistillationConfig,
+        BituneDPOConfig as BituneDPOConfig,
+        BituneGRPOConfig as BituneGRPOConfig,
+        BituneKTOConfig as BituneKTOConfig,
+        BituneRLOOConfig as BituneRLOOConfig,
+        BituneSFTConfig as BituneSFTConfig,
     )
     from .integrations.trl.experimental import (
-        BituneA2POConfig,
-        BituneA2POTrainer,
-        BituneAsyncDistillationTrainer,
-        BituneAsyncGRPOTrainer,
-        BituneCPOConfig,
-        BituneCPOTrainer,
-        BituneGKDConfig,
-        BituneGKDTrainer,
-        BituneGMPOConfig,
-        BituneGMPOTrainer,
-        BituneGOLDConfig,
-        BituneGOLDTrainer,
-        BituneIWOPDConfig,
-        BituneIWOPDTrainer,
-        BituneOnlineDPOConfig,
-        BituneOnlineDPOTrainer,
-        BituneORPOConfig,
-        BituneORPOTrainer,
-        BituneSDFTConfig,
-        BituneSDFTTrainer,
-        BituneSDPOConfig,
-        BituneSDPOTrainer,
-        BituneServerDistillationConfig,
-        BituneServerDistillationTrainer,
-        BituneTPOConfig,
-        BituneTPOTrainer,
+        BituneA2POConfig as BituneA2POConfig,
+        BituneA2POTrainer as BituneA2POTrainer,
+        BituneAsyncDistillationTrainer as BituneAsyncDistillationTrainer,
+        BituneAsyncGRPOTrainer as BituneAsyncGRPOTrainer,
+        BituneCPOConfig as BituneCPOConfig,
+        BituneCPOTrainer as BituneCPOTrainer,
+        BituneGKDConfig as BituneGKDConfig,
+        BituneGKDTrainer as BituneGKDTrainer,
+        BituneGMPOConfig as BituneGMPOConfig,
+        BituneGMPOTrainer as BituneGMPOTrainer,
+        BituneGOLDConfig as BituneGOLDConfig,
+        BituneGOLDTrainer as BituneGOLDTrainer,
+        BituneIWOPDConfig as BituneIWOPDConfig,
+        BituneIWOPDTrainer as BituneIWOPDTrainer,
+        BituneOnlineDPOConfig as BituneOnlineDPOConfig,
+        BituneOnlineDPOTrainer as BituneOnlineDPOTrainer,
+        BituneORPOConfig as BituneORPOConfig,
+        BituneORPOTrainer as BituneORPOTrainer,
+        BituneSDFTConfig as BituneSDFTConfig,
+        BituneSDFTTrainer as BituneSDFTTrainer,
+        BituneSDPOConfig as BituneSDPOConfig,
+        BituneSDPOTrainer as BituneSDPOTrainer,
+        BituneServerDistillationConfig as BituneServerDistillationConfig,
+        BituneServerDistillationTrainer as BituneServerDistillationTrainer,
+        BituneTPOConfig as BituneTPOConfig,
+        BituneTPOTrainer as BituneTPOTrainer,
     )
-    from .integrations.trl.trainer import BituneSFTTrainer
+    from .integrations.trl.trainer import BituneSFTTrainer as BituneSFTTrainer
     from .integrations.trl.trainers import (
-        BituneDistillationTrainer,
-        BituneDPOTrainer,
-        BituneGRPOTrainer,
-        BituneKTOTrainer,
-        BituneRLOOTrainer,
+        BituneDistillationTrainer as BituneDistillationTrainer,
+        BituneDPOTrainer as BituneDPOTrainer,
+        BituneGRPOTrainer as BituneGRPOTrainer,
+        BituneKTOTrainer as BituneKTOTrainer,
+        BituneRLOOTrainer as BituneRLOOTrainer,
     )
-    from .modeling.architectures import Architecture, decoder
-    from .modeling.causal_lm import plan_ahead
-    from .tuner.config import BituneConfig
-    from .tuner.full import FullConfig
-    from .tuner.model import BituneModel
+    from .modeling.architectures import Architecture as Architecture, decoder as decoder
+    from .modeling.causal_lm import plan_ahead as plan_ahead
+    from .tuner.config import BituneConfig as BituneConfig
+    from .tuner.full import FullConfig as FullConfig
+    from .tuner.model import BituneModel as BituneModel
 
-__all__ = [
-    "Architecture",
-    "BituneA2POConfig",
-    "BituneA2POTrainer",
-    "BituneAsyncDistillationTrainer",
-    "BituneAsyncGRPOTrainer",
-    "BituneCPOConfig",
-    "BituneCPOTrainer",
-    "BituneConfig",
-    "BituneDPOConfig",
-    "BituneDPOTrainer",
-    "BituneDistillationConfig",
-    "BituneDistillationTrainer",
-    "BituneGKDConfig",
-    "BituneGKDTrainer",
-    "BituneGMPOConfig",
-    "BituneGMPOTrainer",
-    "BituneGOLDConfig",
-    "BituneGOLDTrainer",
-    "BituneGRPOConfig",
-    "BituneGRPOTrainer",
-    "BituneIWOPDConfig",
-    "BituneIWOPDTrainer",
-    "BituneKTOConfig",
-    "BituneKTOTrainer",
-    "BituneLM",
-    "BituneModel",
-    "BituneORPOConfig",
-    "BituneORPOTrainer",
-    "BituneOnlineDPOConfig",
-    "BituneOnlineDPOTrainer",
-    "BituneRLOOConfig",
-    "BituneRLOOTrainer",
-    "BituneSDFTConfig",
-    "BituneSDFTTrainer",
-    "BituneSDPOConfig",
-    "BituneSDPOTrainer",
-    "BituneSFTConfig",
-    "BituneSFTTrainer",
-    "BituneSeq2SeqTrainer",
-    "BituneSeq2SeqTrainingArguments",
-    "BituneServerDistillationConfig",
-    "BituneServerDistillationTrainer",
-    "BituneTPOConfig",
-    "BituneTPOTrainer",
-    "BituneTrainer",
-    "BituneTrainingArguments",
-    "FullConfig",
-    "LayoutError",
-    "UnsupportedModelError",
-    "decoder",
-    "hookimpl",
-    "plan_ahead",
-]
-
-_MODULE_OF = {
-    "Architecture": "modeling.architectures",
-    "BituneA2POConfig": "integrations.trl.experimental",
-    "BituneA2POTrainer": "integrations.trl.experimental",
-    "BituneAsyncDistillationTrainer": "integrations.trl.experimental",
-    "BituneAsyncGRPOTrainer": "integrations.trl.experimental",
-    "BituneCPOConfig": "integrations.trl.experimental",
-    "BituneCPOTrainer": "integrations.trl.experimental",
-    "BituneConfig": "tuner.config",
-    "BituneDPOConfig": "integrations.trl.config",
-    "BituneDPOTrainer": "integrations.trl.trainers",
-    "BituneDistillationConfig": "integrations.trl.config",
-    "BituneDistillationTrainer": "integrations.trl.trainers",
-    "BituneGKDConfig": "integrations.trl.experimental",
-    "BituneGKDTrainer": "integrations.trl.experimental",
-    "BituneGMPOConfig": "integrations.trl.experimental",
-    "BituneGMPOTrainer": "integrations.trl.experimental",
-    "BituneGOLDConfig": "integrations.trl.experimental",
-    "BituneGOLDTrainer": "integrations.trl.experimental",
-    "BituneGRPOConfig": "integrations.trl.config",
-    "BituneGRPOTrainer": "integrations.trl.trainers",
-    "BituneIWOPDConfig": "integrations.trl.experimental",
-    "BituneIWOPDTrainer": "integrations.trl.experimental",
-    "BituneKTOConfig": "integrations.trl.config",
-    "BituneKTOTrainer": "integrations.trl.trainers",
-    "BituneLM": "integrations.lm_eval.model",
-    "BituneModel": "tuner.model",
-    "BituneORPOConfig": "integrations.trl.experimental",
-    "BituneORPOTrainer": "integrations.trl.experimental",
-    "BituneOnlineDPOConfig": "integrations.trl.experimental",
-    "BituneOnlineDPOTrainer": "integrations.trl.experimental",
-    "BituneRLOOConfig": "integrations.trl.config",
-    "BituneRLOOTrainer": "integrations.trl.trainers",
-    "BituneSDFTConfig": "integrations.trl.experimental",
-    "BituneSDFTTrainer": "integrations.trl.experimental",
-    "BituneSDPOConfig": "integrations.trl.experimental",
-    "BituneSDPOTrainer": "integrations.trl.experimental",
-    "BituneSFTConfig": "integrations.trl.config",
-    "BituneSFTTrainer": "integrations.trl.trainer",
-    "BituneSeq2SeqTrainer": "integrations.transformers",
-    "BituneSeq2SeqTrainingArguments": "integrations.transformers",
-    "BituneServerDistillationConfig": "integrations.trl.experimental",
-    "BituneServerDistillationTrainer": "integrations.trl.experimental",
-    "BituneTPOConfig": "integrations.trl.experimental",
-    "BituneTPOTrainer": "integrations.trl.experimental",
-    "BituneTrainer": "integrations.transformers",
-    "BituneTrainingArguments": "integrations.transformers",
-    "FullConfig": "tuner.full",
-    "LayoutError": "errors",
-    "UnsupportedModelError": "errors",
-    "decoder": "modeling.architectures",
-    "hookimpl": "hookspecs",
-    "plan_ahead": "modeling.causal_lm",
+_NAMES_OF = {
+    "errors": "LayoutError UnsupportedModelError",
+    "hookspecs": "hookimpl",
+    "integrations.lm_eval.model": "BituneLM",
+    "integrations.transformers": (
+        "BituneSeq2SeqTrainer BituneSeq2SeqTrainingArguments BituneTrainer BituneTrainingArguments"
+    ),
+    "integrations.trl.config": (
+        "BituneDistillationConfig BituneDPOConfig BituneGRPOConfig BituneKTOConfig BituneRLOOConfig BituneSFTConfig"
+    ),
+    "integrations.trl.experimental": (
+        "BituneA2POConfig BituneA2POTrainer BituneAsyncDistillationTrainer BituneAsyncGRPOTrainer BituneCPOConfig "
+        "BituneCPOTrainer BituneGKDConfig BituneGKDTrainer BituneGMPOConfig BituneGMPOTrainer BituneGOLDConfig "
+        "BituneGOLDTrainer BituneIWOPDConfig BituneIWOPDTrainer BituneOnlineDPOConfig BituneOnlineDPOTrainer "
+        "BituneORPOConfig BituneORPOTrainer BituneSDFTConfig BituneSDFTTrainer BituneSDPOConfig BituneSDPOTrainer "
+        "BituneServerDistillationConfig BituneServerDistillationTrainer BituneTPOConfig BituneTPOTrainer"
+    ),
+    "integrations.trl.trainer": "BituneSFTTrainer",
+    "integrations.trl.trainers": (
+        "BituneDistillationTrainer BituneDPOTrainer BituneGRPOTrainer BituneKTOTrainer BituneRLOOTrainer"
+    ),
+    "modeling.architectures": "Architecture decoder",
+    "modeling.causal_lm": "plan_ahead",
+    "tuner.config": "BituneConfig",
+    "tuner.full": "FullConfig",
+    "tuner.model": "BituneModel",
 }
-"""Public names, and the module of each."""
+"""Module -> its public names."""
+
+_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names.split()}
+
+__all__ = [*_MODULE_OF]
 
 _EXTRA_OF = {"BituneLM": "lm-eval"} | {name: "trl" for name in _MODULE_OF if ".trl." in _MODULE_OF[name]}
 """Public names whose host need not be there: the extra to install."""
