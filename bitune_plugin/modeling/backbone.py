@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache
 from transformers.utils import ModelOutput
 
 from ..core.mixing import MIXING
@@ -16,20 +16,17 @@ from .attention import PREFIX, base_of, implementation_for
 from .checkpointing import patch_checkpoint_wrappers
 from .context import ForwardContext, forward_context
 from .extension import TakesCache, by_name
-from .host import CACHE_KEYWORDS, cache_in, drops_cache, put_cache, translate_cache
+from .host import CACHE_KEYWORDS, drops_cache, put_cache, translate_cache
 from .prompts import (
     OF_PACKED_ROWS,
-    Call,
-    Generation,
+    BackboneCall,
+    ModelCall,
     Prompts,
     active_call,
     check_cache_is_empty,
     check_plain_call,
     holds_tokens,
-    is_given,
-    layout_made_ahead,
     plan_call,
-    tokens_in,
 )
 from .routers import of_causal_stream
 
@@ -61,53 +58,49 @@ class TwoWayBackbone(TakesCache):
         if "bitune_architecture" not in self.__dict__:  # a new model of this class
             return super().forward(*args, **kwargs)
         kwargs = translate_cache(by_name(super().forward, args, kwargs), self.cache_keyword)
-        call = active_call.value or Call()
-        call.reached_backbone = True
-        prompts = Prompts.taken_from(kwargs, otherwise=call.prompts)
-        context = _start_context(self.bitune_architecture, prompts, call.generation, kwargs)
+        of_model = active_call.value or ModelCall()
+        of_model.reached_backbone = True
+        prompts = Prompts.taken_from(kwargs, otherwise=of_model.prompts)
+        call = BackboneCall(self.bitune_architecture, prompts, of_model.generation, kwargs)
+        context = _start_context(call)
         if context is None:
             check_plain_call(prompts)
             return super().forward(**kwargs)
         if self.training:
             patch_checkpoint_wrappers(self)
         with forward_context(context):
-            outputs = super().forward(**_lengthen(self.bitune_architecture, context, kwargs))
+            outputs = super().forward(**_lengthen(call, context))
         _check_all_visited(self.bitune_architecture, context)
         outputs = _restored(context, outputs, prompts.answers_only)
         return outputs.to_tuple() if kwargs.get("return_dict") is False else outputs
 
 
-def _start_context(
-    architecture: Architecture, prompts: Prompts, generation: Generation | None, kwargs: dict[str, Any]
-) -> ForwardContext | None:
-    """The forward context for these arguments of the backbone; `None` for a plain forward pass."""
+def _start_context(call: BackboneCall) -> ForwardContext | None:
+    """The forward context for a call; `None` for a plain forward pass."""
+    architecture, generation, past = call.architecture, call.generation, call.past
     adapter = active_adapter(architecture)
     if adapter is None:
         return None
-    past = cache_in(kwargs)
     # The length of a static cache is read once, and not in every step, because that would break a compiled graph.
     if past is not None and generation is not None and generation.cache is past:
         return None
     cached = 0
     if past is not None and holds_tokens(past):
-        if not _may_hold_prompts(architecture, prompts, generation, past):
+        if not _may_hold_prompts(call, past):
             return None
         cached = int(past.get_seq_length())
-    if prompts.prompt_layout is None:
-        layout = plan_call(architecture, prompts, generation, kwargs, cached)
-    else:
-        layout = layout_made_ahead(prompts.prompt_layout, kwargs)
-    if layout is None or (layout.is_plain_causal and not _must_lengthen(prompts, past)):
+    layout = plan_call(call, cached)
+    if layout is None or (layout.is_plain_causal and not _must_lengthen(call)):
         if generation is not None:
             generation.cache = past
         return None
-    _check_outputs(architecture, kwargs)
+    _check_outputs(call)
     _use_attention_of_bitune(architecture)
-    cache = _cache_to_fill(architecture.backbone, kwargs, cached > 0)
+    cache = _cache_to_fill(call, cached > 0)
     if layout.groups[0].completion_index is not None:
         _check_several_completions(architecture, cache)
     if layout.packed and cache is not None:
-        _check_nothing_follows(kwargs, generation)
+        _check_nothing_follows(call)
         cache = None
     if generation is not None:
         generation.cache = cache
@@ -123,14 +116,15 @@ def _start_context(
     )
 
 
-def _may_hold_prompts(architecture: Architecture, prompts: Prompts, generation: Generation | None, past: Cache) -> bool:
+def _may_hold_prompts(call: BackboneCall, past: Cache) -> bool:
     """Whether tokens after those in the cache may be prompt: those of a conversation that is read turn by turn.
 
     Raises:
         LayoutError: they are said to be prompt, and the adapter reads conversations otherwise; or their layout was made
             ahead.
     """
-    if not alternates(architecture):
+    prompts, generation = call.prompts, call.generation
+    if not alternates(call.architecture):
         if prompts.prompt_mask is not None:
             check_cache_is_empty(past)
         return False
@@ -141,11 +135,11 @@ def _may_hold_prompts(architecture: Architecture, prompts: Prompts, generation: 
     return prompts.prompt_mask is not None or (generation is not None and generation.over_cache)
 
 
-def _must_lengthen(prompts: Prompts, past: Cache | None) -> bool:
+def _must_lengthen(call: BackboneCall) -> bool:
     """Whether to lengthen rows although an ordinary forward pass gives the same result."""
     # In training, because under DDP each rank must produce gradients for the bidirectional adapter. With a static
     # cache, because the 2-D mask of `prepare_inputs_for_generation` does not suit an ordinary forward pass.
-    return prompts.answers_only or torch.is_grad_enabled() or getattr(past, "is_compileable", False)
+    return call.prompts.answers_only or torch.is_grad_enabled() or getattr(call.past, "is_compileable", False)
 
 
 def _check_trainable(architecture: Architecture) -> None:
@@ -171,9 +165,9 @@ def _check_several_completions(architecture: Architecture, cache: Cache | None) 
         )
 
 
-def _check_nothing_follows(kwargs: dict[str, Any], generation: Generation | None) -> None:
+def _check_nothing_follows(call: BackboneCall) -> None:
     """Raises LayoutError if the caller asked for a cache of packed rows. Models also make one by default."""
-    if generation is not None or cache_in(kwargs) is not None or kwargs.get("use_cache"):
+    if call.generation is not None or call.past is not None or call.arguments.get("use_cache"):
         raise LayoutError(
             "`position_ids` start again within a row, so it holds several documents (packing, padding-free batches), "
             "and no text follows several at once. Pass `use_cache=False`, and to generate give every prompt a row of "
@@ -181,9 +175,8 @@ def _check_nothing_follows(kwargs: dict[str, Any], generation: Generation | None
         )
 
 
-def _check_outputs(architecture: Architecture, kwargs: dict[str, Any]) -> None:
-    given = kwargs.get("output_attentions")
-    if getattr(architecture.backbone.config, "output_attentions", False) if given is None else given:
+def _check_outputs(call: BackboneCall) -> None:
+    if call.setting("output_attentions"):
         raise ValueError(
             "`output_attentions=True`: a prompt in two streams has no single attention matrix. Leave it unset, "
             "or look at the base model's inside `with model.disable_adapter():`."
@@ -197,33 +190,33 @@ def _use_attention_of_bitune(architecture: Architecture) -> None:
         architecture.backbone.set_attn_implementation(implementation_for(implementation))
 
 
-def _lengthen(architecture: Architecture, context: ForwardContext, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _lengthen(call: BackboneCall, context: ForwardContext) -> dict[str, Any]:
     """Arguments of the backbone for lengthened rows, `[B, T, ...]` to `[R, M, ...]`, without the cache, because the
     attention function fills it."""
-    layout = context.layout
-    lengthened: dict[str, Any] = {name: layout.lengthen(kwargs[name]) for name in PER_TOKEN if is_given(kwargs, name)}
+    layout, arguments = context.layout, call.arguments
+    lengthened: dict[str, Any] = {name: layout.lengthen(arguments[name]) for name in PER_TOKEN if call.has(name)}
     # A dummy of 4 dimensions, because transformers passes those on as they are. In a forward context the attention
     # function makes its own masks.
-    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens_in(kwargs).device)
-    lengthened["attention_mask"] = None if architecture.bypasses_attention_interface else mask
-    if "logits_to_keep" in kwargs:  # counted from the end of the row, where the bidirectional stream is
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=call.tokens.device)
+    lengthened["attention_mask"] = None if call.architecture.bypasses_attention_interface else mask
+    if "logits_to_keep" in arguments:  # counted from the end of the row, where the bidirectional stream is
         lengthened["logits_to_keep"] = 0
     return {
-        **{name: value for name, value in kwargs.items() if name not in (*OF_PACKED_ROWS, *CACHE_KEYWORDS)},
+        **{name: value for name, value in arguments.items() if name not in (*OF_PACKED_ROWS, *CACHE_KEYWORDS)},
         **lengthened,
-        "position_ids": _positions(architecture, context, kwargs),
+        "position_ids": _positions(call, context),
         "use_cache": False,
         "return_dict": True,
     }
 
 
-def _positions(architecture: Architecture, context: ForwardContext, kwargs: dict[str, Any]) -> Tensor:
+def _positions(call: BackboneCall, context: ForwardContext) -> Tensor:
     """Positions for lengthened rows, `[R or 1, M]`: those of the caller. By default every sequence starts at 0; but
     with a cache, tokens are numbered as the model numbers the tokens after them."""
     layout = context.layout
-    if is_given(kwargs, "position_ids"):
-        return layout.lengthen(kwargs["position_ids"])
-    if context.cache is None or architecture.numbers_by_mask:
+    if call.has("position_ids"):
+        return layout.lengthen(call.arguments["position_ids"])
+    if context.cache is None or call.architecture.numbers_by_mask:
         return layout.positions
     columns = torch.arange(layout.cached, layout.cached + layout.shape[1], device=layout.source.device)
     return layout.lengthen(columns[None])
@@ -245,25 +238,22 @@ def _restored(context: ForwardContext, outputs: ModelOutput, answers_only: bool)
     return outputs
 
 
-def _cache_to_fill(backbone: PreTrainedModel, kwargs: dict[str, Any], holds_turns: bool) -> Cache | None:
+def _cache_to_fill(call: BackboneCall, holds_turns: bool) -> Cache | None:
     """The cache of the caller, or a new one if the backbone would have made one.
 
     Raises:
         LayoutError: the cache holds earlier turns, and checkpointed layers would not read it.
     """
+    backbone = call.architecture.backbone
     if holds_turns and drops_cache(backbone):
         raise LayoutError(
             "The cache holds earlier turns, and activation checkpointing keeps it from the layers. Call `model.eval()`."
         )
     if holds_turns:
-        return cache_in(kwargs)
-    use_cache = kwargs.get("use_cache")
-    if use_cache is None:
-        use_cache = getattr(backbone.config, "use_cache", False)
-    if not use_cache or drops_cache(backbone):
+        return call.past
+    if not call.setting("use_cache") or drops_cache(backbone):
         return None
-    past = cache_in(kwargs)
-    return DynamicCache(config=backbone.config) if past is None else past
+    return DynamicCache(config=backbone.config) if call.past is None else call.past
 
 
 def _check_all_visited(architecture: Architecture, context: ForwardContext) -> None:

@@ -14,14 +14,7 @@ from .architectures import Architecture, active_adapter, alternates
 from .extension import TakesCache, by_name
 from .generation import GENERATION, GeneratesFromPrompt
 from .host import translate_cache
-from .prompts import (
-    Call,
-    Prompts,
-    active_call,
-    padding_mask_in,
-    plan_call,
-    starts_in,
-)
+from .prompts import BackboneCall, ModelCall, Prompts, active_call, plan_call
 
 
 class CausalModel(GeneratesFromPrompt, TakesCache):
@@ -46,7 +39,7 @@ class CausalModel(GeneratesFromPrompt, TakesCache):
         # Not in `forward`, because TRL's fused LM head replaces it.
         kwargs = translate_cache(by_name(super().forward, args, kwargs), self.cache_keyword)
         generation = kwargs.pop(GENERATION, None)
-        call = Call(self.prompts_of(kwargs), generation)
+        call = ModelCall(self.find_prompts(kwargs), generation)
         with active_call.set(call):
             outputs = super().__call__(**kwargs)
         if not call.reached_backbone:
@@ -57,7 +50,7 @@ class CausalModel(GeneratesFromPrompt, TakesCache):
             )
         return outputs
 
-    def prompts_of(self, kwargs: dict[str, Any]) -> Prompts:
+    def find_prompts(self, kwargs: dict[str, Any]) -> Prompts:
         """The prompts of a call. Takes the arguments of `Prompts` out of `kwargs`."""
         prompts = Prompts.taken_from(kwargs)
         labels = kwargs.get("labels")
@@ -71,12 +64,12 @@ class CausalModel(GeneratesFromPrompt, TakesCache):
         given = prompts.prompt_mask is not None or prompts.prompt_layout is not None
         if given or active_adapter(self.bitune_architecture) is None:
             return prompts
-        padding_mask = padding_mask_in(kwargs)
+        call = BackboneCall(self.bitune_architecture, prompts, None, kwargs)
+        padding_mask = call.padding_mask()
         if padding_mask is not None:  # with a cache it starts with the tokens there
             padding_mask = padding_mask[:, -labels.shape[1] :]
-        starts = starts_in(prompts, kwargs, padding_mask)
         find = prompts_from_labels if alternates(self.bitune_architecture) else prompt_from_labels
-        return replace(prompts, prompt_mask=find(labels, padding_mask, starts))
+        return replace(prompts, prompt_mask=find(labels, padding_mask, call.sequence_starts(padding_mask)))
 
 
 def plan_ahead(model: nn.Module, **inputs: Any) -> PromptLayout | None:
@@ -92,7 +85,7 @@ def plan_ahead(model: nn.Module, **inputs: Any) -> PromptLayout | None:
         LayoutError: the end of a prompt is not known.
     """
     causal_model = _causal_model(model)
-    return plan_call(causal_model.bitune_architecture, causal_model.prompts_of(inputs), None, inputs)
+    return plan_call(BackboneCall(causal_model.bitune_architecture, causal_model.find_prompts(inputs), None, inputs))
 
 
 def reads_turns_apart(model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""The prompts of a call, from its arguments, and their layout."""
+"""The prompts of a call, from its arguments, and the layout that is made of them: `plan_call`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..errors import LayoutError
 from .architectures import Architecture, alternates
 from .boundaries import known_prompts
 from .context import PerThread
-from .host import OF_GENERATE
+from .host import OF_GENERATE, cache_in
 
 OF_PACKED_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 """Keywords of the backbone for packed rows; `position_ids` say the same."""
@@ -92,7 +92,7 @@ class Generation:
 
 
 @dataclass
-class Call:
+class ModelCall:
     """One call of a causal language model: its prompts, for the backbone, and the `generate` that it belongs to."""
 
     prompts: Prompts = field(default_factory=Prompts)
@@ -100,17 +100,91 @@ class Call:
     reached_backbone: bool = False
 
 
-active_call: PerThread[Call] = PerThread()
+active_call: PerThread[ModelCall] = PerThread()
 
 
-def plan_call(
-    architecture: Architecture,
-    prompts: Prompts,
-    generation: Generation | None,
-    kwargs: dict[str, Any],
-    cached: int = 0,
-) -> PromptLayout | None:
-    """The layout of a call: from its prompts `[B, T]`, or from its `generate`; all of the input is prompt otherwise.
+@dataclass(frozen=True)
+class BackboneCall:
+    """One call of the backbone.
+
+    Attributes:
+        architecture: the parts of the model.
+        prompts: the arguments that describe the prompts.
+        generation: the `generate` that the call belongs to, if any.
+        arguments: all other arguments, by name.
+    """
+
+    architecture: Architecture
+    prompts: Prompts
+    generation: Generation | None
+    arguments: dict[str, Any]
+
+    def has(self, name: str) -> bool:
+        """Whether an argument is given, and not `None`."""
+        return self.arguments.get(name) is not None
+
+    def setting(self, name: str) -> Any:
+        """An argument that the config of the model has a default for."""
+        given = self.arguments.get(name)
+        return getattr(self.architecture.backbone.config, name, None) if given is None else given
+
+    @property
+    def tokens(self) -> Tensor:
+        """`input_ids`, `[B, T]`, or `inputs_embeds`, `[B, T, H]`."""
+        return self.arguments["input_ids" if self.has("input_ids") else "inputs_embeds"]
+
+    @property
+    def past(self) -> Cache | None:
+        """The caller's cache."""
+        return cache_in(self.arguments)
+
+    def padding_mask(self) -> Tensor | None:
+        """The 2-D attention mask, bool, or `None`: `[B, T]`, or `[B, C + T]` if it includes the tokens in the cache.
+
+        Raises:
+            LayoutError: a mask of another shape.
+        """
+        mask = self.arguments.get("attention_mask")
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            shape = f"shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
+            raise LayoutError(
+                f"`attention_mask` has {shape}. Bitune makes its own masks between prompt and completion, and takes a "
+                "mask of [rows, tokens] that is 0 on padding."
+            )
+        return mask.to(device=self.tokens.device, dtype=torch.bool)
+
+    def sequence_starts(self, attention_mask: Tensor | None) -> Tensor | None:
+        """Where sequences begin, bool `[B or 1, T]`, from `position_ids`; `None` without them.
+
+        Args:
+            attention_mask: bool `[B, T]`, False on padding.
+        """
+        position_ids = self.prompts.position_ids
+        if position_ids is None:
+            given = [name for name in OF_PACKED_ROWS if self.has(name)]
+            if given:
+                raise LayoutError(
+                    f"The model was called with `{given[0]}`, for rows that hold several documents. Pass "
+                    "`position_ids` too, which start again with each document."
+                )
+            return None
+        shape, tokens = list(position_ids.shape), self.tokens.shape[1]
+        if len(shape) != 2:
+            raise LayoutError(
+                f"`position_ids` has shape {shape}; Bitune supports one position per token, [rows, tokens]."
+            )
+        if shape[1] != tokens:
+            raise LayoutError(
+                f"`position_ids` has shape {shape}, but the input has {tokens} tokens in a row. Pass one position per "
+                "token."
+            )
+        return sequence_starts(position_ids, attention_mask)
+
+
+def plan_call(call: BackboneCall, cached: int = 0) -> PromptLayout | None:
+    """The layout of a call: one made ahead, or made of its prompts `[B, T]`.
 
     Args:
         cached: the number of columns of the cache that these tokens follow, for conversations read turn by turn.
@@ -118,36 +192,36 @@ def plan_call(
     Raises:
         LayoutError: the arguments contradict each other, or leave the end of a prompt open.
     """
-    prompt_mask, completion_index = prompts.prompt_mask, prompts.completion_index
-    tokens = tokens_in(kwargs)
-    in_cache, attention_mask = _split(padding_mask_in(kwargs), tokens, cached)
-    if prompt_mask is not None:
-        check_per_token("prompt_mask", prompt_mask, tokens)
-    elif generation is not None:
-        prompt_mask = generation.prompt_mask_for(*tokens.shape[:2])
-    elif (known := known_prompts(tokens, attention_mask)) is not None:
-        prompt_mask = known
-    else:
-        if tokens.shape[1] > 1:
-            _check_not_trained(architecture)
-            _warn_all_prompt()
-        prompt_mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    if completion_index is not None:
-        check_per_token("completion_index", completion_index, tokens)
+    prompts, tokens = call.prompts, call.tokens
+    if prompts.prompt_layout is not None:
+        return _made_ahead(prompts.prompt_layout, tokens)
+    in_cache, attention_mask = _split(call.padding_mask(), tokens, cached)
+    if prompts.completion_index is not None:
+        check_per_token("completion_index", prompts.completion_index, tokens)
         if prompts.position_ids is not None:
             raise LayoutError(
                 "`position_ids` came with `completion_index`. Leave it out: Bitune lets the positions of every "
                 "completion go on from those of the prompt."
             )
     return plan(
-        prompt_mask.to(device=tokens.device, dtype=torch.bool),
+        _prompt_mask(call, attention_mask).to(device=tokens.device, dtype=torch.bool),
         attention_mask,
-        completion_index,
-        starts_in(prompts, kwargs, attention_mask),
-        one_sequence_per_row=architecture.bypasses_attention_interface,
-        several_prompts=alternates(architecture),
+        prompts.completion_index,
+        call.sequence_starts(attention_mask),
+        one_sequence_per_row=call.architecture.bypasses_attention_interface,
+        several_prompts=alternates(call.architecture),
         cached=in_cache,
     )
+
+
+def _made_ahead(layout: PromptLayout, tokens: Tensor) -> PromptLayout:
+    """A layout of `plan_ahead`, on the device of the tokens. Raises LayoutError if its batch has another shape."""
+    if layout.shape != tuple(tokens.shape[:2]):
+        raise LayoutError(
+            f"`prompt_layout` is for {list(layout.shape)} rows and tokens, but the input has "
+            f"{list(tokens.shape[:2])}. Make it of the same batch: `plan_ahead(model, **inputs)`."
+        )
+    return layout.to(tokens.device)
 
 
 def _split(attention_mask: Tensor | None, tokens: Tensor, cached: int) -> tuple[Tensor | None, Tensor | None]:
@@ -169,40 +243,21 @@ def _split(attention_mask: Tensor | None, tokens: Tensor, cached: int) -> tuple[
     return attention_mask[:, :cached], attention_mask[:, cached:]
 
 
-def layout_made_ahead(layout: PromptLayout, kwargs: dict[str, Any]) -> PromptLayout:
-    """A layout of `plan_ahead`, on the device of the tokens. Raises LayoutError if its batch has another shape."""
-    tokens = tokens_in(kwargs)
-    if layout.shape != tuple(tokens.shape[:2]):
-        raise LayoutError(
-            f"`prompt_layout` is for {list(layout.shape)} rows and tokens, but the input has "
-            f"{list(tokens.shape[:2])}. Make it of the same batch: `plan_ahead(model, **inputs)`."
-        )
-    return layout.to(tokens.device)
-
-
-def starts_in(prompts: Prompts, kwargs: dict[str, Any], attention_mask: Tensor | None) -> Tensor | None:
-    """Where sequences begin, bool `[B or 1, T]`, from `position_ids`; `None` without them."""
-    position_ids = prompts.position_ids
-    if position_ids is None:
-        given = [name for name in OF_PACKED_ROWS if is_given(kwargs, name)]
-        if given:
-            raise LayoutError(
-                f"The model was called with `{given[0]}`, for rows that hold several documents. Pass `position_ids` "
-                "too, which start again with each document."
-            )
-        return None
-    if position_ids.dim() != 2:
-        raise LayoutError(
-            f"`position_ids` has shape {list(position_ids.shape)}; Bitune supports one position per token, [rows, "
-            "tokens]."
-        )
-    tokens = tokens_in(kwargs).shape[1]
-    if position_ids.shape[1] != tokens:
-        raise LayoutError(
-            f"`position_ids` has shape {list(position_ids.shape)}, but the input has {tokens} tokens "
-            "in a row. Pass one position per token."
-        )
-    return sequence_starts(position_ids, attention_mask)
+def _prompt_mask(call: BackboneCall, attention_mask: Tensor | None) -> Tensor:
+    """Which tokens are prompt, `[B, T]`: as the call says, or its `generate`, or a trainer; otherwise all of them."""
+    tokens = call.tokens
+    if call.prompts.prompt_mask is not None:
+        check_per_token("prompt_mask", call.prompts.prompt_mask, tokens)
+        return call.prompts.prompt_mask
+    if call.generation is not None:
+        return call.generation.prompt_mask_for(*tokens.shape[:2])
+    known = known_prompts(tokens, attention_mask)
+    if known is not None:
+        return known
+    if tokens.shape[1] > 1:
+        _check_not_trained(call.architecture)
+        _warn_all_prompt()
+    return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
 def holds_tokens(past: Cache | None) -> bool:
@@ -247,20 +302,6 @@ def check_plain_call(prompts: Prompts) -> None:
         )
 
 
-def padding_mask_in(kwargs: dict[str, Any]) -> Tensor | None:
-    """The 2-D attention mask of a call, bool `[B, T]`, or `None`. Raises LayoutError for a mask of another shape."""
-    mask = kwargs.get("attention_mask")
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        shape = f"shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
-        raise LayoutError(
-            f"`attention_mask` has {shape}. Bitune makes its own masks between prompt and completion, and takes a mask "
-            "of [rows, tokens] that is 0 on padding."
-        )
-    return mask.to(device=tokens_in(kwargs).device, dtype=torch.bool)
-
-
 def _check_not_trained(architecture: Architecture) -> None:
     """Raises LayoutError in a training step, in which all of the input would be taken as prompt."""
     if architecture.backbone.training and torch.is_grad_enabled():
@@ -282,11 +323,3 @@ def _warn_all_prompt() -> None:
         "stream's. Pass `prompt_mask` to tell prompt and completion apart. This warning is shown once.",
         stacklevel=2,
     )
-
-
-def tokens_in(kwargs: dict[str, Any]) -> Tensor:
-    return kwargs["input_ids"] if is_given(kwargs, "input_ids") else kwargs["inputs_embeds"]
-
-
-def is_given(kwargs: dict[str, Any], name: str) -> bool:
-    return kwargs.get(name) is not None
