@@ -129,11 +129,7 @@ def lm_eval_scores(_: Path) -> float:
     pairs = [(text(ids[:prompt]), " " + text(ids[prompt:])) for ids, prompt in subject.samples]
     requests = [Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0) for pair in pairs]
     scores = [score for score, _ in model.loglikelihood(requests, disable_tqdm=True)]
-    expected = [
-        _log_likelihood(logits, ids[prompt:])
-        for logits, (ids, prompt) in zip(subject.expected, subject.samples, strict=True)
-    ]
-    return difference(torch.tensor(scores), torch.stack(expected))
+    return difference(torch.tensor(scores), _log_likelihoods(subject))
 
 
 SERVING = """
@@ -164,11 +160,7 @@ def vllm_likelihoods(folder: Path) -> float:
     samples = [(ids.tolist(), prompt) for ids, prompt in subject.samples]
     (folder / "samples.json").write_text(json.dumps(samples))
     run_python(SERVING, folder, VLLM_SECONDS)
-    expected = [
-        _log_likelihood(logits, ids[prompt:])
-        for logits, (ids, prompt) in zip(subject.expected, subject.samples, strict=True)
-    ]
-    return difference(torch.tensor(json.loads((folder / "found.json").read_text())), torch.stack(expected))
+    return difference(torch.tensor(json.loads((folder / "found.json").read_text())), _log_likelihoods(subject))
 
 
 def run_python(code: str, folder: Path, seconds: float = SECONDS) -> str:
@@ -225,6 +217,9 @@ def _first_loss(trainer_class: type, config_class: type, folder: Path) -> float:
     return difference(torch.tensor(losses[0]), expected)
 
 
-def _log_likelihood(logits: Tensor, completion: Tensor) -> Tensor:
-    """Of a completion `[S]`, from the logits of its answer `[S + 1, vocabulary]`."""
-    return logits[:-1].log_softmax(dim=-1).gather(1, completion[:, None]).sum()
+def _log_likelihoods(subject: Subject) -> Tensor:
+    """The literal log-likelihoods of the samples' completions, `[samples]`."""
+    found = []
+    for logits, (ids, prompt) in zip(subject.expected, subject.samples, strict=True):
+        found.append(logits[:-1].log_softmax(dim=-1).gather(1, ids[prompt:, None]).sum())
+    return torch.stack(found)
