@@ -1,4 +1,4 @@
-"""Kinds of settings: a number, text, true or false, a list, a mapping, checked against type hints.
+"""Checks of settings: their kind (a number, text, true or false, a list, a mapping) by type hints, and choices.
 
 Settings from YAML, JSON and command lines may have any kind. PEFT, TRL and lm-eval pass them on, and fail later with a
 message that names no setting. Kinds are coarser than hints, because hints are not exact: PEFT's `lora_alpha: int` is
@@ -39,6 +39,17 @@ def check_kinds(owner: Any, values: Mapping[str, Any]) -> None:
         expected = expected_instead(value, hints[name])
         if expected is not None:
             raise ValueError(f"`{name}={value!r}` must be {expected}.")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises ValueError if the setting `name` is none of `choices`."""
+    if value not in choices:
+        raise ValueError(f"`{name}={value!r}` is unknown. Choose one of {', '.join(map(repr, choices))}.")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a setting is a number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def expected_instead(value: Any, hint: Any) -> str | None:

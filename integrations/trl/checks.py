@@ -12,15 +12,16 @@ from transformers import ProcessorMixin
 
 from bitune_plugin.integrations.theta import check_theta_settings
 from bitune_plugin.integrations.transformers import PROMPT_MASK
-from bitune_plugin.integrations.trl.config import check_choice, check_values
+from bitune_plugin.integrations.trl.config import check_values
 from bitune_plugin.integrations.trl.host import checkpointing_settings, selective_checkpointing_works
 from bitune_plugin.integrations.trl.samples import DOCUMENT_LENGTHS
+from bitune_plugin.kinds import check_choice
 
 # Settings.
 
 
 def check_settings(args: Any, data_collator: Any) -> None:
-    check_choice(args, "truncation_mode", ("keep_start", "keep_end"))
+    check_choice("truncation_mode", getattr(args, "truncation_mode", "keep_start"), ("keep_start", "keep_end"))
     check_values(args)
     check_theta_settings(args)
     if getattr(args, "drop_overlong", False) and args.max_length is None:

@@ -9,6 +9,7 @@ from trl import DistillationConfig, DPOConfig, GRPOConfig, KTOConfig, RLOOConfig
 
 from bitune_plugin.integrations.theta import ThetaSettings
 from bitune_plugin.integrations.trl.conversations import ASSISTANT_TURNS
+from bitune_plugin.kinds import check_choice
 
 
 @dataclass
@@ -43,7 +44,7 @@ class BituneSFTConfig(ThetaSettings, SFTConfig):
 
 def check_values(args: Any) -> None:
     """Raises ValueError for values of Bitune's own settings, and for a `max_length`, that mean nothing."""
-    check_choice(args, "assistant_turns", ASSISTANT_TURNS)
+    check_choice("assistant_turns", getattr(args, "assistant_turns", ASSISTANT_TURNS[0]), ASSISTANT_TURNS)
     max_length = getattr(args, "max_length", None)
     if max_length is not None and not (isinstance(max_length, int) and max_length >= 1):
         raise ValueError(
@@ -53,12 +54,6 @@ def check_values(args: Any) -> None:
     drop_overlong = getattr(args, "drop_overlong", False)
     if drop_overlong not in (True, False):
         raise ValueError(f"`drop_overlong={drop_overlong!r}` must be True or False.")
-
-
-def check_choice(args: Any, name: str, choices: tuple[str, ...]) -> None:
-    given = getattr(args, name, choices[0])
-    if given not in choices:
-        raise ValueError(f"`{name}={given!r}` is unknown. Choose {' or '.join(map(repr, choices))}.")
 
 
 @dataclass

@@ -148,7 +148,7 @@ class TestSettings:
         assert found(stock) == found(ours) == found(explicit)
 
     def test_an_unknown_choice(self, trainer: Any) -> None:
-        with pytest.raises(ValueError, match=r"`assistant_turns='all'` is unknown. Choose 'last' or 'each'"):
+        with pytest.raises(ValueError, match=r"`assistant_turns='all'` is unknown. Choose one of 'last', 'each'"):
             trainer(assistant_turns="all")
 
     @pytest.mark.parametrize("settings", [{}, {"packing": True, "max_length": 60}], ids=["padded", "packed"])
