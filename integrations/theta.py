@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from bitune_plugin.kinds import is_number
 from bitune_plugin.tuner.mixing_layer import Thetas
 from bitune_plugin.tuner.model import BituneModel
 from bitune_plugin.tuner.optimizers import put_theta_apart, thetas_of, without
@@ -49,7 +50,7 @@ class ThetaSettings(_TrainingArguments):
 
 
 class TrainsTheta(_Trainer):
-    """Put in front of a trainer, it trains theta apart. A config without `ThetaSettings` leaves these at their
+    """A mixin in front of a trainer: trains theta apart. A config without `ThetaSettings` leaves these at their
     defaults."""
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -88,11 +89,11 @@ class TrainsTheta(_Trainer):
 def check_theta_settings(args: Any) -> None:
     """Raises ValueError for settings of theta that mean nothing."""
     norm, rate = (getattr(args, name, None) for name in ("theta_max_grad_norm", "theta_learning_rate"))
-    if norm is not None and not (_is_number(norm) and 0 < norm < math.inf):
+    if norm is not None and not (is_number(norm) and 0 < norm < math.inf):
         raise ValueError(
             f"`theta_max_grad_norm={norm!r}` must be positive and finite. Leave it out to clip all together."
         )
-    if rate is not None and not (_is_number(rate) and 0 <= rate < math.inf):
+    if rate is not None and not (is_number(rate) and 0 <= rate < math.inf):
         raise ValueError(
             f"`theta_learning_rate={rate!r}` must be a finite number, 0 or more. Leave it out to train theta at "
             "`learning_rate`."
@@ -150,7 +151,3 @@ def alpha_summary(model: BituneModel | None) -> dict[str, float]:
             statistics = {"mean": alphas.mean(), "min": alphas.min(), "max": alphas.max()}
             summary |= {f"alpha_{kind}_{name}": value.item() for name, value in statistics.items()}
     return summary
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -37,20 +37,25 @@ class BituneSeq2SeqTrainingArguments(ThetaSettings, Seq2SeqTrainingArguments):
     """`transformers.Seq2SeqTrainingArguments` with `ThetaSettings`."""
 
 
-class KnowsLabels(TrainsTheta):
-    """Put in front of a trainer of transformers whose batches have `labels`, -100 on the prompt, or a `prompt_mask`."""
+class KeepsPromptMask(TrainsTheta):
+    """A mixin in front of a trainer: leaves the column `prompt_mask` in its datasets."""
 
     _signature_columns: Any
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        check_theta_settings(self.args)
-        check_theta_clip(self.args, self.accelerator.distributed_type)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if PROMPT_MASK not in self._signature_columns:
             self._signature_columns.append(PROMPT_MASK)
+
+
+class KnowsLabels(KeepsPromptMask):
+    """A mixin in front of a trainer of transformers whose batches have `labels`, -100 on the prompt, or a
+    `prompt_mask`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_theta_settings(self.args)
+        check_theta_clip(self.args, self.accelerator.distributed_type)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         return super().compute_loss(model, with_layout(self.accelerator, model, inputs), *args, **kwargs)

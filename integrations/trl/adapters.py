@@ -7,7 +7,6 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel
 
-from bitune_plugin.core.turns import ALTERNATE
 from bitune_plugin.tuner.config import BituneConfig
 from bitune_plugin.tuner.full import FullConfig
 from bitune_plugin.tuner.model import BituneModel
@@ -26,13 +25,6 @@ def bitune_config(model: Any, peft_config: PeftConfig | None) -> PeftConfig | No
     if peft_config is None:
         return BituneConfig(adapter=FullConfig(target_modules="all"))
     return peft_config if isinstance(peft_config, BituneConfig) else BituneConfig(adapter=peft_config)
-
-
-def reads_turns_apart(model: Any, peft_config: PeftConfig | None) -> bool:
-    """Whether the adapter, one that `model` carries or one to be made of `bitune_config`, reads a conversation turn by
-    turn (`multi_turn="alternate"`)."""
-    config: Any = peft_config or model.peft_config[model.active_adapters[0]]
-    return config.multi_turn == ALTERNATE
 
 
 def _method_of(model: Any) -> str:

@@ -27,7 +27,7 @@ from bitune_plugin.tuner.model import BituneModel
 
 
 class KnowsPrompts(TrainsTheta):
-    """Put in front of a trainer of TRL: `class BituneDPOTrainer(KnowsPrompts, DPOTrainer)`.
+    """A mixin in front of a trainer of TRL: `class BituneDPOTrainer(KnowsPrompts, DPOTrainer)`.
 
     `peft_config` may be a `BituneConfig` or any other PEFT config, which then is the adapter of both streams. Without
     it, a model that already carries Bitune is trained on, and of a bare one all weights are trained, one set for each

@@ -20,9 +20,10 @@ from trl import SFTConfig, SFTTrainer
 from trl.data_utils import get_dataset_column_names
 
 from bitune_plugin.core.prompts import IGNORED
-from bitune_plugin.integrations.theta import TrainsTheta, check_theta_clip, start_theta_in_float32
-from bitune_plugin.integrations.transformers import PROMPT_MASK, with_layout
-from bitune_plugin.integrations.trl.adapters import bitune_config, check_head, reads_turns_apart
+from bitune_plugin.core.turns import ALTERNATE
+from bitune_plugin.integrations.theta import check_theta_clip, start_theta_in_float32
+from bitune_plugin.integrations.transformers import KeepsPromptMask, with_layout
+from bitune_plugin.integrations.trl.adapters import bitune_config, check_head
 from bitune_plugin.integrations.trl.checks import (
     check_has_prompt,
     check_not_empty,
@@ -39,9 +40,10 @@ from bitune_plugin.integrations.trl.host import main_process_first
 from bitune_plugin.integrations.trl.preparation import CHANGED, marked, split_turns_of, workers_of
 from bitune_plugin.integrations.trl.samples import pack
 from bitune_plugin.integrations.trl.turns import tokenized_by_turns
+from bitune_plugin.modeling.causal_lm import reads_turns_apart
 
 
-class BituneSFTTrainer(TrainsTheta, SFTTrainer):
+class BituneSFTTrainer(KeepsPromptMask, SFTTrainer):
     """Supervised fine-tuning with Bitune. Takes the arguments of `trl.SFTTrainer`.
 
     `peft_config` may be a `BituneConfig` or any other PEFT config, which then is the adapter of both streams. Without
@@ -60,7 +62,6 @@ class BituneSFTTrainer(TrainsTheta, SFTTrainer):
     # Any, where TRL declares less than it sets.
     args: Any
     model: Any
-    _signature_columns: Any
 
     _tag_names = ["trl", "sft", "bitune"]  # noqa: RUF012
     _name = "Bitune SFT"
@@ -83,7 +84,8 @@ class BituneSFTTrainer(TrainsTheta, SFTTrainer):
         arguments = inspect.signature(SFTTrainer.__init__).bind(self, *args, **kwargs).arguments
         del arguments["self"]
         arguments["peft_config"] = bitune_config(arguments["model"], arguments.get("peft_config"))
-        self.several_prompts = reads_turns_apart(arguments["model"], arguments["peft_config"])
+        model, config = arguments["model"], arguments["peft_config"]
+        self.several_prompts = reads_turns_apart(model) if config is None else config.multi_turn == ALTERNATE
         check_settings(arguments.get("args"), arguments.get("data_collator"))
         if isinstance(arguments.get("train_dataset"), Dataset | IterableDataset):  # TRL refuses anything else
             check_not_empty(arguments["train_dataset"], "train")
@@ -94,7 +96,7 @@ class BituneSFTTrainer(TrainsTheta, SFTTrainer):
         check_parallelism(self.accelerator.parallelism_config)
         check_theta_clip(self.args, self.accelerator.distributed_type)
         self.data_collator = PromptCollator(self.data_collator)
-        if arguments["peft_config"] is not None:
+        if config is not None:
             start_theta_in_float32(self.model.base_model)
 
     # The prompt, from the dataset to the model.
@@ -144,11 +146,6 @@ class BituneSFTTrainer(TrainsTheta, SFTTrainer):
             ) from None
         finally:
             self.completion_only_loss = completion_only
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        if PROMPT_MASK not in self._signature_columns:
-            self._signature_columns.append(PROMPT_MASK)
 
     def _reject_skip_prepare_without_labels(self, datasets: dict[str, Any], data_collator: Any) -> None:
         super()._reject_skip_prepare_without_labels(datasets, getattr(data_collator, "collator", data_collator))
