@@ -15,7 +15,7 @@ Writes one stream of a Bitune adapter as an adapter of its inner method (LoRA, I
 but not Bitune. The coefficients of the mixing stay behind: such an adapter reads prompts in one way only, so that its
 answers are not those of the Bitune adapter. The base model is not loaded.
 
-Modules that are trained whole serve both streams and go into either; so do tokenizer files beside the adapter.
+Fully trained modules serve both streams and go into either; so do tokenizer files beside the adapter.
 """
 
 EXAMPLES = """\

@@ -127,7 +127,7 @@ def _settings(adapter: SavedAdapter) -> str:
 def _table_of_sizes(names: Sequence[str], adapters: Sequence[SavedAdapter]) -> Table:
     table = Table(title="parameters", title_justify="left")
     table.add_column("adapter", overflow="fold")
-    for title in ("causal", "bidirectional", "theta", "trained whole", "bytes"):
+    for title in ("causal", "bidirectional", "theta", "fully trained", "bytes"):
         table.add_column(title, justify="right")
     for name, adapter in zip(names, adapters, strict=True):
         sizes = adapter.sizes.values()

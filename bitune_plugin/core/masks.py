@@ -315,9 +315,9 @@ class SequenceGroup:
         causally = encoded[:, :, None] & encoded[:, None, :] & (query >= key) & near
         padding = (key >= lengths)[:, :, None] & (query == key)
         from_mixture = answer[:, :, None] & (encoded[:, None, :] | own) & near
-        copy = self.patterns(local, second_pass)[1].dense().expand(rows, 1, size, size)[:, 0]
+        bidirectional = self.patterns(local, second_pass)[1].dense().expand(rows, 1, size, size)[:, 0]
         first = torch.cat([causally | padding, causally.new_zeros(rows, length, size), from_mixture], dim=2)
-        return torch.cat([first, nn.functional.pad(copy, (length, length))], dim=1)[:, None]
+        return torch.cat([first, nn.functional.pad(bidirectional, (length, length))], dim=1)[:, None]
 
 
 def _pairs(size: int, device: torch.device) -> tuple[Tensor, Tensor]:

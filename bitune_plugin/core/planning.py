@@ -140,14 +140,15 @@ def _one_row(tokens: Tokens, shape: tuple[int, int]) -> PromptLayout:
 def _to_slots(tokens: Tokens, groups: list[Tensor]) -> tuple[Tensor, Tensor]:
     """The place of the single row for each slot, in the order of `PromptLayout.to_slots`, and a mask of full slots."""
     first, encoded, answer = tokens.first, tokens.encoded_length, tokens.length - tokens.encoded_length
-    first_copy = len(tokens.present) + encoded.cumsum(0) - encoded
+    first_bidirectional = len(tokens.present) + encoded.cumsum(0) - encoded
     slots = []
     for members in groups:
-        of_prefix, of_answer, of_copy = (
+        of_prefix, of_answer, of_bidirectional = (
             slots_of(at[members], length[members])
-            for at, length in ((first, encoded), (first + encoded, answer), (first_copy, encoded))
+            for at, length in ((first, encoded), (first + encoded, answer), (first_bidirectional, encoded))
         )
-        slots += [(tokens.encoded_first[index], filled) for index, filled in (of_prefix, of_answer)] + [of_copy]
+        slots += [(tokens.encoded_first[index], filled) for index, filled in (of_prefix, of_answer)]
+        slots.append(of_bidirectional)
     indices, filled = zip(*slots, strict=True)
     return torch.cat([index.flatten() for index in indices]), torch.cat([each.flatten() for each in filled])
 

@@ -105,8 +105,8 @@ class MptAttention(SingleCallAttention):
     def mask_arguments(self, kwargs: dict[str, Any], visible: Tensor, layout: PromptLayout) -> dict[str, Any]:
         slope = -kwargs["position_bias"][:, :, -2:-1]  # the bias of a key one token back
         # Places in the row instead of positions, because the difference is the same for all keys of a query.
-        rows, copy = (torch.arange(size, device=slope.device) for size in layout.streams)
-        return {"attention_mask": ~visible, "position_bias": slope * torch.cat([rows, copy, rows])}
+        causal, bidirectional = (torch.arange(size, device=slope.device) for size in layout.streams)
+        return {"attention_mask": ~visible, "position_bias": slope * torch.cat([causal, bidirectional, causal])}
 
 
 def _at_positions(alibi: Tensor, layout: PromptLayout, heads: int) -> Tensor:

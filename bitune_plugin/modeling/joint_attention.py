@@ -47,9 +47,10 @@ class MixingCache:
             Keys and values for `SequenceGroup.single_call_mask`: `[D, key/value heads, 2L + E, head size]`.
         """
         layout = self.context.layout
-        (key_encoded, key_rest, key_copy), (value_encoded, value_rest, value_copy) = map(self._split, (key, value))
+        key_encoded, key_rest, key_bidirectional = self._split(key)
+        value_encoded, value_rest, value_bidirectional = self._split(value)
         (key_mixed,), (value_mixed,) = getattr(self.module, MIXING)(
-            [(key_encoded, key_copy)], [(value_encoded, value_copy)], self.context.adapter
+            [(key_encoded, key_bidirectional)], [(value_encoded, value_bidirectional)], self.context.adapter
         )
         # In rows with a short prompt, the first answer tokens are among the first `E`, and are not mixed.
         encoded = layout.only_group.encoded[:, None, :, None]

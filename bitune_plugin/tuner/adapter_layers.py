@@ -54,13 +54,13 @@ class TwoAdapterLayer(PeftPatch):
         context = active_context.value
         if context is None or context.share_adapter or context.stream is Stream.CAUSAL:
             return super().forward(tokens, *args, **kwargs)
-        second_name = bidirectional(context.adapter)
-        plain = not args and not kwargs and is_plain_lora(self, context.adapter, second_name)
+        bidirectional_name = bidirectional(context.adapter)
+        plain = not args and not kwargs and is_plain_lora(self, context.adapter, bidirectional_name)
         if context.stream is Stream.BIDIRECTIONAL:
             if self.merged and plain:
                 flat = tokens.reshape(1, -1, tokens.shape[-1])
-                return both_loras(self, flat, 0, context.adapter, second_name).view(*tokens.shape[:-1], -1)
-            second: Any = with_active_adapter(unmerged(self), second_name)
+                return both_loras(self, flat, 0, context.adapter, bidirectional_name).view(*tokens.shape[:-1], -1)
+            second: Any = with_active_adapter(unmerged(self), bidirectional_name)
             return super(TwoAdapterLayer, second).forward(tokens, *args, **kwargs)
         layout = context.layout
         if tokens.dim() == 4 and tokens.shape[1] == 1:  # states of latent attention, in the shape of a cache
@@ -74,7 +74,7 @@ class TwoAdapterLayer(PeftPatch):
                 "out of the adapter's `target_modules` (`exclude_modules=...`)."
             )
         if tokens.dim() == 3 and plain:
-            return both_loras(self, tokens, layout.tokens, context.adapter, second_name)
+            return both_loras(self, tokens, layout.tokens, context.adapter, bidirectional_name)
         return concatenate(list(on_each_stream(self.forward, context, tokens, *args, **kwargs)), dim=1)
 
 

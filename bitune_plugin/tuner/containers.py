@@ -1,10 +1,11 @@
 """Parameter names of the bidirectional stream: `lora_A.bidirectional.default.weight`.
 
 PEFT keeps the weights of a layer in dicts by adapter name, and the two streams of a Bitune adapter are two inner
-adapters, so the second one would be called `lora_A.default__bidirectional.weight`. Code that copies, counts or filters
-weights by name expects the adapter's name as a part of its own: TRL makes the reference model of DPO, KTO, GRPO and
-RLOO by replacing `".default."` with `".ref."` in the names of parameters. So the entries of the second stream are kept
-in a module of their own inside the dict, while the dict still shows them to PEFT under the flat key.
+adapters, so a weight of the bidirectional one would be called `lora_A.default__bidirectional.weight`. Code that copies,
+counts or filters weights by name expects the adapter's name as a part of its own: TRL makes the reference model of DPO,
+KTO, GRPO and RLOO by replacing `".default."` with `".ref."` in the names of parameters. So the entries of the
+bidirectional stream are kept in a module of their own inside the dict, while the dict still shows them to PEFT under
+the flat key.
 
 Dicts of bare parameters (`nn.ParameterDict`: IA3, VeRA, LoRA of embeddings) stay as they are. In PEFT itself their
 names end with the adapter's, without a dot behind it; `check_reference_copy` sees to a copy that would miss them.
@@ -35,12 +36,12 @@ OF_REFERENCE = {POLICY: REFERENCE, bidirectional(POLICY): bidirectional(REFERENC
 """Parts of names of the policy's weights, and those of their copies."""
 
 
-class SecondStream(nn.Module):
+class BidirectionalStream(nn.Module):
     """The modules of the bidirectional stream, by adapter name."""
 
 
 class StreamDict(Patch):
-    """Put in front of an `nn.ModuleDict` of a PEFT layer, by `nest_second_stream`.
+    """A patch of an `nn.ModuleDict` of a PEFT layer, made by `nest_bidirectional_stream`.
 
     A module of the bidirectional stream is at `bidirectional.<adapter>`; keys are PEFT's, `<adapter>__bidirectional`.
     """
@@ -60,7 +61,7 @@ class StreamDict(Patch):
         elif BIDIRECTIONAL in self._modules:
             self._modules[BIDIRECTIONAL].add_module(key.removesuffix(SUFFIX), module)
         else:
-            stream = SecondStream()
+            stream = BidirectionalStream()
             stream.add_module(key.removesuffix(SUFFIX), module)
             self._modules[BIDIRECTIONAL] = stream
         if BIDIRECTIONAL in self._modules:
@@ -107,7 +108,7 @@ class StreamDict(Patch):
         return flat if stream is None else flat | {bidirectional(name): x for name, x in stream._modules.items()}
 
 
-def nest_second_stream(layer: PeftLayer) -> None:
+def nest_bidirectional_stream(layer: PeftLayer) -> None:
     """Gives the weights of the bidirectional stream in a PEFT layer their names. What is nested already stays."""
     for name, container in layer.named_children():
         if name == "base_layer" or not isinstance(container, nn.ModuleDict):

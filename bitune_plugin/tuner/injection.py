@@ -24,7 +24,7 @@ from ..modeling.extension import patch
 from ..modeling.streams import SeparateStreams
 from .adapter_layers import FlattenedTokens, ParameterAdapter, TwoAdapterLayer, bidirectional
 from .config import BituneConfig
-from .containers import check_reference_copy, nest_second_stream
+from .containers import check_reference_copy, nest_bidirectional_stream
 from .full import FullModel, idle_in_second_stream
 from .mixing_layer import MixingLayer
 from .names import check_targets, check_whole_modules, warn_of_unmatched
@@ -158,7 +158,7 @@ class InjectsBothStreams(BaseTuner):
                 patch(layer, ParameterAdapter)
             if name not in layer._get_available_adapters():
                 continue
-            nest_second_stream(layer)
+            nest_bidirectional_stream(layer)
             if layer not in inside or layer in idle:
                 layer.delete_adapter(name)
             elif inside[layer].rpartition(".")[2] in self.architecture.flattened:

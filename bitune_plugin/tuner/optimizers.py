@@ -73,7 +73,7 @@ def with_streams_apart(create: Create) -> Create:
         (group,) = optimizer.param_groups
         shared = {key: value for key, value in group.items() if key not in BY_PARAMETER}
         scaling = dict(zip(group["names"], group["scaling_factors"], strict=True))
-        scaling |= {name: _scaling_of_second(model, name) for name in scaling if is_bidirectional(name)}
+        scaling |= {name: _scaling_of_bidirectional(model, name) for name in scaling if is_bidirectional(name)}
         groups: Any = [{**shared, **part} for part in _groups(dict(model.named_parameters()), scaling)]
         return StreamsLoraFA(groups)
 
@@ -123,7 +123,7 @@ def _groups(parameters: dict[str, nn.Parameter], scaling: dict[str, float | None
     theta = [name for name in parameters if is_theta(name) and parameters[name].requires_grad]
     known = {*pairs, *theta}
     others = [name for name, parameter in parameters.items() if parameter.requires_grad and name not in known]
-    names = {name: f"second.{name}" if _is_second(name) else name for name in pairs}
+    names = {name: f"second.{name}" if _is_of_bidirectional(name) else name for name in pairs}
     names |= {name: name.replace("lora", "trained") for name in (*others, *theta)}
     return [
         {
@@ -137,15 +137,15 @@ def _groups(parameters: dict[str, nn.Parameter], scaling: dict[str, float | None
     ]
 
 
-def _scaling_of_second(model: nn.Module, name: str) -> float | None:
-    """Of a LoRA of the bidirectional stream. PEFT takes the part of a name behind `lora_A` for the adapter's."""
+def _scaling_of_bidirectional(model: nn.Module, name: str) -> float | None:
+    """The scaling of a bidirectional LoRA. PEFT takes the part of a name behind `lora_A` for the adapter's."""
     container, _, adapter = name.rpartition(f".{BIDIRECTIONAL}.")
     layer = model.get_submodule(container.rpartition(".")[0])
     scaling: dict[str, float] = getattr(layer, "scaling", {})
     return scaling.get(bidirectional(adapter.partition(".")[0]))
 
 
-def _is_second(name: str) -> bool:
+def _is_of_bidirectional(name: str) -> bool:
     """Whether a parameter of this name is the bidirectional stream's."""
     return is_bidirectional(name) or SUFFIX in name
 
