@@ -132,6 +132,14 @@ class AttentionPattern:
         return memoized(self._memo, name, make)
 
 
+class Patterns(NamedTuple):
+    """The attention patterns of the segments of a group."""
+
+    prefix: AttentionPattern
+    bidirectional: AttentionPattern
+    answer: AttentionPattern
+
+
 @dataclass(frozen=True)
 class SequenceGroup:
     """Sequences with the same number of slots.
@@ -171,11 +179,9 @@ class SequenceGroup:
         """`E` and `A`."""
         return self.encoded.shape[1], self.answer.shape[1]
 
-    def patterns(
-        self, local: LocalAttention | None = None, second_pass: str = "bidirectional"
-    ) -> tuple[AttentionPattern, AttentionPattern, AttentionPattern]:
-        """The patterns of prefix, bidirectional and answer. The keys of the first two are their own; those of the
-        answer are the mixture, `E` slots, and its own behind them, `A` slots.
+    def patterns(self, local: LocalAttention | None = None, second_pass: str = "bidirectional") -> Patterns:
+        """The keys of prefix and bidirectional are their own; those of the answer are the mixture, `E` slots, and its
+        own behind them, `A` slots.
 
         Args:
             local: the local attention of the layer.
@@ -240,17 +246,15 @@ class SequenceGroup:
         name = ("single_call", length, local, second_pass)
         return memoized(self._memo, name, lambda: self._single_call_mask(length, local, second_pass))
 
-    def _patterns(
-        self, local: LocalAttention | None, second_pass: str
-    ) -> tuple[AttentionPattern, AttentionPattern, AttentionPattern]:
+    def _patterns(self, local: LocalAttention | None, second_pass: str) -> Patterns:
         both = torch.cat([self.encoded, self.answer], dim=1)
         one_completion = True if self.completion_index is None else None
         # A twin that keeps masks and no patterns, because a cycle of references would keep the masks of every batch
         # alive until Python's collector runs.
         twin = memoized(self._memo, "twin", lambda: replace(self, _memo={}))
-        return (
-            AttentionPattern(self.encoded, self.encoded, True, local, lambda: twin.prefix_mask(local)),
-            AttentionPattern(
+        return Patterns(
+            prefix=AttentionPattern(self.encoded, self.encoded, True, local, lambda: twin.prefix_mask(local)),
+            bidirectional=AttentionPattern(
                 self.encoded,
                 self.encoded,
                 second_pass != "bidirectional",
@@ -258,7 +262,7 @@ class SequenceGroup:
                 lambda: twin.bidirectional_mask(local, second_pass),
                 reversed=second_pass == "anticausal",
             ),
-            AttentionPattern(self.answer, both, one_completion, local, lambda: twin.answer_mask(local)),
+            answer=AttentionPattern(self.answer, both, one_completion, local, lambda: twin.answer_mask(local)),
         )
 
     def _filled(self, slots: Tensor) -> Tensor:
@@ -292,9 +296,8 @@ class SequenceGroup:
             own = own & local.allows(position[:, :, None], position[:, None, :])
             prompt = prompt & local.allows(position[:, :, None], torch.arange(encoded, device=position.device))
         rows = max(own.shape[0], prompt.shape[0])
-        return torch.cat([prompt.expand(rows, -1, -1), own.expand(rows, -1, -1)], dim=2)[
-            :, None
-        ]  # [D or 1, 1, A, E + A]
+        mask = torch.cat([prompt.expand(rows, -1, -1), own.expand(rows, -1, -1)], dim=2)
+        return mask[:, None]  # [D or 1, 1, A, E + A]
 
     def _single_call_mask(self, length: int, local: LocalAttention | None, second_pass: str) -> Tensor:
         rows = 1 if self.uniform and self.completion_index is None else len(self)
@@ -315,7 +318,7 @@ class SequenceGroup:
         causally = encoded[:, :, None] & encoded[:, None, :] & (query >= key) & near
         padding = (key >= lengths)[:, :, None] & (query == key)
         from_mixture = answer[:, :, None] & (encoded[:, None, :] | own) & near
-        bidirectional = self.patterns(local, second_pass)[1].dense().expand(rows, 1, size, size)[:, 0]
+        bidirectional = self.patterns(local, second_pass).bidirectional.dense().expand(rows, 1, size, size)[:, 0]
         first = torch.cat([causally | padding, causally.new_zeros(rows, length, size), from_mixture], dim=2)
         return torch.cat([first, nn.functional.pad(bidirectional, (length, length))], dim=1)[:, None]
 

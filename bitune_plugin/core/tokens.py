@@ -154,17 +154,17 @@ class Tokens:
     def _turn_group(self, members: Tensor, turn: Tensor) -> TurnGroup:
         rows = self.present[self.first[members]] // self.attended.shape[1]
         encoded_length, answer_length = self.encoded_length[members], (self.length - self.encoded_length)[members]
+
+        def slots(first: Tensor, length: Tensor) -> Slots:
+            index, filled = slots_of(first, length)
+            token = self.encoded_first[index]
+            return Slots(filled, self.position[token], turn[token])
+
         first = self.first[members]
-        prefix, own = (
-            Slots(filled, self.position[token], turn[token])
-            for token, filled in (
-                (self.encoded_first[index], filled)
-                for index, filled in (slots_of(first, encoded_length), slots_of(first + encoded_length, answer_length))
-            )
-        )
+        prefix, answer = slots(first, encoded_length), slots(first + encoded_length, answer_length)
         cached = torch.zeros(len(members), 0, dtype=torch.bool) if self.cached is None else self.cached[rows]
         position = cached.long().cumsum(dim=1) - 1
-        return TurnGroup(prefix, own, Slots(cached, position, torch.full_like(position, CACHED)), rows)
+        return TurnGroup(prefix, answer, Slots(cached, position, torch.full_like(position, CACHED)), rows)
 
 
 def _turns(prompt: Tensor, starts: Tensor, first: Tensor) -> Tensor:

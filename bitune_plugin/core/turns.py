@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LayoutError
-from .masks import AttentionPattern, LocalAttention, Memo, PackedRows, memoized
+from .masks import AttentionPattern, LocalAttention, Memo, PackedRows, Patterns, memoized
 
 ALTERNATE = "alternate"
 """The value of `multi_turn` with which every prompt of a conversation is encoded once, in its turn."""
@@ -68,13 +68,13 @@ class TurnGroup:
 
     Attributes:
         prefix: the tokens of all encoded prompts, `E` slots.
-        own: the other tokens, those of all answers, `A` slots.
+        answer: the other tokens, those of all answers, `A` slots.
         cached: the tokens in the cache, `C` slots; none without a cache.
         rows: int64 `[D]`, the row of each sequence in the cache.
     """
 
     prefix: Slots
-    own: Slots
+    answer: Slots
     cached: Slots
     rows: Tensor
     _memo: Memo = field(default_factory=dict, repr=False, compare=False)
@@ -84,10 +84,10 @@ class TurnGroup:
 
     def to(self, device: torch.device) -> TurnGroup:
         """The same on another device."""
-        prefix, own, cached = (
-            Slots(*(tensor.to(device) for tensor in slots)) for slots in (self.prefix, self.own, self.cached)
+        prefix, answer, cached = (
+            Slots(*(tensor.to(device) for tensor in slots)) for slots in (self.prefix, self.answer, self.cached)
         )
-        return replace(self, prefix=prefix, own=own, cached=cached, rows=self.rows.to(device), _memo={})
+        return replace(self, prefix=prefix, answer=answer, cached=cached, rows=self.rows.to(device), _memo={})
 
     def __len__(self) -> int:
         return len(self.prefix.filled)
@@ -95,17 +95,17 @@ class TurnGroup:
     @property
     def segments(self) -> tuple[Tensor, Tensor, Tensor]:
         """The slots with a token, of prefix, answer and bidirectional: `[D, E]`, `[D, A]`, `[D, E]`."""
-        return self.prefix.filled, self.own.filled, self.prefix.filled
+        return self.prefix.filled, self.answer.filled, self.prefix.filled
 
     @property
     def slots(self) -> tuple[int, int]:
         """`E` and `A`."""
-        return self.prefix.filled.shape[1], self.own.filled.shape[1]
+        return self.prefix.filled.shape[1], self.answer.filled.shape[1]
 
     def patterns(
         self, local: LocalAttention | None = None, second_pass: str = "bidirectional", cached: int = 0
-    ) -> tuple[AttentionPattern, AttentionPattern, AttentionPattern]:
-        """The patterns of prefix, bidirectional and answer.
+    ) -> Patterns:
+        """The keys of prefix and bidirectional are the kept ones and their own, those of the answer the kept ones.
 
         Args:
             local: the local attention of the layer.
@@ -114,21 +114,19 @@ class TurnGroup:
         """
         return memoized(self._memo, (local, second_pass, cached), lambda: self._patterns(local, second_pass, cached))
 
-    def _patterns(
-        self, local: LocalAttention | None, second_pass: str, cached: int
-    ) -> tuple[AttentionPattern, AttentionPattern, AttentionPattern]:
+    def _patterns(self, local: LocalAttention | None, second_pass: str, cached: int) -> Patterns:
         first = self.cached.filled.shape[1] - cached
-        kept = Slots(*(tensor[:, first:] for tensor in self.cached)).joined(self.prefix).joined(self.own)
-        return (
-            _pattern_of_encoded(self.prefix, kept, "causal", local),
-            _pattern_of_encoded(self.prefix, kept, second_pass, local),
-            AttentionPattern(
-                self.own.filled,
+        kept = Slots(*(tensor[:, first:] for tensor in self.cached)).joined(self.prefix).joined(self.answer)
+        return Patterns(
+            prefix=_pattern_of_encoded(self.prefix, kept, "causal", local),
+            bidirectional=_pattern_of_encoded(self.prefix, kept, second_pass, local),
+            answer=AttentionPattern(
+                self.answer.filled,
                 kept.filled,
                 None,
                 local,
-                partial(_answer_mask, self.own, kept, local),
-                make_rows=partial(_answer_rows, self.own, kept),
+                partial(_answer_mask, self.answer, kept, local),
+                make_rows=partial(_answer_rows, self.answer, kept),
             ),
         )
 
@@ -168,9 +166,9 @@ def _encoded_mask(prefix: Slots, kept: Slots, second_pass: str, local: LocalAtte
     return torch.cat([before, own | _eye(own)], dim=2)[:, None]
 
 
-def _answer_mask(own: Slots, kept: Slots, local: LocalAttention | None) -> Tensor:
+def _answer_mask(answer: Slots, kept: Slots, local: LocalAttention | None) -> Tensor:
     """bool `[D, 1, A, C + E + A]`."""
-    position = own.position[:, :, None]
+    position = answer.position[:, :, None]
     mask = kept.filled[:, None] & (kept.position[:, None] <= position)
     if local is not None:
         mask = mask & local.allows(position, kept.position[:, None])
@@ -184,11 +182,11 @@ def _eye(mask: Tensor) -> Tensor:
     return torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)[None]
 
 
-def _answer_rows(own: Slots, kept: Slots) -> PackedRows:
+def _answer_rows(answer: Slots, kept: Slots) -> PackedRows:
     """One packed row per turn: the queries of its answer, and all keys to the end of it, in order."""
     rows = []
-    for index in range(len(own.filled)):
-        queries, keys = own.row(index), kept.row(index)
+    for index in range(len(answer.filled)):
+        queries, keys = answer.row(index), kept.row(index)
         for turn in queries.turn[queries.filled].unique():
             rows.append(
                 (
@@ -196,7 +194,7 @@ def _answer_rows(own: Slots, kept: Slots) -> PackedRows:
                     _in_order(keys, keys.filled & (keys.turn <= turn), index),
                 )
             )
-    return PackedRows.of(rows, causal=True, device=own.filled.device)
+    return PackedRows.of(rows, causal=True, device=answer.filled.device)
 
 
 def _encoded_rows(prefix: Slots, kept: Slots, second_pass: str, local: LocalAttention | None) -> PackedRows:

@@ -150,12 +150,12 @@ def _attend_sequences(
     """`segments` are queries, keys, values, and the keys and values that a cache keeps: `[D, heads, E or A, head size]`
     to `[D, E or A, heads, head size]`."""
     q, k, v, k_kept, v_kept = segments
-    of_prefix, of_bidirectional, of_answer = group.patterns(local, second_pass)
-    prefix = _attended(attend, q.prefix, k.prefix, v.prefix, of_prefix)  # [D, E, heads, head size]
+    patterns = group.patterns(local, second_pass)
+    prefix = _attended(attend, q.prefix, k.prefix, v.prefix, patterns.prefix)  # [D, E, heads, head size]
     # [D, heads, E + A, head size]: the mixture, and the answer's own
     k_seen, v_seen = (concatenate([kept.prefix, kept.answer], dim=2) for kept in (k_kept, v_kept))
-    answer = _attended(attend, q.answer, k_seen, v_seen, of_answer)  # [D, A, heads, head size]
-    bidirectional = _attended(attend, q.bidirectional, k.bidirectional, v.bidirectional, of_bidirectional)
+    answer = _attended(attend, q.answer, k_seen, v_seen, patterns.answer)  # [D, A, heads, head size]
+    bidirectional = _attended(attend, q.bidirectional, k.bidirectional, v.bidirectional, patterns.bidirectional)
     return Segments(prefix, answer, bidirectional)
 
 
@@ -176,15 +176,15 @@ def _attend_turns(
         for past, kept in zip(before, (k_kept, v_kept), strict=True)
     )
     length = 0 if cached is None else cached[0].shape[2]
-    of_prefix, of_bidirectional, of_answer = group.patterns(local, second_pass, length)
+    patterns = group.patterns(local, second_pass, length)
 
     def over_kept(query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern) -> Tensor:
         return _attended(attend, query, concatenate([k_seen, key], dim=2), concatenate([v_seen, value], dim=2), pattern)
 
     return Segments(
-        over_kept(q.prefix, k.prefix, v.prefix, of_prefix),
-        _attended(attend, q.answer, k_seen, v_seen, of_answer),
-        over_kept(q.bidirectional, k.bidirectional, v.bidirectional, of_bidirectional),
+        over_kept(q.prefix, k.prefix, v.prefix, patterns.prefix),
+        _attended(attend, q.answer, k_seen, v_seen, patterns.answer),
+        over_kept(q.bidirectional, k.bidirectional, v.bidirectional, patterns.bidirectional),
     )
 
 
