@@ -25,26 +25,6 @@ from .host import takes_mask
 from .joint_attention import SingleCallAttention
 from .latent_attention import LatentAttention
 
-
-def active_adapter(architecture: Architecture) -> str | None:
-    """The enabled Bitune adapter, if any."""
-    mixing = getattr(architecture.attentions[0], MIXING)
-    return mixing.active_adapters[0] if mixing.is_enabled else None
-
-
-def alternates(architecture: Architecture) -> bool:
-    """Whether the enabled adapter reads conversations turn by turn (`multi_turn="alternate"`)."""
-    adapter = active_adapter(architecture)
-    return adapter is not None and getattr(architecture.attentions[0], MIXING).settings[adapter].multi_turn == ALTERNATE
-
-
-def takes_several_completions(architecture: Architecture) -> bool:
-    """Whether a row may hold several completions of its prompt (`completion_index`)."""
-    implementation = base_of(architecture.backbone.config._attn_implementation)
-    patch_class = architecture.attention_patch
-    return not implementation.startswith("flash") and getattr(patch_class, "takes_several_completions", True)
-
-
 KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 """Values of `config.layer_types` with masks that Bitune knows."""
 
@@ -129,6 +109,25 @@ class Architecture:
         return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
+def active_adapter(architecture: Architecture) -> str | None:
+    """The enabled Bitune adapter, if any."""
+    mixing = getattr(architecture.attentions[0], MIXING)
+    return mixing.active_adapters[0] if mixing.is_enabled else None
+
+
+def alternates(architecture: Architecture) -> bool:
+    """Whether the enabled adapter reads conversations turn by turn (`multi_turn="alternate"`)."""
+    adapter = active_adapter(architecture)
+    return adapter is not None and getattr(architecture.attentions[0], MIXING).settings[adapter].multi_turn == ALTERNATE
+
+
+def takes_several_completions(architecture: Architecture) -> bool:
+    """Whether a row may hold several completions of its prompt (`completion_index`)."""
+    implementation = base_of(architecture.backbone.config._attn_implementation)
+    patch_class = architecture.attention_patch
+    return not implementation.startswith("flash") and getattr(patch_class, "takes_several_completions", True)
+
+
 def decoder(
     model: nn.Module,
     is_attention: Callable[[nn.Module], bool] | None = None,
@@ -195,33 +194,6 @@ def _check_config(name: str, config: PreTrainedConfig) -> None:
         )
 
 
-def _check_attention_functions(name: str, architecture: Architecture) -> None:
-    """Raises UnsupportedModelError unless Bitune can mix the keys and values of every layer, and fill their cache."""
-    attentions, config = architecture.attentions, architecture.backbone.config
-    if architecture.bypasses_attention_interface:
-        implementation = config._attn_implementation
-        if implementation not in ("eager", "sdpa"):
-            raise UnsupportedModelError(
-                f"{name} with `attn_implementation={implementation!r}`: its attention modules bypass the attention "
-                "interface, which Bitune supports with 'eager' and 'sdpa'. Load the model with one of them."
-            )
-    elif not architecture.backbone._can_set_attn_implementation():
-        raise UnsupportedModelError(
-            f"The attention of {name} does not go through transformers' AttentionInterface, where Bitune attaches. "
-            f"{A_PLUGIN_CAN}"
-        )
-    if getattr(config, "kv_lora_rank", None) and not architecture.expands_latent_states:
-        raise UnsupportedModelError(
-            f"{name} caches latent states in place of keys and values (`config.kv_lora_rank`), and has no `expand_kv` "
-            "by which Bitune could cache the latter. Use the inner adapter alone, for instance `LoraConfig`."
-        )
-    if getattr(config, "num_kv_shared_layers", None) and not any(map(shares_keys, attentions)):
-        raise UnsupportedModelError(
-            f"{name} shares keys and values between layers (`config.num_kv_shared_layers`), and does not say between "
-            "which (`is_kv_shared_layer`). Use the inner adapter alone, for instance `LoraConfig`."
-        )
-
-
 def _backbone(model: PreTrainedModel) -> PreTrainedModel:
     """The innermost model around the decoder layers, because not every causal language model calls the outer ones."""
     layers = _layers(model)
@@ -268,6 +240,33 @@ def _check_attention_alone(name: str, layers: list[nn.Module], attentions: list[
     convolves = any(isinstance(module, nn.Conv1d) for layer in layers for module in layer.modules())
     if len(attentions) < len(layers) or convolves:
         raise UnsupportedModelError(f"{found}{', and convolutions beside' if convolves else ''}. {ATTENTION_ALONE}")
+
+
+def _check_attention_functions(name: str, architecture: Architecture) -> None:
+    """Raises UnsupportedModelError unless Bitune can mix the keys and values of every layer, and fill their cache."""
+    attentions, config = architecture.attentions, architecture.backbone.config
+    if architecture.bypasses_attention_interface:
+        implementation = config._attn_implementation
+        if implementation not in ("eager", "sdpa"):
+            raise UnsupportedModelError(
+                f"{name} with `attn_implementation={implementation!r}`: its attention modules bypass the attention "
+                "interface, which Bitune supports with 'eager' and 'sdpa'. Load the model with one of them."
+            )
+    elif not architecture.backbone._can_set_attn_implementation():
+        raise UnsupportedModelError(
+            f"The attention of {name} does not go through transformers' AttentionInterface, where Bitune attaches. "
+            f"{A_PLUGIN_CAN}"
+        )
+    if getattr(config, "kv_lora_rank", None) and not architecture.expands_latent_states:
+        raise UnsupportedModelError(
+            f"{name} caches latent states in place of keys and values (`config.kv_lora_rank`), and has no `expand_kv` "
+            "by which Bitune could cache the latter. Use the inner adapter alone, for instance `LoraConfig`."
+        )
+    if getattr(config, "num_kv_shared_layers", None) and not any(map(shares_keys, attentions)):
+        raise UnsupportedModelError(
+            f"{name} shares keys and values between layers (`config.num_kv_shared_layers`), and does not say between "
+            "which (`is_kv_shared_layer`). Use the inner adapter alone, for instance `LoraConfig`."
+        )
 
 
 def _has_experts(module: nn.Module) -> bool:

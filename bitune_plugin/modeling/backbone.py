@@ -142,13 +142,37 @@ def _must_lengthen(call: BackboneCall) -> bool:
     return call.prompts.answers_only or torch.is_grad_enabled() or getattr(call.past, "is_compileable", False)
 
 
-def _check_trainable(architecture: Architecture) -> None:
-    merged = getattr(architecture.attentions[0], MIXING).merged
-    if merged and architecture.backbone.training and torch.is_grad_enabled():
+def _check_outputs(call: BackboneCall) -> None:
+    if call.setting("output_attentions"):
         raise ValueError(
-            "The adapter is merged into the weights (`merge_adapter`), where it cannot be trained. Call "
-            "`unmerge_adapter()` before training, or `model.eval()`."
+            "`output_attentions=True`: a prompt in two streams has no single attention matrix. Leave it unset, "
+            "or look at the base model's inside `with model.disable_adapter():`."
         )
+
+
+def _use_attention_of_bitune(architecture: Architecture) -> None:
+    """Replaces an implementation that `set_attn_implementation` chose after the adapter was added."""
+    implementation = architecture.backbone.config._attn_implementation
+    if not architecture.bypasses_attention_interface and not implementation.startswith(PREFIX):
+        architecture.backbone.set_attn_implementation(implementation_for(implementation))
+
+
+def _cache_to_fill(call: BackboneCall, holds_turns: bool) -> Cache | None:
+    """The cache of the caller, or a new one if the backbone would have made one.
+
+    Raises:
+        LayoutError: the cache holds earlier turns, and checkpointed layers would not read it.
+    """
+    backbone = call.architecture.backbone
+    if holds_turns and drops_cache(backbone):
+        raise LayoutError(
+            "The cache holds earlier turns, and activation checkpointing keeps it from the layers. Call `model.eval()`."
+        )
+    if holds_turns:
+        return call.past
+    if not call.setting("use_cache") or drops_cache(backbone):
+        return None
+    return DynamicCache(config=backbone.config) if call.past is None else call.past
 
 
 def _check_several_completions(architecture: Architecture, cache: Cache | None) -> None:
@@ -175,19 +199,13 @@ def _check_nothing_follows(call: BackboneCall) -> None:
         )
 
 
-def _check_outputs(call: BackboneCall) -> None:
-    if call.setting("output_attentions"):
+def _check_trainable(architecture: Architecture) -> None:
+    merged = getattr(architecture.attentions[0], MIXING).merged
+    if merged and architecture.backbone.training and torch.is_grad_enabled():
         raise ValueError(
-            "`output_attentions=True`: a prompt in two streams has no single attention matrix. Leave it unset, "
-            "or look at the base model's inside `with model.disable_adapter():`."
+            "The adapter is merged into the weights (`merge_adapter`), where it cannot be trained. Call "
+            "`unmerge_adapter()` before training, or `model.eval()`."
         )
-
-
-def _use_attention_of_bitune(architecture: Architecture) -> None:
-    """Replaces an implementation that `set_attn_implementation` chose after the adapter was added."""
-    implementation = architecture.backbone.config._attn_implementation
-    if not architecture.bypasses_attention_interface and not implementation.startswith(PREFIX):
-        architecture.backbone.set_attn_implementation(implementation_for(implementation))
 
 
 def _lengthen(call: BackboneCall, context: ForwardContext) -> dict[str, Any]:
@@ -222,40 +240,6 @@ def _positions(call: BackboneCall, context: ForwardContext) -> Tensor:
     return layout.lengthen(columns[None])
 
 
-def _restored(context: ForwardContext, outputs: ModelOutput, answers_only: bool) -> ModelOutput:
-    """Gathers hidden states `[R, M, H]` back to `[B, T, H]`, or to answers `[1, n, H]`, and puts the cache beside."""
-    hidden_states = outputs["last_hidden_state"]
-    layout = context.layout.to(hidden_states.device)  # that of the last layer
-    outputs["last_hidden_state"] = (layout.answers_of if answers_only else layout.restore)(hidden_states)
-    if outputs.get("hidden_states") is not None:
-        outputs["hidden_states"] = tuple(
-            x if x is None else context.layout.to(x.device).restore(x) for x in outputs["hidden_states"]
-        )
-    if outputs.get("router_logits"):
-        outputs["router_logits"] = of_causal_stream(outputs["router_logits"], context.layout)
-    if context.cache is not None:
-        put_cache(outputs, context.cache)
-    return outputs
-
-
-def _cache_to_fill(call: BackboneCall, holds_turns: bool) -> Cache | None:
-    """The cache of the caller, or a new one if the backbone would have made one.
-
-    Raises:
-        LayoutError: the cache holds earlier turns, and checkpointed layers would not read it.
-    """
-    backbone = call.architecture.backbone
-    if holds_turns and drops_cache(backbone):
-        raise LayoutError(
-            "The cache holds earlier turns, and activation checkpointing keeps it from the layers. Call `model.eval()`."
-        )
-    if holds_turns:
-        return call.past
-    if not call.setting("use_cache") or drops_cache(backbone):
-        return None
-    return DynamicCache(config=backbone.config) if call.past is None else call.past
-
-
 def _check_all_visited(architecture: Architecture, context: ForwardContext) -> None:
     name = type(architecture.backbone).__name__
     missing = [layer for layer, module in enumerate(architecture.attentions) if module not in context.visited]
@@ -270,3 +254,19 @@ def _check_all_visited(architecture: Architecture, context: ForwardContext) -> N
             f"{name} attends several times in a layer, and it is not clear which keys and values the cache is to hold. "
             "Bitune does not support this architecture."
         )
+
+
+def _restored(context: ForwardContext, outputs: ModelOutput, answers_only: bool) -> ModelOutput:
+    """Gathers hidden states `[R, M, H]` back to `[B, T, H]`, or to answers `[1, n, H]`, and puts the cache beside."""
+    hidden_states = outputs["last_hidden_state"]
+    layout = context.layout.to(hidden_states.device)  # that of the last layer
+    outputs["last_hidden_state"] = (layout.answers_of if answers_only else layout.restore)(hidden_states)
+    if outputs.get("hidden_states") is not None:
+        outputs["hidden_states"] = tuple(
+            x if x is None else context.layout.to(x.device).restore(x) for x in outputs["hidden_states"]
+        )
+    if outputs.get("router_logits"):
+        outputs["router_logits"] = of_causal_stream(outputs["router_logits"], context.layout)
+    if context.cache is not None:
+        put_cache(outputs, context.cache)
+    return outputs
