@@ -1,6 +1,6 @@
 """Makes Bitune adapters load, and lm-eval know `--model bitune`, in programs that never import Bitune.
 
-`torch` calls every entry point of the group `torch.backends` at the end of its own import. Ours only asks to be told
+`torch` calls every entry point of the group `torch.backends` at the end of its own import. Ours only asks for a call
 when a host library is imported. It stands outside the package, because an editable install holds a copy of it beside
 its metadata: `import torch` then survives a source tree that is gone. Nothing here may raise: an exception would break
 `import torch` for everybody.
@@ -31,8 +31,8 @@ def announce(module: ModuleType) -> None:
 def offer_model(module: ModuleType) -> None:
     """Enters our entry points of the group `lm_eval.models` into lm-eval's registry, where a name is free.
 
-    Later versions of lm-eval do this themselves (0.4.13 does not). Nothing is imported until the model is asked for:
-    whoever evaluates another one shall not wait for PEFT.
+    Later versions of lm-eval do this themselves (0.4.13 does not). Nothing is imported until the model is asked for,
+    because an evaluation of another model need not wait for PEFT.
     """
     try:
         from lm_eval.api.registry import model_registry

@@ -23,7 +23,7 @@ from quickstart import console, parser_for, phase, train
 from tasks import held_out, training, with_choices
 
 LM_EVAL_MODELS = {"untouched": "hf", "lora": "hf", "bitune": "bitune"}
-"""What `lm_eval --model` is told for each contender."""
+"""The model of lm-eval (`--model`) for each contender."""
 
 TASK = "reasoning_choice"
 TASKS = Path(__file__).resolve().parent / "data"

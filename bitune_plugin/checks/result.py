@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 
-class NotRun(Exception):  # noqa: N818, for it is no error
+class NotRun(Exception):  # noqa: N818  # because it is no error
     """A check does not apply here. The message says why."""
 
 

@@ -119,7 +119,7 @@ def _block_mask(pattern: AttentionPattern) -> BlockMask:
 def _pack(pattern: AttentionPattern) -> Packing:
     if isinstance(pattern.local, Chunk):
         raise LayoutError(
-            "Flash attention knows no chunks, as this model's layers attend in. Call "
+            "Flash attention takes no chunks, in which this model's layers attend. Call "
             "`model.set_attn_implementation('sdpa')`."
         )
     causal, sides = pattern.causal, (pattern.queries, pattern.keys)

@@ -33,7 +33,7 @@ def prompts_known_by(boundary: Boundary) -> AbstractContextManager[None]:
 
 
 def known_prompts(tokens: Tensor, attention_mask: Tensor | None) -> Tensor | None:
-    """The prompt mask, bool `[B, T]`, that is known for a call; `None` if nobody knows one.
+    """The prompt mask, bool `[B, T]`, that is known for a call; `None` if none is.
 
     Args:
         tokens: `input_ids`, `[B, T]`, or embeddings, of which nothing is known.

@@ -298,7 +298,7 @@ def check_plain_call(prompts: Prompts) -> None:
     if prompts.answers_only:
         raise LayoutError(
             "`answers_only=True`, but no prompt is encoded here: the adapter is disabled, the cache already holds the "
-            "prompt, or there is nothing but padding. Leave it out."
+            "prompt, or there is only padding. Leave it out."
         )
 
 
@@ -306,8 +306,8 @@ def _check_not_trained(architecture: Architecture) -> None:
     """Raises LayoutError in a training step, in which all of the input would be taken as prompt."""
     if architecture.backbone.training and torch.is_grad_enabled():
         raise LayoutError(
-            "A model with a Bitune adapter is trained, and was called without `labels` or `prompt_mask`, so it cannot "
-            "be told where prompts end. Import the trainer from `bitune_plugin`: BituneTrainer for transformers' "
+            "A model with a Bitune adapter is trained, and was called without `labels` or `prompt_mask`, so nothing "
+            "says where prompts end. Import the trainer from `bitune_plugin`: BituneTrainer for transformers' "
             "Trainer, which keeps `labels` from the model under label smoothing and with `compute_loss_func`, or for "
             "TRL's the one with Bitune before its name (BituneSFTTrainer, BituneDPOTrainer, ...). In a loop of your "
             "own, pass `labels` (-100 on the prompt) or `prompt_mask` (True on the prompt). To only compute logits: "

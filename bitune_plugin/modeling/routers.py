@@ -19,12 +19,12 @@ def of_causal_stream(recorded: Sequence[Tensor], layout: PromptLayout) -> tuple[
     """The router logits of the caller's tokens.
 
     Args:
-        recorded: what the routers returned, in order: for a block that ran once, `[R * M, experts]`; for one that ran
+        recorded: the outputs of the routers, in order: for a block that ran once, `[R * M, experts]`; for one that ran
             once per stream, `[R * tokens, experts]` of the causal stream, then those of the bidirectional one.
         layout: of the forward pass.
 
     Returns:
-        For each router `[B * T, experts]`. What stands for padding has no meaning.
+        For each router `[B * T, experts]`. The values at padding have no meaning.
 
     Raises:
         ValueError: the logits are not one row per token.

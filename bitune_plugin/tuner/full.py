@@ -68,7 +68,7 @@ class FullConfig(PeftConfig):
         target_modules: `"all-linear"`, every linear layer but the LM head; `"all"`, all weights of the model, as
             ordinary fine-tuning would train: embeddings (of positions too) and LM head once for both streams, all else
             once per stream; or names or a regular expression, as in `LoraConfig`.
-        exclude_modules: what of these to leave out.
+        exclude_modules: those of them to leave out.
         modules_to_save: modules that are trained too, but once for both streams.
     """
 

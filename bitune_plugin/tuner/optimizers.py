@@ -23,7 +23,7 @@ from .keys import BIDIRECTIONAL, is_bidirectional, is_theta
 Create = Callable[..., Optimizer]
 
 BY_PARAMETER = ("params", "names", "scaling_factors", "scaling_factor")
-"""What a group of LoRA-FA has: lists by parameter, and a number that PEFT will drop."""
+"""Entries of a group of LoRA-FA: lists by parameter, and a number that PEFT will drop."""
 
 
 def thetas_of(model: nn.Module) -> list[nn.Parameter]:

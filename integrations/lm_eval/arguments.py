@@ -18,7 +18,7 @@ DTYPES = ("dtype", "softmax_dtype", "mixed_precision_dtype")
 
 
 class Arguments(TypedDict):
-    """Kinds of the arguments for what is evaluated, as in lm-eval's `HFLM`."""
+    """Kinds of the arguments of an evaluation, as in lm-eval's `HFLM`."""
 
     peft: str | None
     backend: str

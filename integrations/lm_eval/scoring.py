@@ -8,7 +8,7 @@ same context share a row, so that the prompt is read once, both ways, and each c
     completion_index    [ 0       | 1              | 2              | ... ]
 
 The harness's own model groups requests by context and continuation together. Under Bitune the same tokens with another
-boundary have other logits, so nothing but the whole context may be shared.
+boundary have other logits, so only requests with the same whole context may share.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def rows_of(requests: Sequence[Request], max_length: int, share: bool = True) ->
     """Groups requests by context, those that need most computation first.
 
     Args:
-        requests: what is to be scored.
+        requests: the requests to score.
         max_length: tokens that the model takes; what is too long loses tokens on the left, with a warning, so that
             the boundary stays where it was. The continuations that share a row have at most as many tokens together.
         share: requests with the same context may share a row.

@@ -13,6 +13,11 @@ from bitune_plugin.tuner.model import BituneModel
 
 
 def bitune_config(model: Any, peft_config: PeftConfig | None) -> PeftConfig | None:
+    """The config of the adapter that a trainer adds to `model`; `None` if the model carries one already.
+
+    Raises:
+        ValueError: `model` carries an adapter that is not Bitune.
+    """
     tuner = getattr(model, "base_model", None)
     if isinstance(tuner, BituneModel):
         return peft_config  # TRL refuses a config for a model that already carries an adapter

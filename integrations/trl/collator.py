@@ -64,7 +64,7 @@ def _placed(masks: list[list[bool]], input_ids: Tensor, attention_mask: Tensor |
     if in_rows not in (lengths, [sum(lengths)]):
         raise ValueError(
             f"`data_collator` made a batch of shape {list(input_ids.shape)} with {in_rows} tokens in its rows, of "
-            f"samples of {lengths} tokens, so it cannot be told which of them are prompt. Return a 'prompt_mask' (bool "
+            f"samples of {lengths} tokens, so it is not known which of them are prompt. Return a 'prompt_mask' (bool "
             "[rows, tokens], True on prompt tokens) from `data_collator`, or do not change the number of tokens there."
         )
     placed = torch.zeros(input_ids.shape, dtype=torch.bool)

@@ -17,7 +17,7 @@ class BituneSFTConfig(ThetaSettings, SFTConfig):
     """`SFTConfig` with `ThetaSettings` and these. `BituneSFTTrainer` takes a plain `SFTConfig` as well.
 
     Args:
-        assistant_turns: what is learnt from a conversation (column `messages`): its "last" assistant turn, or "each"
+        assistant_turns: the completions of a conversation (column `messages`): its "last" assistant turn, or "each"
             of them as an example of its own. Everything before the turn is its prompt, as `generate` will be given it.
             With `multi_turn="alternate"` a conversation is one example, of which the "last" turn or "each" is learnt.
         drop_overlong: leave out samples of more than `max_length` tokens instead of cutting them.

@@ -51,7 +51,7 @@ class _Samples(KnowsPrompts):
 
 
 class _ScoresCompletions(KnowsPrompts):
-    """A trainer that has `completion_ids` in its batches, the last columns of what it calls the model with."""
+    """A trainer that has `completion_ids` in its batches, the last columns of its `input_ids`."""
 
     refused_settings = OF_SAMPLING
 
@@ -109,13 +109,13 @@ STOCK = {
     "BituneServerDistillationTrainer": ("server_distillation", "ServerDistillationTrainer", _ScoresCompletions),
     "BituneTPOTrainer": ("tpo", "TPOTrainer", HasCompletionMask),
 }
-"""Public names: the module in `trl.experimental`, the stock trainer, and what is put in front of it."""
+"""Public names: the module in `trl.experimental`, the stock trainer, and the mixin in front of it."""
 
 REFUSED = {
     "BituneAsyncDistillationTrainer": "BituneDistillationTrainer",
     "BituneAsyncGRPOTrainer": "BituneGRPOTrainer",
 }
-"""Trainers whose completions come from a vLLM server, and what to use."""
+"""Trainers whose completions come from a vLLM server, and the trainers to use instead."""
 
 
 class _Refused:

@@ -22,7 +22,7 @@ def filtered(
     """Leaves out samples, and warns how many.
 
     Args:
-        dataset: what to filter.
+        dataset: the samples to filter.
         keep: whether to keep a sample, given the sample and `settings`.
         reason: why not; goes on after "3 of 9 ".
         workers: keywords of `Dataset.filter`.

@@ -75,4 +75,5 @@ def marked(
 
 
 def workers_of(dataset: Any, args: SFTConfig) -> dict[str, Any]:
+    """Keywords of `Dataset.map`; streams take none."""
     return {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}

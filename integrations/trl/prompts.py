@@ -1,4 +1,4 @@
-"""What TRL's trainers of preferences, rewards and distillation need for Bitune: prompts, adapters and refusals.
+"""Prompts, adapters and refusals of TRL's trainers of preferences, rewards and distillation.
 
 Most of these trainers hand the model `labels` that are -100 on the prompt, or compute their loss from logits and give
 it nothing. `KnowsPrompts` is a mixin in front of such a trainer. A method of the trainer in which the model is called

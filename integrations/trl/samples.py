@@ -46,7 +46,7 @@ def mark_prompt(
         `input_ids`, `labels` and `prompt_mask`, and `seq_lengths` of a packed sample.
 
     Raises:
-        ValueError: a packed sample with a document whose prompt cannot be told.
+        ValueError: a packed sample with a document whose prompt is not known.
     """
     lengths = document_lengths(sample)
     prompt_mask = _prompt_mask(sample, lengths, several_prompts)

@@ -2,7 +2,7 @@
 
     dataset = apply_templates(dataset, "Question: {{question}}\n\nAnswer:", " {{answer}}")
 
-A completion begins with what parts it from the prompt, usually a space; TRL puts the end-of-sequence token behind it.
+A completion begins with its separator from the prompt, usually a space; TRL puts the end-of-sequence token behind it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def apply_templates(
         A dataset or stream of `prompt` and `completion`, both text.
 
     Raises:
-        ValueError: a template is not valid Jinja, it fails on a sample, as for want of a column, or no sample is left.
+        ValueError: a template is not valid Jinja, it fails on a sample, as without a column, or no sample is left.
     """
     templates = {"prompt": prompt_template, "completion": completion_template}
     for column, template in templates.items():

@@ -161,8 +161,8 @@ class BituneSFTTrainer(KeepsPromptMask, SFTTrainer):
 
 
 def answers_only(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Asks for the hidden states of the answers alone, and cuts `labels` to match: the LM head, the dearest part of a
-    small model, then skips prompts and padding. Leaves a batch alone in which prompt tokens count for the loss.
+    """Asks for the hidden states of the answers alone, and cuts `labels` to match: the LM head, the most expensive part
+    of a small model, then skips prompts and padding. Leaves a batch alone in which prompt tokens count for the loss.
 
     Args:
         inputs: a batch with `labels`, `[B, T]`, and `prompt_layout`.
