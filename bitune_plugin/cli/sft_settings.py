@@ -128,7 +128,7 @@ _OF_TRL = {f.name for theirs in (SFTConfig, *DATACLASSES[2:]) for f in dataclass
 
 
 class Parser(TrlParser):
-    """Lists the settings of Bitune before those of TRL."""
+    """A parser whose help lists the settings of Bitune before those of TRL."""
 
     def __init__(self, **settings: Any) -> None:
         self._groups: dict[str, Any] = {}
@@ -146,7 +146,7 @@ class Parser(TrlParser):
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Adds the defaults, and leaves the examples as they are."""
+    """A formatter that adds the defaults, and leaves the examples as they are."""
 
 
 def make_parser() -> Parser:

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from ..core.prompts import prompt_from_labels
 from .context import PerThread
 
 Boundary = Callable[[Tensor, Tensor | None], Tensor | None]
@@ -50,6 +51,21 @@ def prompts_of(input_ids: Tensor, prompt_mask: Tensor) -> Boundary:
         return prompt_mask if same else None
 
     return boundary
+
+
+def prompts_by_labels(input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None) -> Boundary:
+    """The boundary of one batch, all `[B, T]`, whose `labels` are -100 on prompts.
+
+    Raises:
+        LayoutError: a row without a prompt.
+    """
+    return prompts_of(input_ids, prompt_from_labels(labels, attention_mask))
+
+
+def prompts_by_completions(input_ids: Tensor, completion_mask: Tensor, attention_mask: Tensor) -> Boundary:
+    """The boundary of one batch, all `[B, T]`: prompts are the tokens before the first one of a completion."""
+    before = completion_mask.long().cumsum(dim=1) == 0
+    return prompts_of(input_ids, before & attention_mask.bool())
 
 
 def prompts_before_last(completion_length: int) -> Boundary:

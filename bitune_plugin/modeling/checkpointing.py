@@ -33,8 +33,8 @@ class CheckpointedLayer(Patch):
 
 
 class CheckpointWrapperPatch(Patch):
-    """torch's `CheckpointWrapper` around a decoder layer. The forward context is an argument of the wrapper too,
-    because the wrapper calls the layer again, and not the layer's `forward`."""
+    """A patch of torch's `CheckpointWrapper` around a decoder layer. The forward context is an argument of the wrapper
+    too, because the wrapper calls the layer again, and not the layer's `forward`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if active_context.value is not None:

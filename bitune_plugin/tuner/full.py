@@ -148,7 +148,7 @@ class FullLinear(FullLayer):
 
 
 class FullModel(BaseTuner):
-    """Replaces layers of a model by `FullLayer`s. PEFT's LN tuning does the same with norms."""
+    """A PEFT tuner that replaces layers of a model by `FullLayer`s, as PEFT's LN tuning does with norms."""
 
     prefix = "bitune_full"
     tuner_layer_cls = FullLayer

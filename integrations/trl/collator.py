@@ -16,8 +16,8 @@ from bitune_plugin.integrations.trl.samples import DOCUMENT_LENGTHS
 
 @dataclass
 class PromptCollator:
-    """Adds `prompt_mask` to the batches of another collator, for samples that know their prompts, and puts packed
-    samples into one row, where `position_ids` tell documents apart.
+    """A collator that adds `prompt_mask` to the batches of another, for samples that know their prompts, and puts
+    packed samples into one row, where `position_ids` tell documents apart.
 
     Args:
         collator: makes a batch of samples: pads them on either side, or flattens them.

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitune_plugin.integrations.theta import ThetaSettings
-from bitune_plugin.integrations.trl.prompts import KnowsPrompts, by_labels
+from bitune_plugin.integrations.trl.prompts import KnowsPrompts
 from bitune_plugin.integrations.trl.tools import CallsTools
 from bitune_plugin.integrations.trl.trainers import OF_SAMPLING, BituneGRPOTrainer, HasCompletionMask
-from bitune_plugin.modeling.boundaries import prompts_before_last, prompts_known_by
+from bitune_plugin.modeling.boundaries import prompts_before_last, prompts_by_labels, prompts_known_by
 
 VLLM_SERVER = "a vLLM server would generate with the weights of one stream, from prompts that it reads causally."
 
@@ -26,7 +26,7 @@ class _Concatenates(KnowsPrompts):
         padding = self.pad_token_id if hasattr(self, "pad_token_id") else self.padding_value
         both = self.concatenated_inputs(batch, padding_value=padding, device=self.accelerator.device)
         names = ("concatenated_input_ids", "concatenated_labels", "concatenated_attention_mask")
-        with prompts_known_by(by_labels(*(both[name] for name in names))):
+        with prompts_known_by(prompts_by_labels(*(both[name] for name in names))):
             return super().concatenated_forward(model, batch)
 
 
@@ -34,7 +34,7 @@ class _HasLabels(KnowsPrompts):
     """A trainer that has `labels` in its batches, and computes its loss from logits."""
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        with prompts_known_by(by_labels(inputs["input_ids"], inputs["labels"], inputs["attention_mask"])):
+        with prompts_known_by(prompts_by_labels(inputs["input_ids"], inputs["labels"], inputs["attention_mask"])):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
 

@@ -43,7 +43,7 @@ def filtered(
 
 @dataclass
 class StreamFilter:
-    """Filters a stream without reading it to its end: warns of the first sample that it leaves out, and again whenever
+    """A filter that does not read a stream to its end: warns of the first sample that it leaves out, and again whenever
     there are ten times as many. What is read again, in another epoch or for its columns, counts again.
 
     Args:

@@ -11,9 +11,6 @@ import functools
 import inspect
 from typing import Any, ClassVar
 
-from torch import Tensor
-
-from bitune_plugin.core.prompts import prompt_from_labels
 from bitune_plugin.integrations.theta import (
     TrainsTheta,
     check_theta_clip,
@@ -21,7 +18,6 @@ from bitune_plugin.integrations.theta import (
     start_theta_in_float32,
 )
 from bitune_plugin.integrations.trl.adapters import bitune_config, check_head
-from bitune_plugin.modeling.boundaries import Boundary, prompts_of
 from bitune_plugin.tuner.containers import whole_reference_copies
 from bitune_plugin.tuner.model import BituneModel
 
@@ -96,26 +92,3 @@ def check_carries_bitune(trainer: type[KnowsPrompts], model: Any) -> None:
             f"{trainer.__name__} takes no `peft_config`, as TRL's. Pass a model that carries the adapter: "
             "`model=get_peft_model(model, BituneConfig())`."
         )
-
-
-# Boundaries, of what trainers have in their batches.
-
-
-def by_completion_mask(batch: dict[str, Any]) -> Boundary:
-    """The boundary of a batch with `input_ids`, `attention_mask` and `completion_mask`, `[B, T]`."""
-    completion = batch["completion_mask"].bool()
-    return prompts_of(batch["input_ids"], _before(completion) & batch["attention_mask"].bool())
-
-
-def by_labels(input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None) -> Boundary:
-    """The boundary of a batch whose `labels` are -100 on prompts, which the model is not given.
-
-    Raises:
-        LayoutError: a row without a prompt.
-    """
-    return prompts_of(input_ids, prompt_from_labels(labels, attention_mask))
-
-
-def _before(completion: Tensor) -> Tensor:
-    """bool `[B, T]`: the tokens before the first completion token of a row."""
-    return completion.long().cumsum(dim=1) == 0

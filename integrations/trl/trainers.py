@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 from trl import DistillationTrainer, DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer
 
-from bitune_plugin.integrations.trl.prompts import KnowsPrompts, by_completion_mask
+from bitune_plugin.integrations.trl.prompts import KnowsPrompts
 from bitune_plugin.integrations.trl.tools import CallsTools
-from bitune_plugin.modeling.boundaries import prompts_before_last, prompts_known_by
+from bitune_plugin.modeling.boundaries import prompts_before_last, prompts_by_completions, prompts_known_by
 
 VLLM = (
     "vLLM would generate with the weights of one stream, from prompts that it reads causally, and not from the policy "
@@ -26,7 +26,8 @@ class HasCompletionMask(KnowsPrompts):
     """A trainer that has a `completion_mask` in its batches, and calls the model in `_compute_loss`."""
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        with prompts_known_by(by_completion_mask(inputs)):
+        names = ("input_ids", "completion_mask", "attention_mask")
+        with prompts_known_by(prompts_by_completions(*(inputs[name] for name in names))):
             return super()._compute_loss(model, inputs, *args, **kwargs)
 
 
