@@ -51,14 +51,20 @@ def training_loss(subject: Subject) -> float:
     return difference(_loss(subject), completion_loss(subject.expected, subject.samples))
 
 
-def adapter_gradients(subject: Subject) -> float:
-    """The gradients of the loss by the weights of both adapters."""
-    return _gradients(subject, "lora_")
-
-
-def theta_gradients(subject: Subject) -> float:
-    """The gradients of the loss by theta, of keys and of values."""
-    return _gradients(subject, "theta_")
+def gradients(subject: Subject, kind: str) -> float:
+    """The gradients of the loss by all parameters with `kind` in their names."""
+    if not torch.is_grad_enabled():
+        raise NotRun("no backward pass here")
+    got = {name: p for name, p in subject.model.named_parameters() if p.requires_grad and kind in name}
+    expected = {name: subject.literal.trained[name] for name in got}
+    losses = (_loss(subject), completion_loss(subject.expected, subject.samples))
+    # A parameter that the loss does not depend on has none: the bidirectional adapter's last linear layers.
+    options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
+    found = [
+        torch.autograd.grad(loss, parameters, **options)
+        for loss, parameters in ((losses[0], [*got.values()]), (losses[1], [*expected.values()]))
+    ]
+    return difference(*(torch.cat([gradient.flatten() for gradient in each]) for each in found))
 
 
 @torch.no_grad()
@@ -70,14 +76,15 @@ def prefill(subject: Subject) -> float:
     return max(difference(logits[-1:], expected), difference(_contents(cache), _contents(literal)))
 
 
-def decoding_by_one(subject: Subject) -> float:
-    """The logits of a completion that follows `prefill` in steps of one token."""
-    return _decoded(subject, step=1)
-
-
-def decoding_by_several(subject: Subject) -> float:
-    """The logits of a completion that follows `prefill` in steps of two tokens."""
-    return _decoded(subject, step=2)
+@torch.no_grad()
+def decoding(subject: Subject, step: int) -> float:
+    """The logits of a completion that follows `prefill` in steps of so many tokens."""
+    ids, prompt = subject.samples[0]
+    logits, cache = _prefilled(subject, ids[:prompt])
+    got = [logits[-1:]]
+    for piece in ids[prompt:].split(step):
+        got.append(subject.model(input_ids=piece[None], **_with(subject, cache)).logits[0])
+    return difference(torch.cat(got), subject.expected[0])
 
 
 @torch.no_grad()
@@ -123,38 +130,12 @@ def _loss(subject: Subject) -> Tensor:
     return subject.model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).loss
 
 
-def _gradients(subject: Subject, kind: str) -> float:
-    """The difference in the gradients of all parameters with `kind` in their names."""
-    if not torch.is_grad_enabled():
-        raise NotRun("no backward pass here")
-    got = {name: p for name, p in subject.model.named_parameters() if p.requires_grad and kind in name}
-    expected = {name: subject.literal.trained[name] for name in got}
-    losses = (_loss(subject), completion_loss(subject.expected, subject.samples))
-    # A parameter that the loss does not depend on has none: the bidirectional adapter's last linear layers.
-    options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
-    gradients = [
-        torch.autograd.grad(loss, parameters, **options)
-        for loss, parameters in ((losses[0], [*got.values()]), (losses[1], [*expected.values()]))
-    ]
-    return difference(*(torch.cat([gradient.flatten() for gradient in each]) for each in gradients))
-
-
 def _prefilled(subject: Subject, prompt: Tensor) -> tuple[Tensor, DynamicCache]:
     """The logits of a prompt, `[P, vocabulary]`, and the cache that the model was given with it."""
     cache = DynamicCache()
     mask = torch.ones(1, len(prompt), dtype=torch.bool, device=prompt.device)
     logits = subject.model(input_ids=prompt[None], prompt_mask=mask, **_with(subject, cache)).logits
     return logits[0], cache
-
-
-@torch.no_grad()
-def _decoded(subject: Subject, step: int) -> float:
-    ids, prompt = subject.samples[0]
-    logits, cache = _prefilled(subject, ids[:prompt])
-    got = [logits[-1:]]
-    for piece in ids[prompt:].split(step):
-        got.append(subject.model(input_ids=piece[None], **_with(subject, cache)).logits[0])
-    return difference(torch.cat(got), subject.expected[0])
 
 
 def _with(subject: Subject, cache: DynamicCache) -> dict[str, Any]:

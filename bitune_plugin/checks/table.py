@@ -20,11 +20,11 @@ EXACTNESS: dict[str, Callable[[Subject], float]] = {
     "adapter disabled": exactness.base_alone,
     "training: logits": exactness.training_logits,
     "training: loss": exactness.training_loss,
-    "training: gradients of adapters": exactness.adapter_gradients,
-    "training: gradients of theta": exactness.theta_gradients,
+    "training: gradients of adapters": partial(exactness.gradients, kind="lora_"),
+    "training: gradients of theta": partial(exactness.gradients, kind="theta_"),
     "prefill into the caller's cache": exactness.prefill,
-    "decoding by one token": exactness.decoding_by_one,
-    "decoding by several tokens": exactness.decoding_by_several,
+    "decoding by one token": partial(exactness.decoding, step=1),
+    "decoding by several tokens": partial(exactness.decoding, step=2),
     "generate": exactness.generate,
 }
 """Checks of a model's numbers."""
