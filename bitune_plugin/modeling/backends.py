@@ -30,30 +30,33 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def sdpa(module: nn.Module, kwargs: dict[str, Any], *states: Any) -> Attended:
+def sdpa(
+    module: nn.Module, kwargs: dict[str, Any], query: Tensor, key: Tensor, value: Tensor, pattern: Any
+) -> Attended:
     """torch's scaled dot product attention: takes a mask, or none with `is_causal`."""
-    *inputs, pattern = states
     function = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if not isinstance(pattern, AttentionPattern):
-        return function(module, *inputs, pattern, **kwargs)
+        return function(module, query, key, value, pattern, **kwargs)
     if pattern.mask is None:
-        return function(module, *inputs, None, is_causal=pattern.causal, **kwargs)
+        return function(module, query, key, value, None, is_causal=pattern.causal, **kwargs)
     # Additive, because torch would convert a bool mask in every layer.
-    return function(module, *inputs, _additive(pattern, inputs[0].dtype), is_causal=False, **kwargs)
+    return function(module, query, key, value, _additive(pattern, query.dtype), is_causal=False, **kwargs)
 
 
-def eager(module: nn.Module, kwargs: dict[str, Any], *states: Any) -> Attended:
+def eager(
+    module: nn.Module, kwargs: dict[str, Any], query: Tensor, key: Tensor, value: Tensor, pattern: Any
+) -> Attended:
     """The eager attention of the model's own modelling file: takes an additive mask."""
-    *inputs, pattern = states
-    mask = _additive(pattern, inputs[0].dtype) if isinstance(pattern, AttentionPattern) else pattern
-    return _eager_function(module)(module, *inputs, mask, **kwargs)
+    mask = _additive(pattern, query.dtype) if isinstance(pattern, AttentionPattern) else pattern
+    return _eager_function(module)(module, query, key, value, mask, **kwargs)
 
 
-def flex_attention(module: nn.Module, kwargs: dict[str, Any], *states: Any) -> Attended:
+def flex_attention(
+    module: nn.Module, kwargs: dict[str, Any], query: Tensor, key: Tensor, value: Tensor, pattern: Any
+) -> Attended:
     """torch's flex attention: takes a block mask."""
-    *inputs, pattern = states
     mask = pattern.form(BlockMask, lambda: _block_mask(pattern)) if isinstance(pattern, AttentionPattern) else pattern
-    return ALL_ATTENTION_FUNCTIONS["flex_attention"](module, *inputs, mask, **kwargs)
+    return ALL_ATTENTION_FUNCTIONS["flex_attention"](module, query, key, value, mask, **kwargs)
 
 
 class Packing(NamedTuple):
@@ -72,13 +75,14 @@ class Packing(NamedTuple):
     lengths: dict[str, Any]
 
 
-def flash_attention(base: str, module: nn.Module, kwargs: dict[str, Any], *states: Any) -> Attended:
+def flash_attention(
+    base: str, module: nn.Module, kwargs: dict[str, Any], query: Tensor, key: Tensor, value: Tensor, pattern: Any
+) -> Attended:
     """Flash attention, in the version that `base` names: takes no mask, but packed rows of different lengths.
 
     Raises:
         LayoutError: the layer attends in chunks.
     """
-    query, key, value, pattern = states
     function = partial(ALL_ATTENTION_FUNCTIONS[base], _configured(module, base))
     if not isinstance(pattern, AttentionPattern):
         return function(query, key, value, pattern, **kwargs)
