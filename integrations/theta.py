@@ -53,6 +53,22 @@ class TrainsTheta(_Trainer):
     """A mixin in front of a trainer: trains theta apart. A config without `ThetaSettings` leaves these at their
     defaults."""
 
+    def check_theta_clip(self) -> None:
+        """Raises ValueError for clipping apart where the gradients of theta are sharded."""
+        norm, kind = getattr(self.args, "theta_max_grad_norm", None), self.accelerator.distributed_type
+        if norm is not None and kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"`theta_max_grad_norm={norm}` is not supported with {kind.value}, which clips sharded gradients by "
+                "itself. Leave it unset."
+            )
+
+    def start_theta_in_float32(self) -> None:
+        """Of a quantised model TRL rounds all that is trained to bfloat16, in which theta could hardly move."""
+        tuner: Any = cast("nn.Module", self.model).base_model
+        for theta in thetas_of(tuner):
+            if theta.dtype != torch.float32:
+                theta.data = torch.full_like(theta, tuner.peft_config["default"].theta_init, dtype=torch.float32)
+
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         if self.accelerator.is_fsdp2 and self.accelerator.state.fsdp_plugin.mixed_precision_policy is not None:
             keep_theta_in_float32(cast("nn.Module", self.model), self.accelerator)
@@ -105,27 +121,10 @@ def check_theta_settings(args: Any) -> None:
         )
 
 
-def check_theta_clip(args: Any, kind: DistributedType) -> None:
-    """Raises ValueError for clipping apart where the gradients of theta are sharded."""
-    norm = getattr(args, "theta_max_grad_norm", None)
-    if norm is not None and kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise ValueError(
-            f"`theta_max_grad_norm={norm}` is not supported with {kind.value}, which clips sharded gradients by "
-            "itself. Leave it unset."
-        )
-
-
 def tuner_of(model: Any) -> BituneModel | None:
     """The tuner of a PeftModel, or of a model to which transformers added the adapter; `None` without Bitune."""
     tuner = getattr(model, "base_model", None)
     return tuner if isinstance(tuner, BituneModel) else vars(model).get("bitune_tuner")
-
-
-def start_theta_in_float32(model: BituneModel) -> None:
-    """Of a quantised model TRL rounds all that is trained to bfloat16, in which theta could hardly move."""
-    for theta in thetas_of(model):
-        if theta.dtype != torch.float32:
-            theta.data = torch.full_like(theta, model.peft_config["default"].theta_init, dtype=torch.float32)
 
 
 def keep_theta_in_float32(model: nn.Module, accelerator: Accelerator) -> None:

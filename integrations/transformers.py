@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from bitune_plugin.core.prompts import prompt_from_labels, prompts_from_labels, sequence_starts
-from bitune_plugin.integrations.theta import ThetaSettings, TrainsTheta, check_theta_clip, check_theta_settings
+from bitune_plugin.integrations.theta import ThetaSettings, TrainsTheta, check_theta_settings
 from bitune_plugin.modeling.causal_lm import plan_ahead, reads_turns_apart
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ class BituneSeq2SeqTrainingArguments(ThetaSettings, Seq2SeqTrainingArguments):
 
 
 class KeepsPromptMask(TrainsTheta):
-    """A mixin in front of a trainer: leaves the column `prompt_mask` in its datasets."""
+    """A mixin in front of a trainer: leaves the column `prompt_mask` in its datasets, and plans batches with it."""
 
     _signature_columns: Any
 
@@ -46,6 +45,14 @@ class KeepsPromptMask(TrainsTheta):
         super()._set_signature_columns_if_needed()
         if PROMPT_MASK not in self._signature_columns:
             self._signature_columns.append(PROMPT_MASK)
+
+    def with_layout(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Adds the layout to a batch with `labels` or a `prompt_mask`, because trainers call the model without labels
+        in places, where the prompt is the same."""
+        known = inputs.get(PROMPT_MASK) is not None or inputs.get("labels") is not None
+        if not known or isinstance(model, nn.DataParallel):  # which splits the rows of tensors alone
+            return inputs
+        return {**inputs, "prompt_layout": plan_ahead(self.accelerator.unwrap_model(model), **inputs)}
 
 
 class KnowsLabels(KeepsPromptMask):
@@ -55,10 +62,10 @@ class KnowsLabels(KeepsPromptMask):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_theta_settings(self.args)
-        check_theta_clip(self.args, self.accelerator.distributed_type)
+        self.check_theta_clip()
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        return super().compute_loss(model, with_layout(self.accelerator, model, inputs), *args, **kwargs)
+        return super().compute_loss(model, self.with_layout(model, inputs), *args, **kwargs)
 
 
 class BituneTrainer(KnowsLabels, Trainer):
@@ -105,15 +112,6 @@ class BituneSeq2SeqTrainer(KnowsLabels, Seq2SeqTrainer):
     def _padding(self) -> int:
         given = getattr(self.processing_class, "pad_token_id", None)
         return 0 if given is None else given
-
-
-def with_layout(accelerator: Accelerator, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Adds the layout to a batch with `labels` or a `prompt_mask`, for trainers that call the model without labels in
-    places, where the prompt is the same."""
-    known = inputs.get(PROMPT_MASK) is not None or inputs.get("labels") is not None
-    if not known or isinstance(model, nn.DataParallel):  # which splits the rows of tensors alone
-        return inputs
-    return {**inputs, "prompt_layout": plan_ahead(accelerator.unwrap_model(model), **inputs)}
 
 
 def prompts_alone(inputs: dict[str, Any], padding: int, several_prompts: bool = False) -> dict[str, Tensor]:

@@ -11,12 +11,7 @@ import functools
 import inspect
 from typing import Any, ClassVar
 
-from bitune_plugin.integrations.theta import (
-    TrainsTheta,
-    check_theta_clip,
-    check_theta_settings,
-    start_theta_in_float32,
-)
+from bitune_plugin.integrations.theta import TrainsTheta, check_theta_settings
 from bitune_plugin.integrations.trl.adapters import bitune_config, check_head
 from bitune_plugin.tuner.containers import whole_reference_copies
 from bitune_plugin.tuner.model import BituneModel
@@ -67,9 +62,9 @@ def _prepared(cls: type[KnowsPrompts]) -> Any:
         with whole_reference_copies():
             stock.__init__(self, **arguments)
         check_head(self)
-        check_theta_clip(self.args, self.accelerator.distributed_type)
+        self.check_theta_clip()
         if arguments.get("peft_config") is not None:
-            start_theta_in_float32(self.model.base_model)
+            self.start_theta_in_float32()
 
     return __init__
 

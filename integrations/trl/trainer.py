@@ -21,8 +21,7 @@ from trl.data_utils import get_dataset_column_names
 
 from bitune_plugin.core.prompts import IGNORED
 from bitune_plugin.core.turns import ALTERNATE
-from bitune_plugin.integrations.theta import check_theta_clip, start_theta_in_float32
-from bitune_plugin.integrations.transformers import KeepsPromptMask, with_layout
+from bitune_plugin.integrations.transformers import KeepsPromptMask
 from bitune_plugin.integrations.trl.adapters import bitune_config, check_head
 from bitune_plugin.integrations.trl.checks import (
     check_has_prompt,
@@ -94,10 +93,10 @@ class BituneSFTTrainer(KeepsPromptMask, SFTTrainer):
         super().__init__(**arguments)
         check_head(self)
         check_parallelism(self.accelerator.parallelism_config)
-        check_theta_clip(self.args, self.accelerator.distributed_type)
+        self.check_theta_clip()
         self.data_collator = PromptCollator(self.data_collator)
         if config is not None:
-            start_theta_in_float32(self.model.base_model)
+            self.start_theta_in_float32()
 
     # The prompt, from the dataset to the model.
 
@@ -153,7 +152,7 @@ class BituneSFTTrainer(KeepsPromptMask, SFTTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        inputs = with_layout(self.accelerator, model, inputs)
+        inputs = self.with_layout(model, inputs)
         needs_all_logits = return_outputs or self.compute_loss_func or self.label_smoother
         if not needs_all_logits and inputs.get("prompt_layout") is not None and "labels" in inputs:
             inputs = answers_only(inputs)
