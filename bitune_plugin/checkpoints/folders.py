@@ -37,11 +37,12 @@ def replacing(destination: Path) -> Iterator[Path]:
         try:
             new.mkdir()
             yield new
-            _flush(new)
+            for path in (new, *new.rglob("*")):
+                _flush(path)
             if destination.exists():
                 destination.rename(old)
             new.rename(destination)
-            _flush_entry(destination.parent)
+            _flush(destination.parent)
         finally:
             _clear(destination)
 
@@ -83,13 +84,8 @@ def _alone_in(folder: Path) -> Iterator[None]:
         os.close(entry)
 
 
-def _flush(folder: Path) -> None:
-    """Writes everything in `folder` to the disk, because the machine may stop."""
-    for path in (folder, *folder.rglob("*")):
-        _flush_entry(path)
-
-
-def _flush_entry(path: Path) -> None:
+def _flush(path: Path) -> None:
+    """Writes a file, or the entries of a folder, to the disk, because the machine may stop."""
     if path.is_dir() and not hasattr(os, "O_DIRECTORY"):  # Windows cannot open folders
         return
     entry = os.open(path, os.O_RDONLY)

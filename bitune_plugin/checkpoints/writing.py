@@ -60,10 +60,10 @@ def _check_may_write(destination: Path, source: Path, replace: bool) -> None:
 
 def _copy_tokenizer(source: Path, destination: Path) -> None:
     """Copies tokenizer files, and warns of those that are links to somewhere else, or no files at all."""
-    left_out = []
+    left_out, root = [], _root(source)
     for file in _tokenizer_files(source):
         name = file.relative_to(source)
-        if _is_within(file, _root(source)):
+        if file.is_file() and root in file.resolve().parents:
             (destination / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, destination / name)
         else:
@@ -85,10 +85,6 @@ def _files_of(path: Path) -> Iterator[Path]:
         return
     for folder, _, names in os.walk(path):
         yield from (Path(folder, name) for name in names)
-
-
-def _is_within(file: Path, root: Path) -> bool:
-    return file.is_file() and root in file.resolve().parents
 
 
 def _root(folder: Path) -> Path:

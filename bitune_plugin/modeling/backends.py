@@ -76,14 +76,16 @@ class Packing(NamedTuple):
 
 
 def flash_attention(
-    base: str, module: nn.Module, kwargs: dict[str, Any], query: Tensor, key: Tensor, value: Tensor, pattern: Any
+    base: str, module: Any, kwargs: dict[str, Any], query: Tensor, key: Tensor, value: Tensor, pattern: Any
 ) -> Attended:
     """Flash attention, in the version that `base` names: takes no mask, but packed rows of different lengths.
 
     Raises:
         LayoutError: the layer attends in chunks.
     """
-    function = partial(ALL_ATTENTION_FUNCTIONS[base], _configured(module, base))
+    # With a config that names `base`, because flash attention reads its version there.
+    configured = with_attributes(module, config=with_attention(module.config, base))
+    function = partial(ALL_ATTENTION_FUNCTIONS[base], configured)
     if not isinstance(pattern, AttentionPattern):
         return function(query, key, value, pattern, **kwargs)
     packing = pattern.form(Packing, lambda: _pack(pattern))
@@ -150,11 +152,6 @@ def _tokens_in_order(filled: Tensor, backwards: bool) -> Tensor:
 def _take(states: Tensor, index: Tensor) -> Tensor:
     """`[D, heads, Q or K, head size]` to `[1, heads, n, head size]`."""
     return states.transpose(1, 2).flatten(0, 1)[index].transpose(0, 1)[None]
-
-
-def _configured(module: Any, base: str) -> nn.Module:
-    """The module with a config that names `base`, because flash attention reads its version there."""
-    return with_attributes(module, config=with_attention(module.config, base))
 
 
 def _eager_function(module: nn.Module) -> Callable[..., Attended]:
