@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .checks.result import Result
 
 SWITCH = "BITUNE_SELF_CHECK"
-"""The environment variable that switches the check off, with the value 0."""
+"""The environment variable that disables the check, with the value 0."""
 
 HOSTS = ("transformers", "peft", "torch")
 """Modules of which a newer version is checked; the same names as in `TESTED`."""
@@ -129,5 +129,5 @@ def _message(untried: dict[str, str], wrong: list[Result]) -> str:
         f"Bitune's self-check failed with {versions}: it does not compute what the method says.\n"
         f"  {first.check}: {first.outcome}{tolerance}{more}\n"
         f"Install what is tested: pip install {pins}. Please open an issue with the output of `bitune doctor`. "
-        f"{SWITCH}=0 in the environment switches this check off."
+        f"{SWITCH}=0 in the environment disables this check."
     )

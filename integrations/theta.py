@@ -116,8 +116,8 @@ def check_theta_settings(args: Any) -> None:
         )
     if norm is not None and args.max_grad_norm <= 0:
         raise ValueError(
-            f"`max_grad_norm={args.max_grad_norm}` switches all clipping off, and with it `theta_max_grad_norm={norm}`."
-            " To clip theta alone, set `max_grad_norm` to a very large number."
+            f"`max_grad_norm={args.max_grad_norm}` disables all clipping, and with it `theta_max_grad_norm={norm}`. "
+            "To clip theta alone, set `max_grad_norm` to a very large number."
         )
 
 

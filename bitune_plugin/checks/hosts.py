@@ -66,7 +66,7 @@ def registration(_: Path) -> None:
 def autoload(folder: Path) -> None:
     """Raises RuntimeError if a new process that imports PEFT, and not Bitune, does not know BITUNE."""
     if _autoload_is_off():
-        raise NotRun("switched off by BITUNE_AUTOLOAD=0")
+        raise NotRun("disabled by BITUNE_AUTOLOAD=0")
     printed = run_python("import peft; print('BITUNE' in peft.PEFT_TYPE_TO_CONFIG_MAPPING)", folder)
     if printed.split()[-1:] != ["True"]:
         raise RuntimeError("`import peft` in a new process does not know BITUNE. Reinstall bitune-plugin.")

@@ -245,7 +245,7 @@ def test_autoload_that_is_switched_off(only: Callable, monkeypatch: pytest.Monke
     monkeypatch.setenv("BITUNE_AUTOLOAD", "0")
     only(hosts.autoload)
     done = doctor()
-    assert rows(done.out)["the check"] == ["", "switched off by BITUNE_AUTOLOAD=0", ""]
+    assert rows(done.out)["the check"] == ["", "disabled by BITUNE_AUTOLOAD=0", ""]
     assert "BITUNE_AUTOLOAD=0, " in done.out
     assert done.code == 0
 

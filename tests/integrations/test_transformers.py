@@ -241,5 +241,5 @@ class TestTheta:
         assert 0.4 < trainer.state.log_history[0]["alpha_value_mean"] < 0.6
 
     def test_a_clip_that_would_have_no_effect(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"`max_grad_norm=0\.0` switches all clipping off"):
+        with pytest.raises(ValueError, match=r"`max_grad_norm=0\.0` disables all clipping"):
             build(tmp_path, theta_max_grad_norm=1.0, max_grad_norm=0.0)

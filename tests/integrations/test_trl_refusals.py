@@ -29,7 +29,7 @@ class TestRefusals:
             assert "leave no prompt" in str(error)  # noqa: PT017
 
     def test_a_clip_of_theta_that_would_have_no_effect(self, trainer: Any) -> None:
-        with pytest.raises(ValueError, match=r"`max_grad_norm=0\.0` switches all clipping off"):
+        with pytest.raises(ValueError, match=r"`max_grad_norm=0\.0` disables all clipping"):
             trainer(theta_max_grad_norm=1.0, max_grad_norm=0.0)
 
     @pytest.mark.parametrize("rate", [-1e-3, float("nan"), float("inf")])
