@@ -180,8 +180,8 @@ class SequenceGroup:
         return self.encoded.shape[1], self.answer.shape[1]
 
     def patterns(self, local: LocalAttention | None = None, second_pass: str = "bidirectional") -> Patterns:
-        """The keys of prefix and bidirectional are their own; those of the answer are the mixture, `E` slots, and its
-        own behind them, `A` slots.
+        """The patterns of all segments. The keys of prefix and bidirectional are their own; those of the answer are the
+        mixture, `E` slots, and its own behind them, `A` slots.
 
         Args:
             local: the local attention of the layer.

@@ -105,7 +105,8 @@ class TurnGroup:
     def patterns(
         self, local: LocalAttention | None = None, second_pass: str = "bidirectional", cached: int = 0
     ) -> Patterns:
-        """The keys of prefix and bidirectional are the kept ones and their own, those of the answer the kept ones.
+        """The patterns of all segments. The keys of prefix and bidirectional are the kept ones and their own; those of
+        the answer are the kept ones.
 
         Args:
             local: the local attention of the layer.
