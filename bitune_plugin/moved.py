@@ -13,14 +13,14 @@ MOVED = {
     "architectures": ("modeling.architectures", "errors", "plugins"),
     "attention": ("modeling.attention", "core.mixing"),
     "authors": ("checkpoints.authors",),
-    "config": ("tuner.config",),
+    "config": ("tuner.config", "saved_format.settings"),
     "forward": ("modeling.causal_lm", "modeling.prompts", "modeling.attach", "modeling.architectures"),
     "full": ("tuner.full",),
     "joint_attention": ("modeling.joint_attention",),
     "latent_attention": ("modeling.latent_attention",),
     "layout": ("core.layout", "core.planning", "core.prompts", "core.gather", "errors"),
     "masks": ("core.masks",),
-    "methods": ("tuner.methods",),
+    "methods": ("tuner.methods", "saved_format.refused"),
     "mixing": ("core.mixing",),
     "routing": (
         "modeling.extension",
@@ -30,7 +30,7 @@ MOVED = {
         "tuner.adapter_layers",
     ),
     "saved": ("checkpoints.saved",),
-    "weights": ("tuner.weights",),
+    "weights": ("saved_format.weights",),
     "writing": ("checkpoints.writing",),
 }
 """Old module -> the modules that have its names now."""

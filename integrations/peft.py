@@ -29,12 +29,13 @@ def register() -> None:
     from peft import mapping, peft_model
     from wrapt import register_post_import_hook
 
+    from bitune_plugin.saved_format import settings
     from bitune_plugin.tuner import config, full
     from bitune_plugin.tuner.model import BituneModel
     from bitune_plugin.tuner.status import with_streams_joined
 
     methods = {
-        config.PEFT_TYPE: (config.BituneConfig, BituneModel),
+        settings.PEFT_TYPE: (config.BituneConfig, BituneModel),
         full.PEFT_TYPE: (full.FullConfig, full.FullModel),
     }
     configs: dict[Any, Any] = mapping.PEFT_TYPE_TO_CONFIG_MAPPING

@@ -18,8 +18,12 @@ from bitune_plugin.moved import MOVED, RENAMED
 ROOT = Path(bitune_plugin.__file__).parent
 LEAVES = ("errors", "versions", "self_check", "moved", "kinds", "json_files")
 """Modules that import no layer when they are imported."""
-LAYERS = ("core", "modeling", "hookspecs", "plugins", "default_plugins", "tuner", "checkpoints", "checks", "cli")
+LAYERS = (
+    *("core", "modeling", "hookspecs", "plugins", "default_plugins", "saved_format", "tuner", "checkpoints", "checks"),
+    "cli",
+)
 """From the bottom to the top. The command line imports integrations, and they import whatever they need."""
+WITHOUT_PEFT = sorted(path for package in ("modeling", "saved_format") for path in (ROOT / package).glob("*.py"))
 MODULES = sorted(path for path in ROOT.rglob("*.py") if "integrations" not in path.parts)
 
 
@@ -57,8 +61,8 @@ def test_the_method_on_tensors_knows_torch_and_nothing_of_models(path: Path) -> 
     assert not any(f"import {host}" in line or f"from {host}" in line for host in hosts for line in _lines(path))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "modeling").glob("*.py")), ids=lambda path: path.name)
-def test_the_method_on_a_model_knows_no_peft(path: Path) -> None:
+@pytest.mark.parametrize("path", WITHOUT_PEFT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_models_and_saved_files_need_no_peft(path: Path) -> None:
     assert not any(line.lstrip().startswith(("import peft", "from peft")) for line in _lines(path))
 
 

@@ -26,9 +26,10 @@ from torch import Tensor
 from ..errors import shorten
 from ..json_files import read_object
 from ..plugins import mixings
-from ..tuner.config import NO_MIXING, BituneConfig
-from ..tuner.keys import BIDIRECTIONAL, ROOT, theta_key
-from ..tuner.weights import not_finite, read_weights
+from ..saved_format.keys import BIDIRECTIONAL, ROOT, theta_key
+from ..saved_format.settings import NO_MIXING
+from ..saved_format.weights import not_finite, read_weights
+from ..tuner.config import BituneConfig
 from .saved import read_config
 
 if TYPE_CHECKING:

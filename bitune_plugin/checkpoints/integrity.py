@@ -9,16 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from ..tuner.config import NO_MIXING, BituneConfig
-from ..tuner.full import ALL, FullConfig, is_idle_in_second_stream
-from ..tuner.keys import (
+from ..saved_format.keys import (
     KINDS,
     ROOT,
     attentions_in,
@@ -28,17 +23,27 @@ from ..tuner.keys import (
     numbers_in,
     theta_key,
 )
-from ..tuner.weights import lacking_whole, not_finite
+from ..saved_format.matching import is_target, pattern_of
+from ..saved_format.methods import FULL, LORA, peft_type_of
+from ..saved_format.settings import NO_MIXING
+from ..saved_format.weights import lacking_whole, not_finite
+
+if TYPE_CHECKING:
+    from ..saved_format.config import SavedConfig
+    from ..tuner.config import BituneConfig
 
 Parts = dict[str, Tensor]
 """The weights of one module's adapter, by the rest of their keys behind the module, without the stream."""
 
 
+EVERYWHERE = ("all-linear", "all")
+"""Values of `target_modules` that are no names."""
+
 HALVES = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 """Parts of LoRA that are nothing without each other."""
 
 
-def problems_of(config: BituneConfig, weights: Mapping[str, Tensor]) -> list[str]:
+def problems_of(config: BituneConfig | SavedConfig, weights: Mapping[str, Tensor]) -> list[str]:
     """Lists the faults of an adapter's weights.
 
     Args:
@@ -58,12 +63,22 @@ def problems_of(config: BituneConfig, weights: Mapping[str, Tensor]) -> list[str
     ]
 
 
+def prefix_of(config: Any) -> str:
+    """How the names of the parts begin that the method of `config` adds to a module: "lora_"."""
+    if peft_type_of(config) == LORA:
+        return "lora_"
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    return PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
+
+
 class _Weights:
     """The weights of an adapter by stream and module."""
 
-    def __init__(self, config: BituneConfig, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, config: BituneConfig | SavedConfig, weights: Mapping[str, Tensor]) -> None:
         self.config, self.inner = config, config.inner
-        prefix = PEFT_TYPE_TO_PREFIX_MAPPING[self.inner.peft_type]
+        self.method = peft_type_of(self.inner)
+        prefix = prefix_of(self.inner)
         self.theta = {key: value for key, value in weights.items() if is_theta(key)}
         self.causal: dict[str, Parts] = {}
         self.bidirectional: dict[str, Parts] = {}
@@ -132,7 +147,11 @@ class _Weights:
     def _is_idle(self, module: str) -> bool:
         """Whether the bidirectional stream has no copy of a module, because it does not use one."""
         last = max((numbers_in(name)[-1] for name in self.causal if numbers_in(name)), default=0)
-        return isinstance(self.inner, FullConfig) and is_idle_in_second_stream(module, last)
+        if self.method != FULL:
+            return False
+        from ..tuner.full import is_idle_in_second_stream
+
+        return is_idle_in_second_stream(module, last)
 
     def wrong_parts(self) -> Iterator[str]:
         """LoRAs with one half only, and modules with only some of the parts of the same module in other layers."""
@@ -148,7 +167,7 @@ class _Weights:
 
     def wrong_ranks(self) -> Iterator[str]:
         """LoRAs whose halves have another rank than in the config; experts in one parameter have a multiple of it."""
-        if not isinstance(self.inner, LoraConfig) or self.inner.use_bdlora:  # which makes blocks of them
+        if self.method != LORA or self.inner.use_bdlora:  # which makes blocks of them
             return
         for module, parts in self.causal.items():
             for down in ("lora_A.weight", "lora_embedding_A"):
@@ -162,16 +181,16 @@ class _Weights:
 
     def _rank_of(self, module: str) -> int:
         patterns = self.inner.rank_pattern or {}
-        return patterns.get(get_pattern_key([*patterns], module), self.inner.r)
+        return patterns.get(pattern_of(patterns, module), self.inner.r)
 
     def unknown(self) -> Iterator[str]:
         """Adapters of modules that `target_modules` does not name."""
         names = getattr(self.inner, "target_modules", None)
         others = (getattr(self.inner, name, None) for name in ("target_parameters", "target_modules_to_tie"))
-        if any(others) or not names or names in ("all-linear", ALL):
+        if any(others) or not names or names in EVERYWHERE:
             return
         for module in self.causal.keys() - {"base_model"}:
-            if not check_target_module_exists(self.inner, module):
+            if not is_target(self.inner, module):
                 yield f"unknown: {ROOT}{module}, which is not in `target_modules`"
 
     def missing_layers(self) -> Iterator[str]:

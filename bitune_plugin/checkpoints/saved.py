@@ -1,4 +1,4 @@
-"""Adapters in folders, read without their model. `tuner/keys.py` explains the keys of their weights."""
+"""Adapters in folders, read without their model. `saved_format/keys.py` explains the keys of their weights."""
 
 from __future__ import annotations
 
@@ -8,19 +8,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from huggingface_hub import snapshot_download
-from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.utils import CONFIG_NAME, PeftType
 from torch import Tensor
 
 from ..errors import shorten
-from ..json_files import read_object
 from ..plugins import mixings
-from ..tuner.config import BituneConfig
-from ..tuner.keys import (
+from ..saved_format.config import CONFIG_NAME, SavedConfig, read_saved_config, read_settings
+from ..saved_format.keys import (
     KINDS,
     ROOT,
     attentions_in,
@@ -31,11 +27,17 @@ from ..tuner.keys import (
     theta_key,
     without_stream,
 )
-from ..tuner.weights import read_weights
+from ..saved_format.methods import peft_type_of
+from ..saved_format.weights import read_weights
 from .folders import put_back
-from .integrity import problems_of
+from .integrity import prefix_of, problems_of
 
-Config = TypeVar("Config", bound=PeftConfig)
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+    from ..tuner.config import BituneConfig
+
+Config = TypeVar("Config", bound="PeftConfig")
 
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -77,7 +79,7 @@ class SavedAdapter:
     """
 
     folder: Path
-    config: BituneConfig
+    config: BituneConfig | SavedConfig
     weights: Mapping[str, Tensor]
 
     @classmethod
@@ -88,7 +90,22 @@ class SavedAdapter:
             FileNotFoundError: there is none.
             ValueError: it is not a Bitune adapter, or damaged.
         """
-        config = read_config(folder, BituneConfig)
+        from ..tuner.config import BituneConfig
+
+        return cls._with(folder, read_config(folder, BituneConfig))
+
+    @classmethod
+    def read_without_peft(cls, folder: Path) -> SavedAdapter:
+        """As `read`, with the same checks of the weights, without importing PEFT. For LoRA as inner method.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is not a Bitune adapter, damaged, or of another method.
+        """
+        return cls._with(folder, read_saved_config(folder))
+
+    @classmethod
+    def _with(cls, folder: Path, config: BituneConfig | SavedConfig) -> SavedAdapter:
         adapter = cls(folder, config, read_weights(folder))
         adapter._check()
         return adapter
@@ -132,7 +149,7 @@ class SavedAdapter:
 
     @property
     def _prefix(self) -> str:
-        return PEFT_TYPE_TO_PREFIX_MAPPING[self.config.inner.peft_type]
+        return prefix_of(self.config.inner)
 
     @property
     def sizes(self) -> dict[str, Size]:
@@ -178,12 +195,17 @@ class SavedAdapter:
         Raises:
             ValueError: there is no such stream, or it is not an adapter that PEFT knows by itself.
         """
+        from peft.utils import PeftType
+
+        from ..tuner.config import BituneConfig
+
         if self.method not in {member.value for member in PeftType}:
             raise ValueError(
                 f"The inner method {self.method} is not one of PEFT's own, so that nothing but Bitune could load the "
                 "adapter. Load the whole with `PeftModel.from_pretrained`."
             )
-        config = copy.deepcopy(self.config.causal_config())
+        whole_config = self.config if isinstance(self.config, BituneConfig) else read_config(self.folder, BituneConfig)
+        config = copy.deepcopy(whole_config.causal_config())
         if stream == "causal":
             return config, {**self.causal, **self.whole}
         if self.config.share_adapter:
@@ -210,11 +232,6 @@ class SavedAdapter:
                 f"The weights in {self.folder} are not those of its config: {'; '.join(shorten(problems))}. Copy the "
                 "adapter again."
             )
-
-
-def peft_type_of(config: PeftConfig) -> str:
-    """PEFT's name of the method of `config`, as in saved configs."""
-    return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def find_adapters(name: str) -> list[Path]:
@@ -267,18 +284,13 @@ def read_config(folder: Path, kind: type[Config]) -> Config:
         FileNotFoundError: there is none.
         ValueError: it is damaged, or of another kind.
     """
-    path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no adapter: there is no {CONFIG_NAME}.")
-    damaged = f"{path} is no config of an adapter ({{}}). Copy the adapter again."
-    try:
-        read_object(path)["peft_type"]
-    except (ValueError, KeyError) as error:
-        raise ValueError(damaged.format(error)) from error
+    read_settings(folder)
     try:
         return kind.from_pretrained(str(folder))
     except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(damaged.format(error)) from error
+        raise ValueError(
+            f"{folder / CONFIG_NAME} is no config of an adapter ({error}). Copy the adapter again."
+        ) from error
 
 
 def _exclude(config: PeftConfig, modules: set[str]) -> None:

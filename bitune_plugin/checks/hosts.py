@@ -53,7 +53,8 @@ def registration(_: Path) -> None:
     """Raises RuntimeError if PEFT's tables have another BITUNE."""
     from peft import mapping
 
-    from bitune_plugin.tuner.config import PEFT_TYPE, BituneConfig
+    from bitune_plugin.saved_format.settings import PEFT_TYPE
+    from bitune_plugin.tuner.config import BituneConfig
     from bitune_plugin.tuner.model import BituneModel
 
     tables = {"PEFT_TYPE_TO_CONFIG_MAPPING": BituneConfig, "PEFT_TYPE_TO_TUNER_MAPPING": BituneModel}

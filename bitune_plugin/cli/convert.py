@@ -10,7 +10,9 @@ from bitune_plugin.checkpoints.authors import convert
 from bitune_plugin.checkpoints.saved import local_folder
 from bitune_plugin.checkpoints.writing import write_adapter
 from bitune_plugin.cli.terminal import busy, parser, say
-from bitune_plugin.tuner.config import NO_MIXING, SECOND_PASSES, SETTINGS
+from bitune_plugin.core.masks import SECOND_PASSES
+from bitune_plugin.saved_format.settings import NO_MIXING
+from bitune_plugin.tuner.config import SETTINGS
 
 DESCRIPTION = """\
 Reads an adapter that the code of the paper's authors saved, its folder `prefill` included, and writes it as a Bitune

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from bitune_plugin.checkpoints.saved import SavedAdapter, find_adapters
 from bitune_plugin.cli.terminal import one_line, parser, with_progress
-from bitune_plugin.tuner.config import NO_MIXING, SETTINGS
+from bitune_plugin.saved_format.settings import NO_MIXING
+from bitune_plugin.tuner.config import SETTINGS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,15 +81,13 @@ def _plot_file(name: str) -> Path:
 
 def describe(adapter: SavedAdapter) -> dict[str, Any]:
     """Settings, sizes and alphas of an adapter, for JSON. Alphas: a list per layer, one number or one for each head."""
-    settings = adapter.config.to_dict()
-    inner = settings.pop("adapter")
     return {
         "adapter": str(adapter.folder),
         "step": adapter.step,
         "base_model": adapter.config.base_model_name_or_path,
         "method": adapter.method,
-        "rank": inner.get("r"),
-        "settings": {name: settings[name] for name in SETTINGS},
+        "rank": getattr(adapter.config.inner, "r", None),
+        "settings": {name: getattr(adapter.config, name) for name in SETTINGS},
         "sizes": {part: vars(size) for part, size in adapter.sizes.items()},
         "attention": adapter.attentions,
         "alpha": {kind: [alpha.tolist() for alpha in alphas] for kind, alphas in adapter.alphas().items()},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,34 +13,17 @@ from typing import TYPE_CHECKING, Any, cast
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners import LoraConfig, TrainableTokensConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, TaskType
+from peft.utils import CONFIG_NAME, TaskType
 
-from ..core.masks import SECOND_PASSES
-from ..core.turns import MULTI_TURN
 from ..json_files import is_too_deep
 from ..kinds import check_kinds
-from ..plugins import mixings
+from ..saved_format.settings import PEFT_TYPE, check_settings
+from ..saved_format.weights import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, lacking_whole, read_weights
 from .full import FullConfig, PeftTypeName
 from .methods import check_method
-from .weights import lacking_whole, read_weights
 
 if TYPE_CHECKING:
     from .host import MethodConfig
-
-PEFT_TYPE = "BITUNE"
-
-
-NO_MIXING = "none"
-
-
-GRANULARITIES = ("layer", "head", "model")
-
-
-THETA_INIT = (1e-12, 1e12)
-"""Least and greatest `theta_init`. Alpha starts at one half for each; theta's gradient is alpha's times
-`1 / (4 theta_init)`. Its square, which gradient clipping and Adam take, must neither overflow nor vanish in float32
-(1e38 and 1e-38), and room is left for the gradient of alpha itself and for the scaled losses of float16."""
-
 
 SHARED_FIELDS = ("task_type", "base_model_name_or_path", "revision", "inference_mode")
 """Fields that the inner config takes from the outer one, so that it is complete by itself."""
@@ -103,40 +85,9 @@ class BituneConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftTypeName(PEFT_TYPE)
         self.task_type = TaskType.CAUSAL_LM if self.task_type is None else self.task_type
-        if self.task_type != TaskType.CAUSAL_LM:
-            raise ValueError(
-                f"`task_type={str(self.task_type)!r}`: Bitune is for causal language models. Use "
-                "`task_type='CAUSAL_LM'`, or leave it out."
-            )
-        _check_choice("mixing", self.mixing, [*mixings(), NO_MIXING])
-        _check_choice("mixing_granularity", self.mixing_granularity, GRANULARITIES)
-        _check_choice("second_pass_attention", self.second_pass_attention, SECOND_PASSES)
-        _check_choice("multi_turn", self.multi_turn, MULTI_TURN)
-        low, high = THETA_INIT
-        if not _is_number(self.theta_init) or not low <= self.theta_init <= high:
-            raise ValueError(
-                f"`theta_init={reprlib.repr(self.theta_init)}` must be a number between {low:g} and {high:g}, such as "
-                "0.01. Beyond, theta or its gradient is 0 or infinite in float32."
-            )
-        if not isinstance(self.share_adapter, bool):
-            raise ValueError(f"`share_adapter={self.share_adapter!r}` must be True or False.")
-        self._check_ablations()
+        check_settings(self)
         check_kinds(PeftConfig, {name: getattr(self, name) for name in SHARED_FIELDS})
         self.adapter = _inner_config(self.adapter)
-
-    def _check_ablations(self) -> None:
-        """Raises ValueError for settings that mean nothing together."""
-        if self.mixing == NO_MIXING and self.mixing_granularity != GRANULARITIES[0]:
-            raise ValueError(
-                f"`mixing_granularity={self.mixing_granularity!r}` means nothing with `mixing={NO_MIXING!r}`, where "
-                f"there is no theta. Leave it out; in a saved config, write {GRANULARITIES[0]!r}."
-            )
-        if self.share_adapter and self.second_pass_attention == "causal":
-            raise ValueError(
-                "`second_pass_attention='causal'` with `share_adapter=True` reads every prompt twice in the same way, "
-                "so that mixing changes nothing: it is the adapter alone, at the cost of two. Change one of them, or "
-                "use the adapter without Bitune."
-            )
 
     # Whatever is not Bitune's own belongs to the inner config: PEFT and TRL read `target_modules`,
     # `modules_to_save`, `bias` and others on the config of an adapter, and TRL writes some.
@@ -222,15 +173,6 @@ SETTINGS = tuple(name for name in BituneConfig.__annotations__ if name != "adapt
 
 
 _OWN_FIELDS = {f.name for f in dataclasses.fields(BituneConfig)} | {"unused"}
-
-
-def _check_choice(name: str, value: Any, choices: list[str] | tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}={value!r}` is unknown. Choose one of {', '.join(map(repr, choices))}.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _inner_config(adapter: PeftConfig | dict[str, Any] | str | None) -> PeftConfig:

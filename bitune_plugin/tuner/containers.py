@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from ..modeling.context import PerThread
 from ..modeling.extension import Patch, patch, with_attributes
+from ..saved_format.keys import BIDIRECTIONAL, is_theta
 from .adapter_layers import bidirectional
 from .config import BituneConfig
-from .keys import BIDIRECTIONAL, is_theta
 
 if TYPE_CHECKING:
     from .host import PeftLayer

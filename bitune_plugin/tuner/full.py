@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core.mixing import MIXING
 from ..modeling.context import Stream, current_context
+from ..saved_format.keys import numbers_in
 from .adapter_layers import bidirectional
-from .keys import numbers_in
 
 if TYPE_CHECKING:
     from ..modeling.architectures import Architecture

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..core.mixing import AlphaFunction, mix
 from ..plugins import mixings
-from .config import NO_MIXING, BituneConfig
+from ..saved_format.settings import NO_MIXING
+from .config import BituneConfig
 
 Pair = tuple[Tensor, Tensor]
 """The same of the causal and of the bidirectional stream."""

@@ -16,9 +16,9 @@ from peft.optimizers.lorafa import LoraFAOptimizer
 from torch import nn
 from torch.optim import Optimizer
 
+from ..saved_format.keys import BIDIRECTIONAL, is_bidirectional, is_theta
 from .adapter_layers import bidirectional
 from .containers import SUFFIX
-from .keys import BIDIRECTIONAL, is_bidirectional, is_theta
 
 Create = Callable[..., Optimizer]
 

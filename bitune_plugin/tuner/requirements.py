@@ -13,10 +13,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..saved_format.keys import BIDIRECTIONAL
 from .adapter_layers import bidirectional
 from .config import BituneConfig
 from .host import name_all_linear
-from .keys import BIDIRECTIONAL
 
 if TYPE_CHECKING:
     from .host import MethodConfig

@@ -14,13 +14,13 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..errors import shorten
+from ..saved_format.keys import BIDIRECTIONAL, ROOT, is_bidirectional, is_theta, without_part, without_stream
+from ..saved_format.weights import not_finite
 from .adapter_layers import bidirectional
 from .config import BituneConfig
 from .containers import flattened, with_flat_names, with_names_of
 from .full import embeddings_and_head
 from .host import adapter_prefixes, filter_by_prefixes
-from .keys import BIDIRECTIONAL, ROOT, is_bidirectional, is_theta, without_part, without_stream
-from .weights import not_finite
 
 
 class SavesBothStreams(BaseTuner):

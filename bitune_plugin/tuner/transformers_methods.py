@@ -16,7 +16,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from ..modeling.causal_lm import CausalModel
 from ..modeling.extension import Patch
-from .keys import ROOT
+from ..saved_format.keys import ROOT
 
 
 class AdapterMethods(Patch):

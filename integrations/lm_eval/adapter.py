@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import cached_file
 
-from bitune_plugin.checkpoints.saved import peft_type_of
+from bitune_plugin.saved_format.keys import ROOT
+from bitune_plugin.saved_format.methods import peft_type_of
 from bitune_plugin.tuner.config import BituneConfig
-from bitune_plugin.tuner.keys import ROOT
 
 
 def adapter_config(adapter: str, revision: str, missing: str) -> BituneConfig:

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROOT = "base_model.model."
+from bitune_plugin.checkpoints.saved import SavedAdapter, local_folder
+from bitune_plugin.saved_format.keys import ROOT
+from bitune_plugin.saved_format.matching import pattern_of
 
 REFUSED = {
     "fan_in_fan_out": "is for weights that are stored transposed",
@@ -67,7 +69,7 @@ class Difference:
 
 
 class ServedAdapter:
-    """The adapter in a folder, read and checked as the command line reads it.
+    """The adapter in a folder, read and checked as the command line does it, but without PEFT.
 
     Raises:
         OSError: there is none.
@@ -75,10 +77,7 @@ class ServedAdapter:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        # Here, because PEFT, whose classes check the config, is imported by whoever serves an adapter and by no others.
-        from bitune_plugin.checkpoints.saved import SavedAdapter, local_folder
-
-        self.saved = SavedAdapter.read(local_folder(str(folder)))
+        self.saved = SavedAdapter.read_without_peft(local_folder(str(folder)))
         self.config = self.saved.config
         check_method(self.config)
         check_reading(self.config)
@@ -172,14 +171,8 @@ class ServedAdapter:
 
 
 def check_method(config: Any) -> None:
-    """Raises ValueError if the inner method of an adapter is not a kind of LoRA that can be merged."""
+    """Raises ValueError if the LoRA of an adapter is not a kind that can be merged."""
     inner = config.inner
-    method = str(getattr(inner.peft_type, "value", inner.peft_type))
-    if method != "LORA":
-        raise ValueError(
-            f"The inner method {method} cannot be served: LoRA, rsLoRA and DoRA can. Generate with "
-            "`PeftModel.generate`."
-        )
     for name, reason in REFUSED.items():
         if getattr(inner, name, None):
             raise ValueError(
@@ -200,11 +193,9 @@ def check_reading(config: Any) -> None:
 
 def scale_of(inner: Any, module: str) -> float:
     """The scale of LoRA in a module, by PEFT's rules for `rank_pattern`, `alpha_pattern` and `use_rslora`."""
-    from peft.utils.other import get_pattern_key
-
     ranks, alphas = inner.rank_pattern or {}, inner.alpha_pattern or {}
-    rank = ranks.get(get_pattern_key([*ranks], module), inner.r)
-    alpha = alphas.get(get_pattern_key([*alphas], module), inner.lora_alpha)
+    rank = ranks.get(pattern_of(ranks, module), inner.r)
+    alpha = alphas.get(pattern_of(alphas, module), inner.lora_alpha)
     return alpha / (math.sqrt(rank) if inner.use_rslora else rank)
 
 

@@ -9,8 +9,9 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
+from bitune_plugin.saved_format.refused import SETTINGS
 from bitune_plugin.tuner import config, full
-from bitune_plugin.tuner.methods import SETTINGS, refusal
+from bitune_plugin.tuner.methods import refusal
 
 OURS = (config.PEFT_TYPE, full.PEFT_TYPE)
 

@@ -13,7 +13,8 @@ import pytest
 
 from agreement import assert_answers_agree, assert_gradients_agree
 from bitune_plugin import BituneConfig
-from bitune_plugin.tuner.config import GRANULARITIES, NO_MIXING, SECOND_PASSES
+from bitune_plugin.core.masks import SECOND_PASSES
+from bitune_plugin.saved_format.settings import GRANULARITIES, NO_MIXING
 from helpers import SHAPES, batch, lora, samples, with_oracle
 from models import tiny
 from reference import SETTINGS

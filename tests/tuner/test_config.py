@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 from bitune_plugin import BituneConfig
 from bitune_plugin.plugins import mixings
-from bitune_plugin.tuner.config import THETA_INIT
+from bitune_plugin.saved_format.settings import THETA_INIT
 
 # --- What is chosen when nothing is said ------------------------------------------------------------------------------
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 from zipfile import is_zipfile
 
 import torch
-from peft.config import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME = "adapter_model.safetensors", "adapter_model.bin"
+"""PEFT's names of the file."""
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -61,7 +63,7 @@ def _in_checkable_dtype(value: Tensor) -> Tensor:
     return value.float() if value.element_size() < 2 else value  # of eight bits, torch has no `isfinite`
 
 
-def lacking_whole(config: PeftConfig, keys: Iterable[str]) -> Iterator[str]:
+def lacking_whole(config: Any, keys: Iterable[str]) -> Iterator[str]:
     """Lists the fully trained modules of `config` that `keys` lack.
 
     Args:

@@ -4,7 +4,7 @@
     base_model.model.<module>.lora_A.bidirectional.weight          bidirectional stream
     base_model.model.<attention module>.bitune_mixing.theta_key    theta
 
-`state_dict.py` reads and writes them with a model, `checkpoints/` without one.
+`tuner/state_dict.py` reads and writes them with a model, `checkpoints/` without one.
 """
 
 from __future__ import annotations

@@ -1,0 +1,117 @@
+"""The config of a saved adapter, read without PEFT: Bitune's own settings, and those of LoRA as inner method.
+
+PEFT's classes know every inner method and check all of their settings. Who only serves LoRA reads the same file, with
+the same checks of Bitune's own settings, of the settings that are refused, and of the kinds of those that are used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..json_files import read_object
+from ..kinds import check_kinds
+from .refused import check_inner_settings
+from .settings import PEFT_TYPE, TASK_TYPE, check_settings
+
+CONFIG_NAME = "adapter_config.json"
+"""PEFT's name of the file."""
+
+
+@dataclass
+class LoraSettings:
+    """The settings of LoRA that its weights depend on, with PEFT's defaults.
+
+    The other settings of a file are attributes too, and unchecked.
+    """
+
+    peft_type: str = "LORA"
+    r: int = 8
+    lora_alpha: float = 8
+    rank_pattern: dict[str, int] | None = field(default_factory=dict)
+    alpha_pattern: dict[str, float] | None = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    use_bdlora: Any = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> LoraSettings:
+        known = {each.name for each in fields(cls)}
+        settings = cls(**{name: value for name, value in saved.items() if name in known})
+        check_kinds(cls, {name: getattr(settings, name) for name in known})
+        for name in saved.keys() - known:
+            setattr(settings, name, saved[name])
+        check_inner_settings(settings)
+        return settings
+
+
+@dataclass
+class SavedConfig:
+    """What `BituneConfig` says of a saved adapter.
+
+    Attributes:
+        inner: the settings of the inner method.
+    """
+
+    inner: LoraSettings
+    theta_init: float = 0.01
+    mixing: str = "abs"
+    mixing_granularity: str = "layer"
+    second_pass_attention: str = "bidirectional"
+    share_adapter: bool = False
+    multi_turn: str = "reread"
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        self.task_type = self.task_type or TASK_TYPE
+        check_settings(self)
+        check_kinds(SavedConfig, {name: getattr(self, name) for name in ("base_model_name_or_path", "revision")})
+
+
+def read_saved_config(folder: Path) -> SavedConfig:
+    """The config of the adapter in `folder`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, of another method than Bitune, or its inner method is not LoRA.
+    """
+    saved = read_settings(folder)
+    if saved["peft_type"] != PEFT_TYPE:
+        raise ValueError(f"{folder} holds a {saved['peft_type']} adapter, not a Bitune adapter.")
+    inner = saved.get("adapter")
+    if not isinstance(inner, dict) or "peft_type" not in inner:
+        raise ValueError(f"{folder / CONFIG_NAME} does not say what its inner method is. Copy the adapter again.")
+    if inner["peft_type"] != "LORA":
+        raise ValueError(
+            f"The inner method {inner['peft_type']} cannot be served: LoRA, rsLoRA and DoRA can. Generate with "
+            "`PeftModel.generate`."
+        )
+    known = {each.name for each in fields(SavedConfig)} - {"inner"}
+    return SavedConfig(LoraSettings.of(inner), **{name: saved[name] for name in known & saved.keys()})
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings in the file of the config in `folder`, among them `peft_type`.
+
+    Raises:
+        FileNotFoundError: there is no config.
+        ValueError: it is damaged.
+    """
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no adapter: there is no {CONFIG_NAME}.")
+    try:
+        settings = read_object(path)
+        settings["peft_type"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path} is no config of an adapter ({error}). Copy the adapter again.") from error
+    return settings
