@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .names import ADAPTER, ENDINGS, PREFIX
-from .refusals import check_options
+from .refusals import SHORT_STEP, check_options
 
 AT_LEAST = 2048
 """Tokens of a step, at least: short models also want many requests in one."""
@@ -49,9 +49,9 @@ def engine_args(adapter: str | Path, **options: Any) -> dict[str, Any]:
     arguments = {name: value for name, value in arguments.items() if value is not None}
     overrides = {**(options.get("hf_overrides") or {}), ADAPTER: str(served.saved.folder.resolve())}
     arguments["hf_overrides"] = {**overrides, "architectures": _architectures(base, options)}
-    if options.get("max_num_batched_tokens") is None:
-        own = EngineArgs(**arguments).create_model_config()
-        arguments["max_num_batched_tokens"] = max(own.max_model_len, AT_LEAST)
+    longest = EngineArgs(**arguments).create_model_config().max_model_len
+    if arguments.setdefault("max_num_batched_tokens", max(longest, AT_LEAST)) < longest:
+        raise ValueError(SHORT_STEP)
     return arguments
 
 

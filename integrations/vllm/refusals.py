@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 from .names import ADAPTER, PREFIX, PROMPT_LENGTH
 
-REQUESTS = "bitune_plugin.integrations.vllm.requests:RequestCheck"
-"""The class that vLLM asks whether it may admit a request."""
+RUST_FRONTEND = "VLLM_USE_RUST_FRONTEND"
+"""vLLM's switch of a server that is not in Python."""
+
+SHORT_STEP = (
+    "Bitune reads a prompt as a whole, so `--max-num-batched-tokens` must be at least `--max-model-len`. Raise the "
+    "one, or lower the other."
+)
 
 Refusal = tuple[Callable[[Any], bool], str]
 """Whether the config of an engine is refused, and why, with the advice."""
@@ -19,9 +25,20 @@ REFUSALS: tuple[Refusal, ...] = (
         f"`hf_overrides` names no adapter. Add '{ADAPTER}' with its folder, or use `bitune serve ADAPTER`.",
     ),
     (
+        lambda c: c.model_config.runner_type != "generate",
+        "Bitune is for answers, and `--runner pooling` has the model embed or classify. Leave `--runner` out.",
+    ),
+    (
+        lambda c: c.scheduler_config.enable_chunked_prefill,
+        "`--enable-chunked-prefill` splits prompts, and Bitune reads a prompt as a whole. Leave it out.",
+    ),
+    (
+        lambda c: c.cache_config.enable_prefix_caching,
+        "`--enable-prefix-caching` shares parts of prompts, and Bitune reads a prompt as a whole. Leave it out.",
+    ),
+    (
         lambda c: c.scheduler_config.max_num_batched_tokens < c.model_config.max_model_len,
-        "Bitune reads a prompt as a whole, so `--max-num-batched-tokens` must be at least `--max-model-len`. Raise "
-        "the one, or lower the other.",
+        SHORT_STEP,
     ),
     (
         lambda c: c.scheduler_config.long_prefill_token_threshold > 0,
@@ -87,6 +104,15 @@ REFUSALS: tuple[Refusal, ...] = (
         "`PeftModel.generate`.",
     ),
     (
+        lambda c: c.model_config.is_moe,
+        "This model is a mixture of experts, which has not been tried with a second stream. Generate with "
+        "`PeftModel.generate`.",
+    ),
+    (
+        lambda c: os.environ.get(RUST_FRONTEND, "0") not in ("", "0"),
+        f"vLLM's front end in Rust asks nobody whether a request can be answered. Leave {RUST_FRONTEND} out.",
+    ),
+    (
         lambda c: c.use_v2_model_runner,
         "Bitune is for vLLM's V1 model runner: set the environment variable VLLM_USE_V2_MODEL_RUNNER=0, as `bitune "
         "serve` does.",
@@ -101,16 +127,8 @@ def check_engine(vllm_config: Any) -> None:
             raise ValueError(advice)
 
 
-def prepare_engine(vllm_config: Any) -> None:
-    """Sets what an engine needs to read prompts as a whole, and has it ask `RequestCheck` about requests."""
-    vllm_config.scheduler_config.enable_chunked_prefill = False
-    vllm_config.cache_config.enable_prefix_caching = False
-    model_config = vllm_config.model_config
-    model_config.logits_processors = [*(model_config.logits_processors or []), REQUESTS]
-
-
 def check_options(options: dict[str, Any]) -> None:
-    """Raises ValueError if options of an engine ask for what `prepare_engine` turns off.
+    """Raises ValueError for options of an engine that ask for what Bitune cannot have, before a config is made.
 
     Args:
         options: by the names of vLLM's `EngineArgs`.
@@ -195,12 +213,18 @@ def check_loaded(model: Any) -> None:
         )
 
 
-def check_request(params: Any) -> None:
+def check_request(params: Any, in_parts: bool = False) -> None:
     """Raises ValueError for a request that would be answered wrongly.
 
     Args:
         params: its `SamplingParams`.
+        in_parts: more of its prompt comes after an answer (vLLM's streaming inputs).
     """
+    if in_parts:
+        raise ValueError(
+            "The prompt comes in parts, and Bitune reads a prompt as a whole. Send each part as a request of its own, "
+            "with all that was said before."
+        )
     length = (params.extra_args or {}).get(PROMPT_LENGTH)
     if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
         raise ValueError(f"`{PROMPT_LENGTH}={length!r}` must be the number of tokens that are prompt: 1 or more.")

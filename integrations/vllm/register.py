@@ -46,7 +46,9 @@ def config_check(of_base: Any) -> type:
     """
     from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-    from .refusals import check_engine, prepare_engine, refuse_beams
+    from .model_config import read_prompts_whole
+    from .refusals import check_engine, refuse_beams
+    from .requests import check_requests
 
     class BituneConfigCheck(VerifyAndUpdateConfig):
         @staticmethod
@@ -54,12 +56,13 @@ def config_check(of_base: Any) -> type:
             if of_base is not None:
                 of_base.verify_and_update_config(vllm_config)
             check_engine(vllm_config)
-            prepare_engine(vllm_config)
+            check_requests()
             refuse_beams()
 
         @staticmethod
         def verify_and_update_model_config(model_config: Any) -> None:
             if of_base is not None:
                 of_base.verify_and_update_model_config(model_config)
+            read_prompts_whole(model_config)
 
     return BituneConfigCheck

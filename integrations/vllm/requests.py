@@ -1,30 +1,49 @@
-"""The check of requests at their arrival, in the form that vLLM takes: a logits processor that changes nothing."""
+"""The check of requests at their arrival, once per request and before the engine, whose steps then are vLLM's own.
+
+vLLM's own place for such a check is a logits processor, and that has a part in every step: vLLM updates its state,
+calls its `apply`, and keeps the sampled tokens of all requests for it, for which each step waits. So a method of the
+front end is wrapped, and left as it is: `InputProcessor.process_inputs`, which makes a request of what was asked,
+offline and in each API server (0.28, 0.30, 0.32).
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
-from torch import Tensor
-from vllm.v1.sample.logits_processor import LogitsProcessor
-
+from .names import PREFIX
 from .refusals import check_request
 
 
-class RequestCheck(LogitsProcessor):
-    """Refuses requests that would be answered wrongly, when they arrive."""
+def check_requests() -> None:
+    """Has `check_request` asked about every request to a Bitune model. Wraps once per process."""
+    from vllm.v1.engine.input_processor import InputProcessor
 
-    @classmethod
-    def validate_params(cls, sampling_params: Any) -> None:
-        check_request(sampling_params)
+    original = InputProcessor.process_inputs
+    if hasattr(original, "bitune_wraps"):
+        return
+    signature, refused = inspect.signature(original), refused_request()
 
-    def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
-        pass
+    @functools.wraps(original)
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if str(self.model_config.architecture).startswith(PREFIX):
+            given = signature.bind(self, *args, **kwargs).arguments
+            try:
+                check_request(given["params"], given.get("resumable", False))
+            except ValueError as error:
+                raise refused(str(error)) from None
+        return original(self, *args, **kwargs)
 
-    def is_argmax_invariant(self) -> bool:
-        return True
+    process_inputs.bitune_wraps = original  # type: ignore[attr-defined]
+    InputProcessor.process_inputs = process_inputs
 
-    def update_state(self, batch_update: Any) -> None:
-        pass
 
-    def apply(self, logits: Tensor) -> Tensor:
-        return logits
+def refused_request() -> type[ValueError]:
+    """The class of errors of refused requests, which the server answers with status 400."""
+    from vllm.exceptions import VLLMValidationError
+
+    class RefusedRequestError(VLLMValidationError, ValueError):
+        """A request that would be answered wrongly."""
+
+    return RefusedRequestError

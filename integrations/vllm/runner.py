@@ -2,7 +2,7 @@
 
 After a preemption, vLLM prefills the prompt and the completion so far in one go, so that the number of rows is not the
 length of the prompt. So a private method of vLLM's model runner is wrapped, and left as it is.
-(`refusals.py` wraps beam search, only to refuse it.)
+(`requests.py` and `refusals.py` wrap public methods, to refuse requests and beam search.)
 """
 
 from __future__ import annotations
