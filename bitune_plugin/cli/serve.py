@@ -11,14 +11,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bitune_plugin.cli.serve_options import (
+    check_command,
+    check_dotted,
+    check_order,
+    engine_options,
+    has_vllm_serve,
+    named,
+    without,
+    without_config,
+)
 from bitune_plugin.cli.terminal import parser, say
 from bitune_plugin.integrations.vllm.arguments import V2_RUNNER, check_installed, engine_args
 
-SERVER = "vllm.entrypoints.openai.api_server"
-"""Run as a module, because `vllm serve` of the builds for CPUs looks for a package of another name (0.32)."""
+COMMAND, SERVER = "vllm.entrypoints.cli.main", "vllm.entrypoints.openai.api_server"
+"""The modules of `vllm serve`, and of one server alone, which is run if the former does not work."""
 
-SET_HERE = ("model", "revision", "tokenizer", "hf_overrides", "max_num_batched_tokens")
-"""What `engine_args` may set, by the names of vLLM's `EngineArgs`."""
+SET_HERE = ("revision", "tokenizer", "hf_overrides", "max_num_batched_tokens")
+"""What `engine_args` may set beside the model, by the names of vLLM's `EngineArgs`."""
+
+OURS = ("--print", "-h", "--help")
+"""The options of `bitune serve` itself."""
 
 DESCRIPTION = """\
 Serves a Bitune adapter with vLLM, by its OpenAI-compatible server: completions and chat, streamed or not. Finds the
@@ -35,12 +48,16 @@ EXAMPLES = """\
 
 
 def main(argv: Sequence[str]) -> None:
+    check_order(argv, OURS)
     options, of_vllm = _parser().parse_known_args(argv)
     check_dotted(of_vllm)
     check_installed()
+    of_vllm = without_config(of_vllm)
+    check_dotted(of_vllm)
+    check_command(of_vllm)
     arguments = engine_args(options.adapter, **engine_options(of_vllm))
-    _check(arguments)
-    command = command_of(options.adapter, arguments, of_vllm)
+    _check(arguments, headless=any(name == "--headless" for name, _ in named(of_vllm)))
+    command = command_of(options.adapter, arguments, without(of_vllm, "--model"))
     if options.print:
         say(f"{V2_RUNNER}=0 {shlex.join(command)}")
         return
@@ -58,45 +75,13 @@ def _parser() -> argparse.ArgumentParser:
     return arguments
 
 
-def check_dotted(of_vllm: Sequence[str]) -> None:
-    """Raises ValueError for `--hf-overrides.name`, which vLLM puts behind, and so in the place of, all that is set."""
-    for option in _with_dashes(of_vllm):
-        name = option.partition("=")[0]
-        if name.startswith("--hf-overrides."):
-            raise ValueError(
-                f"`{name}` would take the place of the overrides that Bitune sets. Give them as one object: "
-                "`--hf-overrides '{\"name\": value}'`."
-            )
-
-
-def engine_options(of_vllm: Sequence[str]) -> dict[str, Any]:
-    """The options of an engine among those of the server, by the names of vLLM's `EngineArgs`, if they were given."""
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    known = EngineArgs.add_cli_args(FlexibleArgumentParser(allow_abbrev=False))
-    before = known.parse_args([])
-    after, _ = known.parse_known_args(_with_dashes(of_vllm))
-    return {name: value for name, value in vars(after).items() if value != getattr(before, name)}
-
-
-def _with_dashes(options: Sequence[str]) -> list[str]:
-    """Options with dashes for underscores in their names; vLLM takes both."""
-    found = []
-    for option in options:
-        name, equals, value = option.partition("=")
-        name, dot, rest = name.partition(".")
-        found.append(name.replace("_", "-") + dot + rest + equals + value if name.startswith("--") else option)
-    return found
-
-
-def _check(arguments: dict[str, Any]) -> None:
+def _check(arguments: dict[str, Any], headless: bool) -> None:
     """Raises ValueError, with its advice, if an engine with these arguments is refused, before one is started."""
     from pydantic import ValidationError
     from vllm.engine.arg_utils import EngineArgs
 
     try:
-        EngineArgs(**arguments).create_engine_config()
+        EngineArgs(**arguments).create_engine_config(headless=headless)
     except ValidationError as error:
         reasons = [str(each.get("ctx", {}).get("error", each["msg"])) for each in error.errors()]
         raise ValueError(" ".join(reasons)) from error
@@ -111,10 +96,12 @@ def command_of(adapter: str, arguments: dict[str, Any], of_vllm: Sequence[str]) 
         of_vllm: the options of the command line. What is set in `arguments` comes last, and so wins.
     """
     name = Path(adapter).resolve().name if Path(adapter).is_dir() else adapter
-    named = [] if any(each.startswith("--served") for each in of_vllm) else ["--served-model-name", name]
-    ours = []
+    is_named = any(option == "--served-model-name" for option, _ in named(of_vllm))
+    ours = [] if is_named else ["--served-model-name", name]
     for each in SET_HERE:
         if each in arguments:
             value = arguments[each]
             ours += [f"--{each.replace('_', '-')}", json.dumps(value) if isinstance(value, dict) else str(value)]
-    return [sys.executable, "-m", SERVER, *named, *of_vllm, *ours]
+    if has_vllm_serve():
+        return [sys.executable, "-m", COMMAND, "serve", arguments["model"], *of_vllm, *ours]
+    return [sys.executable, "-m", SERVER, *of_vllm, "--model", arguments["model"], *ours]

@@ -12,16 +12,14 @@ import pytest
 import torch
 
 from bitune_plugin.cli import main
-from bitune_plugin.cli.serve import check_dotted, command_of
+from bitune_plugin.cli.serve import command_of
 from bitune_plugin.integrations.vllm import engine_args
 from bitune_plugin.integrations.vllm.refusals import (
-    REQUESTS,
     check_engine,
     check_loaded,
     check_options,
     check_request,
     check_tied,
-    prepare_engine,
 )
 from bitune_plugin.integrations.vllm.register import register, register_models
 
@@ -36,12 +34,13 @@ def config(**changes: Any) -> SimpleNamespace:
             "use_mla": False,
             "is_hybrid": False,
             "is_attention_free": False,
-            "logits_processors": None,
+            "is_moe": False,
+            "runner_type": "generate",
         },
         "scheduler_config": {
             "max_num_batched_tokens": 128,
             "long_prefill_token_threshold": 0,
-            "enable_chunked_prefill": True,
+            "enable_chunked_prefill": False,
         },
         "parallel_config": {
             "pipeline_parallel_size": 1,
@@ -53,7 +52,7 @@ def config(**changes: Any) -> SimpleNamespace:
             "cache_dtype": "auto",
             "kv_sharing_fast_prefill": False,
             "kv_offloading_size": None,
-            "enable_prefix_caching": True,
+            "enable_prefix_caching": False,
         },
     }
     whole = {"speculative_config": None, "kv_transfer_config": None, "lora_config": None, "use_v2_model_runner": False}
@@ -68,6 +67,9 @@ def config(**changes: Any) -> SimpleNamespace:
 
 REFUSED = {
     "model_config__hf_config": (SimpleNamespace(), "names no adapter. Add 'bitune_adapter'"),
+    "model_config__runner_type": ("pooling", "Leave `--runner` out"),
+    "scheduler_config__enable_chunked_prefill": (True, "`--enable-chunked-prefill` splits prompts"),
+    "cache_config__enable_prefix_caching": (True, "`--enable-prefix-caching` shares parts of prompts"),
     "scheduler_config__max_num_batched_tokens": (127, "must be at least `--max-model-len`"),
     "scheduler_config__long_prefill_token_threshold": (64, "`--long-prefill-token-threshold` splits prompts"),
     "speculative_config": (object(), "Leave `--speculative-config` out"),
@@ -84,6 +86,7 @@ REFUSED = {
     "model_config__use_mla": (True, "latent states"),
     "model_config__is_hybrid": (True, "no attention layers"),
     "model_config__is_attention_free": (True, "no attention layers"),
+    "model_config__is_moe": (True, "a mixture of experts"),
     "use_v2_model_runner": (True, "VLLM_USE_V2_MODEL_RUNNER=0"),
 }
 
@@ -96,13 +99,16 @@ def test_an_engine_is_refused_in_one_line(name: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_an_engine_reads_prompts_whole_and_asks_about_requests() -> None:
-    engine = config()
-    check_engine(engine)
-    prepare_engine(engine)
-    assert not engine.scheduler_config.enable_chunked_prefill
-    assert not engine.cache_config.enable_prefix_caching
-    assert engine.model_config.logits_processors == [REQUESTS]
+def test_an_engine_that_reads_prompts_whole_is_not_refused() -> None:
+    check_engine(config())
+
+
+def test_a_front_end_that_checks_no_requests_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")
+    check_engine(config())
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(ValueError, match="Leave VLLM_USE_RUST_FRONTEND out"):
+        check_engine(config())
 
 
 @pytest.mark.parametrize("name", ["enable_chunked_prefill", "enable_prefix_caching"])
@@ -126,6 +132,11 @@ def test_log_probabilities_of_a_prompt_need_its_end() -> None:
     check_request(request(prompt_logprobs=1, extra_args={"bitune_prompt_length": 5}))
     with pytest.raises(ValueError, match=r"Say where the prompt ends: extra_args=\{'bitune_prompt_length': tokens\}"):
         check_request(request(prompt_logprobs=0))
+
+
+def test_a_prompt_that_comes_in_parts_is_refused() -> None:
+    with pytest.raises(ValueError, match="Send each part as a request of its own"):
+        check_request(request(), in_parts=True)
 
 
 @pytest.mark.parametrize("length", [0, -3, "5", 2.0, True])
@@ -155,14 +166,6 @@ def test_a_model_that_was_filled_without_the_adapter_is_refused() -> None:
     check_loaded(SimpleNamespace())
     with pytest.raises(ValueError, match="Leave `--load-format` at 'auto'"):
         check_loaded(SimpleNamespace(_bitune_adapter=object()))
-
-
-@pytest.mark.parametrize("option", ["--hf-overrides.rope_theta=1", "--hf_overrides.rope_theta"])
-def test_overrides_by_name_are_refused(option: str) -> None:
-    """vLLM puts them behind the command line as one object, in the place of ours: it would serve the base alone."""
-    check_dotted(["--hf-overrides", "{}", "--compilation-config.mode", "3"])
-    with pytest.raises(ValueError, match=r"`--hf-overrides.rope_theta` would take the place .* as one object"):
-        check_dotted([option, "1"])
 
 
 def test_the_model_is_named_after_its_folder_or_its_hub_id(tmp_path: Path) -> None:
