@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # before vLLM is imported
@@ -18,7 +19,13 @@ collect_ignore = [] if find_spec("vllm") else NEED_VLLM
 """Without vLLM, the rest of this folder is tested."""
 
 
-@pytest.fixture(autouse=True)
-def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM compiles small functions of its sampler, which takes longer than these tests."""
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+@pytest.fixture(scope="package", autouse=True)
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Of the engines here, and of those in new processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        # vLLM compiles small functions of its sampler, which takes longer than these tests.
+        patch.setenv("TORCHDYNAMO_DISABLE", "1")
+        # As `tests/conftest.py` has it here: threads that wait for each other cost a tiny model many times its work.
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("vllm")))
+        yield

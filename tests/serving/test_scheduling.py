@@ -13,7 +13,7 @@ from peft import LoraConfig
 from bitune_plugin import BituneConfig
 from bitune_plugin.integrations.vllm import plan, runner
 from bitune_plugin.integrations.vllm.rows import StepRows, rows_of_step
-from serving import TOLERANCE, ask, ask_in_turn, differences, engine, prompts, save
+from serving import TOLERANCE, ask, ask_in_turn, check, check_answers, differences, engine, prompts, save
 
 pytestmark = pytest.mark.slow
 
@@ -41,13 +41,7 @@ WINDOWS: dict[str, dict[str, int]] = {"llama": {}, "gemma3_text": {"sliding_wind
 def test_preempted_requests_are_resumed(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resumptions = Resumptions()
     monkeypatch.setattr(plan, "rows_of_step", resumptions)
-    served, asked = save(tmp_path, architecture, **WINDOWS[architecture]), prompts()
-    expected = [served.expected(prompt) for prompt in asked]
-    with engine(served, **FEW_BLOCKS) as llm:
-        for way in (ask, ask_in_turn):
-            wrong, worst = differences(way(llm, asked), expected)
-            assert wrong == []
-            assert worst < TOLERANCE
+    check(save(tmp_path, architecture, **WINDOWS[architecture]), **FEW_BLOCKS)
     assert resumptions.count > 0
 
 
@@ -59,7 +53,7 @@ def test_the_length_of_a_prompt_is_not_the_number_of_its_rows(tmp_path: Path, mo
         return rows_of_step(starts, totals, [n if n > 1 else p for n, p in zip(new, prompts, strict=True)])
 
     served, asked = save(tmp_path), prompts()
-    expected = [served.expected(prompt) for prompt in asked]
+    expected = served.expected_of(asked)
     monkeypatch.setattr(plan, "rows_of_step", rows_of_each)
     with engine(served, **FEW_BLOCKS) as llm:
         found = [differences(way(llm, asked), expected) for way in (ask, ask_in_turn)]
@@ -69,15 +63,13 @@ def test_the_length_of_a_prompt_is_not_the_number_of_its_rows(tmp_path: Path, mo
 def test_compiled_decoding_runs_nothing_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHDYNAMO_DISABLE")
     served, asked = save(tmp_path), prompts([1, 2, 33, 65])
-    expected = [served.expected(prompt) for prompt in asked]
+    expected = served.expected_of(asked)
     prefills, steps = [], []
     original, lengths_in = plan.part_of, runner.lengths_in
     monkeypatch.setattr(plan, "part_of", lambda *args: prefills.append(1) or original(*args))
     monkeypatch.setattr(runner, "lengths_in", lambda *args: steps.append(1) or lengths_in(*args))
     with engine(served, enforce_eager=False, compilation_config={"mode": 2, "backend": "eager"}) as llm:
-        wrong, worst = differences(ask(llm, asked), expected)
-    assert wrong == []
-    assert worst < TOLERANCE
+        check_answers(ask(llm, asked), expected)
     assert len(prefills) == 2  # the copies and the answers of one step
     assert len(steps) == 1
 
@@ -87,11 +79,9 @@ def test_tensor_parallelism(tmp_path: Path) -> None:
     adapter = LoraConfig(r=8, target_modules="all-linear", use_dora=True)
     served = save(tmp_path, "llama", BituneConfig(adapter=adapter, mixing_granularity="head"))
     asked = prompts()
-    expected = [served.expected(prompt) for prompt in asked]
+    expected = served.expected_of(asked)
     with engine(served, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
-        wrong, worst = differences(ask(llm, asked), expected)
-    assert wrong == []
-    assert worst < TOLERANCE
+        check_answers(ask(llm, asked), expected)
 
 
 def test_memory_is_measured_with_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
