@@ -1,16 +1,20 @@
-"""Serves a saved adapter with vLLM, asks it by the client of OpenAI, and compares with `generate`.
+"""Serves a saved adapter with vLLM, asks it by the client of OpenAI, and compares with `generate` in another process.
 
 python examples/serve.py outputs/quickstart --prompt "Question: Who wrote Faust?" --prompt "..."
+python examples/serve.py outputs/quickstart --prompts outputs/quickstart/questions.jsonl --reference .venv/bin/python
 
-Needs vLLM: pip install "bitune-plugin[vllm]". Arguments behind `--` are options of vLLM: `-- --max-model-len 512`.
+Needs vLLM: pip install "bitune-plugin[vllm]". `--reference` is a Python of another environment for `generate.py`, which
+needs no vLLM. Arguments behind `--` are options of vLLM: `-- --max-model-len 512`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +22,7 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
-import torch
 from openai import OpenAI
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
 
 
 @contextmanager
@@ -49,40 +50,47 @@ def wait(address: str, server: subprocess.Popen[bytes]) -> None:
     raise RuntimeError("The server ended before it answered; its output says why.")
 
 
-def generated(adapter: Path, prompts: list[str], max_tokens: int) -> list[str]:
-    """What transformers and PEFT answer, one prompt at a time."""
-    model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model.peft_config["default"].base_model_name_or_path)
-    answers = []
-    for prompt in prompts:
-        batch = tokenizer(prompt, return_tensors="pt")
-        tokens = model.generate(**batch, max_new_tokens=max_tokens, do_sample=False)
-        answers.append(tokenizer.decode(tokens[0, batch["input_ids"].shape[1] :], skip_special_tokens=True))
-    return answers
+def ask(client: OpenAI, prompts: list[str], max_tokens: int) -> list[str]:
+    """What the server answers to all prompts at once."""
+    (name,) = [model.id for model in client.models.list()]
+    choices = client.completions.create(model=name, prompt=prompts, max_tokens=max_tokens, temperature=0).choices
+    return [choice.text for choice in sorted(choices, key=lambda choice: choice.index)]
+
+
+def generated(python: str, adapter: Path, prompts: list[str], max_tokens: int) -> list[str]:
+    """What transformers and PEFT answer, in a process of their own, one prompt at a time."""
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    script = str(Path(__file__).with_name("generate.py"))
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answered = Path(folder, "prompts.jsonl"), Path(folder, "answers.jsonl")
+        asked.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+        command = [python, script, base, "--adapter", str(adapter), "--prompts", str(asked), "--output", str(answered)]
+        subprocess.run([*command, "--max-new-tokens", str(max_tokens), "--batch-size", "1"], check=True)
+        return [json.loads(line)["answer"] for line in answered.open()]
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapter", type=Path, help="folder of a saved adapter")
-    parser.add_argument("--prompt", action="append", required=True, help="a prompt; may be given several times")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", action="append", help="a prompt; may be given several times")
+    prompts.add_argument("--prompts", type=Path, help="JSONL file with a 'prompt' in each line")
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument(
+        "--reference", default=sys.executable, help="the Python that runs generate.py; this one if not given"
+    )
     parser.add_argument("options", nargs="*", help="options of vLLM, behind `--`")
     return parser.parse_args()
 
 
 def main() -> int:
     arguments = parse_arguments()
+    prompts = arguments.prompt or [json.loads(line)["prompt"] for line in arguments.prompts.open()]
     with served(arguments.adapter, arguments.port, arguments.options) as client:
-        (name,) = [model.id for model in client.models.list()]
-        answers = [
-            client.completions.create(model=name, prompt=prompt, max_tokens=arguments.max_tokens, temperature=0)
-            .choices[0]
-            .text
-            for prompt in arguments.prompt
-        ]
-    expected = generated(arguments.adapter, arguments.prompt, arguments.max_tokens)
-    for prompt, answer, other in zip(arguments.prompt, answers, expected, strict=True):
+        answers = ask(client, prompts, arguments.max_tokens)
+    expected = generated(arguments.reference, arguments.adapter, prompts, arguments.max_tokens)
+    for prompt, answer, other in zip(prompts, answers, expected, strict=True):
         print(f"{prompt}{answer}" if answer == other else f"{prompt}\n  vLLM:     {answer!r}\n  generate: {other!r}")
     same = sum(a == b for a, b in zip(answers, expected, strict=True))
     print(f"{same} of {len(answers)} answers are those of generate.")

@@ -10,7 +10,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-NAMES = ("train_step", "ragged", "lengths", "authors", "generate", "chat", "lm_eval")
+NAMES = ("train_step", "ragged", "lengths", "authors", "generate", "chat", "lm_eval", "serve")
 
 ROOT = Path(__file__).resolve().parents[2]
 

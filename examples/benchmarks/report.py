@@ -144,6 +144,17 @@ def rates(result: Mapping[str, float]) -> str:
     return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 
+def requests(result: Result) -> int:
+    """The number of requests in a shape `PxR`."""
+    return int(str(result["shape"]).split("x")[1])
+
+
+def prompt_tokens(result: Result) -> int:
+    """The number of tokens of all prompts in a shape `PxR`."""
+    length, rows = map(int, str(result["shape"]).split("x"))
+    return length * rows
+
+
 def distinct(results: Sequence[Result], name: str) -> list[str]:
     """What the results have as `name`, each once, in their order."""
     return list(dict.fromkeys(result[name] for result in results))
@@ -235,6 +246,24 @@ REPORTS = {
         [
             Bars("prefill_ratio", "reading the prompt, to LoRA", target=2.0),
             Bars("per_token_ratio", "a token, to LoRA or to the base model", target=1.02),
+        ],
+    ),
+    "serve": Report(
+        {
+            "model": text("model"),
+            "P x requests": text("shape"),
+            "": text("contender"),
+            "prompts, seconds (min-max)": lambda r: spread(r["prefill"], digits=3),
+            "to merged": number("prefill_ratio"),
+            "decoding step, ms (min-max)": lambda r: spread(r["per_token"], digits=1, factor=1000),
+            "to merged ": number("per_token_ratio", 3),
+            "prompt tokens/s": lambda r: f"{prompt_tokens(r) / r['prefill']['seconds']:.0f}",
+            "tokens/s": lambda r: f"{requests(r) / r['per_token']['seconds']:.1f}",
+            "requests/s": number("requests_per_second"),
+        },
+        [
+            Bars("prefill_ratio", "reading the prompts, to merged LoRA", target=2.2),
+            Bars("per_token_ratio", "a decoding step, to merged LoRA", target=1.03),
         ],
     ),
     "chat": Report(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,16 @@ def plan_of(attn_metadata: Any) -> Plan | None:
     if not isinstance(attn_metadata, dict) or not attn_metadata:
         return None
     return getattr(next(iter(attn_metadata.values())), "bitune", None)
+
+
+OF_THE_STEP = (
+    "_num_computed_tokens_cache",
+    "_token_to_req_indices_cache",
+    "_seq_lens_cpu",  # this and the next until vLLM 0.29
+    "_num_computed_tokens_cpu",
+    "req_idx",  # from 0.30 on
+)
+"""Entries of `CommonAttentionMetadata` that are computed from others, or left out, and would be wrong for some rows."""
 
 
 @functools.cache
@@ -171,6 +181,5 @@ def part_of(
         causal=causal,
         positions=None if common.positions is None else common.positions[rows],
         is_prefilling=torch.ones(len(lengths), dtype=torch.bool),
-        _num_computed_tokens_cache=None,
-        _token_to_req_indices_cache=None,
+        **{name: None for name in OF_THE_STEP if name in {field.name for field in fields(common)}},
     )

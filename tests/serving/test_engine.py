@@ -271,3 +271,27 @@ def test_a_layer_that_cannot_mix_is_refused(changes: dict[str, Any], message: st
 @pytest.mark.parametrize("second_pass", ["causal", "anticausal"])
 def test_a_causal_backend_serves_the_ablations(second_pass: str) -> None:
     check_layer("layer", attention_layer(causal=True), second_pass)
+
+
+def test_a_part_of_a_step_has_nothing_of_the_whole_step() -> None:
+    """Whatever of `OF_THE_STEP` this version of vLLM has: 0.28 and 0.29 have more of it."""
+    from dataclasses import fields, replace
+
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    from bitune_plugin.integrations.vllm.plan import OF_THE_STEP, part_of
+
+    starts, totals = torch.tensor([0, 4, 5]), torch.tensor([4, 9])
+    whole = CommonAttentionMetadata(
+        **{"query_start_loc": starts, "query_start_loc_cpu": starts, "seq_lens": totals, "num_reqs": 2},
+        **{"num_actual_tokens": 5, "max_query_len": 4, "max_seq_len": 9, "causal": True},
+        **{"block_table_tensor": torch.arange(4).view(2, 2), "slot_mapping": torch.arange(5)},
+    )
+    names = {field.name for field in fields(whole)} & {*OF_THE_STEP}
+    assert "_num_computed_tokens_cache" in names
+    whole = replace(whole, **dict.fromkeys(names, totals))
+    part = part_of(whole, torch.tensor([0, 1, 2]), [3], [3], [0], causal=False)
+    assert {name: getattr(part, name) for name in names} == dict.fromkeys(names)
+    assert part.compute_num_computed_tokens().tolist() == [0]
+    assert part.slot_mapping.tolist() == [0, 1, 2]
+    assert part.block_table_tensor.tolist() == [[0, 1]]
