@@ -11,6 +11,8 @@ timed as a whole: scheduling, the model, sampling. What decodes is compiled, unl
 * `merged`: LoRA, merged into the weights.
 * `lora`: LoRA by vLLM's own `--enable-lora`.
 * `bitune`: a decoding step is to cost at most 1.03 times what it costs with `merged`, a prompt at most 2.2 times.
+* `control`: `merged` once more. Engines of the same model differ, by the order in which they were made (that of
+  `--contenders`): how far this one is from `merged` is no difference between methods.
 
 Needs vLLM: pip install "bitune-plugin[vllm,plot]".
 """
@@ -45,7 +47,7 @@ from bitune_plugin import BituneConfig
 from bitune_plugin.integrations.vllm import engine_args
 from pretrained import load_model
 
-CONTENDERS = ("base", "merged", "lora", "bitune")
+CONTENDERS = ("base", "merged", "lora", "bitune", "control")
 
 
 def size_of(shape: str) -> tuple[int, int]:
@@ -124,7 +126,8 @@ def engines(model: str, contenders: tuple[str, ...], dtype: str, eager: bool, lo
         if contender == "lora":
             request = LoRARequest("lora", 1, str(path / "lora"))
             return Engine(LLM(model=str(path / "base"), enable_lora=True, max_lora_rank=8, **options), request)
-        return Engine(LLM(model=str(path / contender), **options), None)
+        folder_of = {"base": "base", "merged": "merged", "control": "merged"}
+        return Engine(LLM(model=str(path / folder_of[contender]), **options), None)
 
     return {contender: make(contender) for contender in contenders}, folder
 
