@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face is imported; subprocesses inherit it
@@ -38,3 +39,15 @@ def trainer(tmp_path: Path) -> Callable[..., Any]:
 def any_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets transformers' own adapter methods run: those of 5.24 ask for PEFT 0.22, which is not released."""
     monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21.0")
+
+
+@pytest.fixture
+def quanto(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantised caches whose numbers are unpacked here: quanto would compile a C++ function for that, for a minute."""
+    pytest.importorskip("optimum.quanto")
+    from optimum.quanto.library.extensions import get_extension
+
+    def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+        return torch.cat([packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)])
+
+    monkeypatch.setattr(get_extension("quanto_cpp"), "_lib", SimpleNamespace(unpack=unpack))

@@ -894,9 +894,9 @@ def test_caches_kept_off_the_accelerator(cache_implementation: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quanto")
 def test_a_quantized_cache_is_given_the_mixture(models: tuple[PeftModel, ThreePass]) -> None:
     """The first token still sees all of its digits."""
-    pytest.importorskip("optimum.quanto")
     model, oracle = models
     rows = unequal()
     config = {"nbits": 4, "q_group_size": 8, "residual_length": 4, "axis_key": 0, "axis_value": 0}

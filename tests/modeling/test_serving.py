@@ -75,9 +75,9 @@ def test_in_data_parallel_on_the_cpu_it_is_the_model_itself() -> None:
     assert torch.equal(logits(nn.DataParallel(model)), logits(model))
 
 
+@pytest.mark.usefixtures("quanto")
 def test_a_quantised_cache_holds_the_mixed_keys_and_values() -> None:
     """As quantised as those that an exact cache holds; and decoding goes on from there."""
-    pytest.importorskip("optimum.quanto")
     model, oracle = with_oracle()
     settings = {"nbits": 4, "q_group_size": 8, "residual_length": 4}
     quantised = QuantizedCache("quanto", model.config, **settings)
