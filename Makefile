@@ -62,8 +62,11 @@ load-vllm: .venv-vllm/installed  ## the server under 200 requests at once, for t
 FAST = tests/core tests/modeling/test_host.py tests/test_imports.py tests/test_kinds.py tests/test_versions.py \
        tests/test_reference.py tests/tuner/test_config.py
 
-check: lint types              ## style, types and the fast tests, before a commit
-	$(VENV)/$(PYTEST) -m "not slow" --hypothesis-profile fast $(FAST)
+# mypy works on one file after another: it runs beside the tests, and each may fail.
+check: lint                    ## style, types and the fast tests, before a commit
+	$(BIN)/mypy & types=$$!; \
+	$(VENV)/$(PYTEST) -m "not slow" --hypothesis-profile fast $(FAST) || failed=$$?; \
+	wait $$types && exit $${failed:-0}
 
 lint: $(VENV)/installed        ## check the style of the code
 	$(BIN)/ruff check .
