@@ -11,6 +11,8 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face is imported; subprocesses inherit it
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# Tiny models: handing their work to threads costs more than the work, above all where tests run side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -23,7 +25,6 @@ if not torch.accelerator.is_available():
 # `make check` draws fewer examples: `--hypothesis-profile fast`.
 settings.register_profile("fast", deadline=None, max_examples=10)
 
-# Tiny models: handing their work to threads costs more than the work, above all where tests run side by side.
 torch.set_num_threads(1)
 
 
