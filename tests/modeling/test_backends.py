@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import PreTrainedModel
 from transformers import modeling_flash_attention_utils as flash_utils
 
@@ -86,7 +86,11 @@ def flex(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def uncompiled(query: Tensor, key: Tensor, value: Tensor, training: bool = False, **kwargs: object) -> Tensor:
         return flex_attention(query, key, value, **kwargs)
 
+    def uncompiled_mask(*args: object, _compile: bool = True, **kwargs: object) -> BlockMask:
+        return create_block_mask(*args, **kwargs)
+
     monkeypatch.setattr("transformers.integrations.flex_attention.compile_friendly_flex_attention", uncompiled)
+    monkeypatch.setattr("transformers.masking_utils.create_block_mask", uncompiled_mask)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
         yield
