@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import trl.scripts.sft
 
+import warm
 from models import tiny, word_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -27,8 +27,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def run(script: str, *arguments: object, cwd: Path = EXAMPLES.parent) -> str:
-    command = [sys.executable, "-W", "ignore", str(EXAMPLES / script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+    done = warm.run([sys.executable, EXAMPLES / script, *arguments], cwd=cwd)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -201,23 +200,21 @@ def test_the_readme_shows_the_results() -> None:
 
 
 def test_evaluate_scores_the_model_it_was_given_beside_lora_and_bitune(model: Path, tmp_path: Path) -> None:
-    """Twice, with another model first: what it left behind must not be read."""
+    """In a folder of another model: what its run left behind must not be read."""
     output = Path("run")
-    other = tmp_path / "zebra"
-    tiny(seed=5).save_pretrained(other)
-    word_tokenizer().save_pretrained(other)
+    stale = {"results": {"reasoning_choice": {"acc,none": 0.9876, "acc_stderr,none": 0.1234}}}
+    for contender in ("untouched", "lora", "bitune"):
+        folder = tmp_path / output / f"results-{contender}" / "zebra"
+        folder.mkdir(parents=True)
+        (folder / "results_2020-01-01T00-00-00.000000.json").write_text(json.dumps(stale))
     settings = ["--samples", 4, "--questions", 6, "--batch-size", 2, "--output", output]
-    for name in (other.name, model.name):
-        printed = run("evaluate.py", "--model", name, *settings, cwd=tmp_path)
+    printed = run("evaluate.py", "--model", model.name, *settings, cwd=tmp_path)
     assert all(word in printed for word in ("untouched", "lora", "bitune", "guessing", "25.0%", "6 held-out questions"))
-    written = {folder.name: sorted(folder.iterdir()) for folder in (tmp_path / output).glob("results-*")}
-    assert {name: len(folders) for name, folders in written.items()} == {
-        "results-untouched": 2,
-        "results-lora": 1,
-        "results-bitune": 1,
-    }
-    used = [line for line in printed.splitlines() if "pretrained=" in line]
-    assert used
+    assert "98.8%" not in printed
+    for results in (tmp_path / output).glob("results-*"):
+        written = [file for file in results.rglob("results_*.json") if file.parent.name != "zebra"]
+        assert len(written) == 1, results
+    assert [line for line in printed.splitlines() if "pretrained=" in line]
     assert "zebra" not in printed
 
 
