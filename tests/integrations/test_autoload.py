@@ -17,6 +17,7 @@ import pytest
 
 import bitune_autoload
 
+LOOKUP = "from lm_eval.api.registry import get_model, model_registry"
 KNOWN = "import peft; print('BITUNE' in peft.PEFT_TYPE_TO_CONFIG_MAPPING)"
 
 
@@ -41,8 +42,11 @@ def test_peft_knows_bitune_from_its_first_line_on() -> None:
     assert python(code) == ("True", "")
 
 
-def test_peft_knows_bitune_when_others_imported_it() -> None:
-    assert python(f"import torch, trl, transformers; {KNOWN}") == ("True", "")
+@pytest.mark.parametrize("first", ["torch, trl, transformers", "lm_eval.models.huggingface"])
+def test_peft_and_lm_eval_know_bitune_when_others_imported_them(first: str) -> None:
+    show = "model = get_model('bitune'); print(model.__module__, model.__name__, issubclass(model, get_model('hf')))"
+    known = "True\nbitune_plugin.integrations.lm_eval.model BituneLM True"
+    assert python(f"import {first}; {KNOWN}; {LOOKUP}; {show}") == (known, "")
 
 
 def test_a_part_of_bitune_may_be_imported_before_all_else() -> None:
@@ -76,12 +80,16 @@ def test_a_peft_that_is_too_old_can_be_imported_without_bitune(first: str) -> No
     assert "Bitune adapters will not load" in complaint
 
 
-@pytest.mark.parametrize("statement", ["import bitune_plugin.tuner.config", "from bitune_plugin import BituneModel"])
-def test_with_a_peft_that_is_too_old_nothing_of_bitune_can_be_used(statement: str) -> None:
-    code = f"{OLD_PEFT}\ntry:\n    {statement}\nexcept ImportError as error:\n    print(error)"
-    printed, _ = python(code, BITUNE_AUTOLOAD="0")
-    assert printed.startswith(f"Bitune cannot be used with PEFT {peft.__version__}, which lacks")
-    assert "pip install 'peft>=" in printed
+def test_with_a_peft_that_is_too_old_nothing_of_bitune_can_be_used() -> None:
+    """A second attempt fails as the first."""
+    statements = ("import bitune_plugin.tuner.config", "from bitune_plugin import BituneModel")
+    attempts = [f"try:\n    {each}\nexcept ImportError as error:\n    print(error)" for each in statements]
+    printed, _ = python("\n".join([OLD_PEFT, *attempts]), BITUNE_AUTOLOAD="0")
+    refusals = printed.split("Bitune cannot be used")[1:]
+    assert len(refusals) == len(statements)
+    for refusal in refusals:
+        assert refusal.startswith(f" with PEFT {peft.__version__}, which lacks")
+        assert "pip install 'peft>=" in refusal
 
 
 def test_torch_calls_it() -> None:
@@ -93,17 +101,6 @@ def test_the_installed_module_is_that_of_the_source_tree() -> None:
     installed, _ = python("import bitune_autoload; print(bitune_autoload.__file__)")
     source = Path(__file__).parents[2] / "bitune_autoload.py"
     assert Path(installed).read_text(encoding="utf-8") == source.read_text(encoding="utf-8")
-
-
-LOOKUP = "from lm_eval.api.registry import get_model, model_registry"
-
-
-@pytest.mark.parametrize("first", ["torch", "lm_eval.models.huggingface"])
-@pytest.mark.slow
-def test_lm_eval_knows_bitune_once_torch_is_imported(first: str) -> None:
-    show = "model = get_model('bitune'); print(model.__module__, model.__name__, issubclass(model, get_model('hf')))"
-    code = f"import {first}; {LOOKUP}; {show}"
-    assert python(code) == ("bitune_plugin.integrations.lm_eval.model BituneLM True", "")
 
 
 @pytest.mark.slow
