@@ -33,8 +33,9 @@ quickstart: $(VENV)/installed  ## fine-tune, save, reload, generate
 evaluate: $(VENV)/installed    ## LoRA and Bitune side by side, scored by lm-eval
 	$(BIN)/python examples/evaluate.py --model $(MODEL)
 
-PYTEST = bin/python -m pytest --numprocesses 2 --dist loadfile
-# A new version of a host breaks these first; the longest files come first.
+# Files are in the order of tests/conftest.py: the longest come first.
+PYTEST = bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# A new version of a host breaks these first.
 SUBSET = -m "not slow" tests/checks tests/modeling/test_forward.py tests/modeling/test_generate.py tests/modeling/test_host.py \
          tests/tuner/test_tuner.py tests/integrations/test_lm_eval.py tests/integrations/test_trl.py \
          tests/integrations/test_autoload.py tests/test_reference.py

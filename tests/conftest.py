@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,30 @@ if not torch.accelerator.is_available():
 settings.register_profile("fast", deadline=None, max_examples=10)
 
 torch.set_num_threads(1)
+
+
+# By seconds; others are in the order of their numbers of tests.
+LONGEST = (
+    "test_lm_eval.py",
+    "test_autoload.py",
+    "test_processes.py",
+    "test_examples.py",
+    "test_all_models.py",
+    "test_loading.py",
+    "test_forward.py",
+    "test_tuner.py",
+    "test_peft_contract.py",
+    "test_generate.py",
+    "test_methods.py",
+    "test_trl_options.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files come first, so that no worker has one alone at the end (with `--no-loadscope-reorder`)."""
+    tests = Counter(item.path for item in items)
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (places.get(item.path.name, len(places)), -tests[item.path], item.path))
 
 
 @pytest.fixture
