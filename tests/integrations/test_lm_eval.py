@@ -208,6 +208,12 @@ def evaluate(saved: Saved, tasks: Path) -> Callable[..., dict[str, Any]]:
     return run
 
 
+@pytest.fixture(scope="module")
+def evaluated(evaluate: Callable[..., dict[str, Any]]) -> Callable[[str, int | str], dict[str, Any]]:
+    """Results of one of `WAYS`, made once for each batch size."""
+    return cache(lambda way, batch_size: evaluate(batch_size=batch_size, **WAYS[way]))
+
+
 def assert_every_sample_right(results: dict[str, Any], scorer: LiteralScorer) -> None:
     """Each response is the literal one, and the metrics follow from them."""
     correct = []
@@ -233,8 +239,8 @@ WAYS = {
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, "auto"])
 @pytest.mark.parametrize("way", WAYS)
-def test_every_score_is_the_literal_one(evaluate: Callable, saved: Saved, way: str, batch_size: int | str) -> None:
-    results = evaluate(batch_size=batch_size, **WAYS[way])
+def test_every_score_is_the_literal_one(evaluated: Callable, saved: Saved, way: str, batch_size: int | str) -> None:
+    results = evaluated(way, batch_size)
 
     assert all(len(results["samples"][task]) == 7 for task in (CHOICE, GENERATE, ROLLING))
     assert_every_sample_right(results, saved.scorer)
@@ -261,14 +267,14 @@ def test_examples_and_system_instruction_are_part_of_the_prompt(
         assert context.count("assistant") == (3 if multiturn else 1)
 
 
-def test_examples_and_templates_change_the_scores(evaluate: Callable) -> None:
+def test_examples_and_templates_change_the_scores(evaluated: Callable) -> None:
     """The tests above would show little otherwise."""
-    seen = {way: str(evaluate(tasks=[CHOICE], **settings)["samples"][CHOICE]) for way, settings in WAYS.items()}
-    assert len(set(seen.values())) == len(WAYS)
+    seen = {str([sample["resps"] for sample in evaluated(way, 1)["samples"][CHOICE]]) for way in WAYS}
+    assert len(seen) == len(WAYS)
 
 
 def test_the_scores_are_neither_those_of_one_causal_reading_nor_of_the_base_model(
-    evaluate: Callable, saved: Saved
+    evaluate: Callable, evaluated: Callable, saved: Saved
 ) -> None:
     def scores(sample: dict[str, Any], prompt_tokens: int | None) -> list[float]:
         encode = saved.scorer.tokenizer.encode
@@ -280,7 +286,7 @@ def test_the_scores_are_neither_those_of_one_causal_reading_nor_of_the_base_mode
             if len(c) > prompt_tokens
         ]
 
-    sample = max(evaluate(tasks=[CHOICE])["samples"][CHOICE], key=lambda s: len(s["arguments"][0][0]))
+    sample = max(evaluated("plain", 1)["samples"][CHOICE], key=lambda s: len(s["arguments"][0][0]))
     got = [response[0] for [response] in sample["resps"]]
     causal = scores(sample, prompt_tokens=1)
     base = evaluate({"pretrained": saved.base}, model="hf", tasks=[CHOICE])["samples"][CHOICE]
@@ -305,8 +311,8 @@ def test_a_part_of_the_documents_is_evaluated(evaluate: Callable, saved: Saved) 
     assert_every_sample_right(chosen, saved.scorer)
 
 
-def test_without_samples_the_metrics_are_the_same(evaluate: Callable) -> None:
-    assert evaluate(log_samples=False)["results"] == evaluate()["results"]
+def test_without_samples_the_metrics_are_the_same(evaluate: Callable, evaluated: Callable) -> None:
+    assert evaluate(log_samples=False)["results"] == evaluated("plain", 1)["results"]
 
 
 # --- The command line -------------------------------------------------------------------------------------------------
