@@ -187,8 +187,8 @@ def check_accelerate(words: list[str]) -> None:
 
 
 def check_python(words: list[str]) -> None:
-    """The script, or the module of a folder, is there and has these options; those of `sft.py` are TRL's."""
-    if words[0].startswith("-") or words[0] == "examples/sft.py":
+    """The script, or the module of a folder, is there and has these options; those of `sft.py` and `rates.py` are TRL's."""
+    if words[0].startswith("-") or words[0] in ("examples/sft.py", "examples/paper/rates.py"):
         return
     script = ROOT / words[0]
     if script.is_dir():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from typing import Any
 
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.logging import get_logger
@@ -66,20 +67,14 @@ def train(argv: list[str]) -> BituneSFTTrainer:
     settings = read_settings(argv)
     training, script, model = settings.training, settings.script, settings.model
     _check_processes(settings)
-    training.model_init_kwargs = {
-        "revision": model.model_revision,
-        "trust_remote_code": training.trust_remote_code,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        **(training.model_init_kwargs or {}),
-    }
-    dataset = _load(script, settings.mixture)
+    training.model_init_kwargs = model_init_kwargs(settings)
+    dataset = load(script, settings.mixture)
     evaluates = training.eval_strategy != "no"
     trainer = BituneSFTTrainer(
         model=model.model_name_or_path,
         args=training,
-        train_dataset=_split(dataset, "dataset_train_split", settings),
-        eval_dataset=_split(dataset, "dataset_test_split", settings) if evaluates else None,
+        train_dataset=split(dataset, "dataset_train_split", settings),
+        eval_dataset=split(dataset, "dataset_test_split", settings) if evaluates else None,
         quantization_config=get_quantization_config(model),
         peft_config=settings.bitune,
     )
@@ -94,6 +89,18 @@ def train(argv: list[str]) -> BituneSFTTrainer:
     return trainer
 
 
+def model_init_kwargs(settings: Settings) -> dict[str, Any]:
+    """The keywords with which the model is loaded."""
+    training, model = settings.training, settings.model
+    return {
+        "revision": model.model_revision,
+        "trust_remote_code": training.trust_remote_code,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(training.model_init_kwargs or {}),
+    }
+
+
 def _check_processes(settings: Settings) -> None:
     """Raises ValueError if several processes were asked for, and accelerate has silently started one."""
     asked = launch_command_parser().parse_known_args([*settings.for_accelerate, MODULE])[0].num_processes or 1
@@ -105,7 +112,8 @@ def _check_processes(settings: Settings) -> None:
         )
 
 
-def _load(script: ScriptArguments, mixture: DatasetMixtureConfig) -> DatasetDict | IterableDatasetDict:
+def load(script: ScriptArguments, mixture: DatasetMixtureConfig) -> DatasetDict | IterableDatasetDict:
+    """The dataset of the settings. Raises ValueError if there is none, or it cannot be read."""
     if mixture.datasets:
         if script.dataset_name is not None:
             logger.warning(f"`dataset_name={script.dataset_name}` is ignored: there are `datasets`, too.")
@@ -121,12 +129,12 @@ def _load(script: ScriptArguments, mixture: DatasetMixtureConfig) -> DatasetDict
         raise ValueError(f"`dataset_name={script.dataset_name}` cannot be read: {reason}.") from error
 
 
-def _split(dataset: DatasetDict | IterableDatasetDict, name: str, settings: Settings) -> Samples:
+def split(dataset: DatasetDict | IterableDatasetDict, name: str, settings: Settings) -> Samples:
     """The split that the setting `name` names, rendered by the templates, if there are any."""
-    split = getattr(settings.script, name)
-    if split not in dataset:
-        raise ValueError(f"`{name}={split!r}` is no split of the dataset. Choose one of {list(dataset)}.")
-    samples = dataset[split]
+    chosen = getattr(settings.script, name)
+    if chosen not in dataset:
+        raise ValueError(f"`{name}={chosen!r}` is no split of the dataset. Choose one of {list(dataset)}.")
+    samples = dataset[chosen]
     if settings.templates is None:
         return samples
     return apply_templates(samples, *settings.templates, num_proc=settings.training.dataset_num_proc)
