@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import transformers
@@ -62,8 +63,21 @@ def check_parallelism(config: Any) -> None:
 
 
 def check_not_empty(dataset: Dataset | IterableDataset, name: str) -> None:
-    if isinstance(dataset, Dataset) and len(dataset) == 0:
+    empty = len(dataset) == 0 if isinstance(dataset, Dataset) else next(iter(dataset), None) is None
+    if empty:
         raise ValueError(f"The {name} dataset is empty.")
+
+
+@contextmanager
+def no_empty_stream(name: str) -> Iterator[None]:
+    """Raises ValueError where a stream ends before its first sample, which is read ahead, for its columns."""
+    try:
+        yield
+    except StopIteration:
+        raise ValueError(
+            f"The {name} dataset is a stream without a sample that Bitune can learn from. Look at what was left out of "
+            "it, above, if anything was."
+        ) from None
 
 
 def check_text(columns: Iterable[str], processing_class: Any, name: str) -> None:

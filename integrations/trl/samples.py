@@ -127,9 +127,12 @@ def leading(values: list[Any], value: Any) -> int:
 
 
 def has_prompt_and_completion(sample: dict[str, Any]) -> bool:
-    """Whether something is left on both sides of the boundary of a sample that is one document."""
-    length = leading(sample[PROMPT_MASK], True)
-    return length > 0 and any(label != IGNORED for label in sample["labels"][length:])
+    """Whether a prompt, and something to learn behind it, are left of a sample that is one document. If it has several
+    prompts, it may begin within a completion."""
+    mask, labels = sample[PROMPT_MASK], sample["labels"]
+    first = leading(mask, False)
+    behind = first + leading(mask[first:], True)
+    return behind > first and any(label != IGNORED for label in labels[behind:])
 
 
 def fits(sample: dict[str, Any], max_length: int) -> bool:

@@ -31,6 +31,7 @@ from bitune_plugin.integrations.trl.checks import (
     check_text,
     is_conversation,
     is_packed,
+    no_empty_stream,
 )
 from bitune_plugin.integrations.trl.collator import PromptCollator
 from bitune_plugin.integrations.trl.conversations import keeps_its_prompt
@@ -38,7 +39,7 @@ from bitune_plugin.integrations.trl.filters import filtered
 from bitune_plugin.integrations.trl.host import main_process_first
 from bitune_plugin.integrations.trl.preparation import CHANGED, marked, split_turns_of, workers_of
 from bitune_plugin.integrations.trl.samples import pack
-from bitune_plugin.integrations.trl.turns import tokenized_by_turns
+from bitune_plugin.integrations.trl.turns import ends_of_turns, tokenized_by_turns
 from bitune_plugin.modeling.causal_lm import reads_turns_apart
 
 
@@ -85,6 +86,10 @@ class BituneSFTTrainer(KeepsPromptMask, SFTTrainer):
         arguments["peft_config"] = bitune_config(arguments["model"], arguments.get("peft_config"))
         model, config = arguments["model"], arguments["peft_config"]
         self.several_prompts = reads_turns_apart(model) if config is None else config.multi_turn == ALTERNATE
+        self.ends_of_turns: set[int] = set()
+        if self.several_prompts:
+            loaded_with = getattr(arguments.get("args"), "model_init_kwargs", None)
+            self.ends_of_turns = ends_of_turns(model, loaded_with)
         check_settings(arguments.get("args"), arguments.get("data_collator"))
         if isinstance(arguments.get("train_dataset"), Dataset | IterableDataset):  # TRL refuses anything else
             check_not_empty(arguments["train_dataset"], "train")
@@ -109,21 +114,31 @@ class BituneSFTTrainer(KeepsPromptMask, SFTTrainer):
         formatting_func: Callable[[dict], str] | None,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
-        given = get_dataset_column_names(dataset)
-        check_has_prompt(given, formatting_func, dataset_name)
-        check_text(given, processing_class, dataset_name)
+        with no_empty_stream(dataset_name):
+            given = get_dataset_column_names(dataset)
+            check_has_prompt(given, formatting_func, dataset_name)
+            check_text(given, processing_class, dataset_name)
+            return self._prepared(dataset, given, processing_class, args, packing, dataset_name)
+
+    def _prepared(
+        self, dataset: Any, given: list[str], processing_class: Any, args: SFTConfig, packing: bool, name: str
+    ) -> Dataset | IterableDataset:
+        """Samples of a dataset that came with the columns `given`. Raises StopIteration for a stream without any."""
         if is_conversation(given) and self.several_prompts:
-            dataset = tokenized_by_turns(dataset, args, processing_class, self.chat_template, dataset_name)
+            dataset = tokenized_by_turns(dataset, args, processing_class, self.chat_template, self.ends_of_turns, name)
             given = get_dataset_column_names(dataset)
         elif is_conversation(given):
-            dataset = split_turns_of(dataset, args, dataset_name)
-        dataset = self._tokenize_uncut(dataset, processing_class, args, dataset_name).with_format(None)
+            dataset = split_turns_of(dataset, args, name)
+        dataset = self._tokenize_uncut(dataset, processing_class, args, name).with_format(None)
         with main_process_first():  # as TRL does, so that one process fills the cache for all
             if "input_ids" not in given:
                 template = {"tokenizer": processing_class, "chat_template": self.chat_template}
-                reason = CHANGED.format(dataset_name)
-                dataset = filtered(dataset, keeps_its_prompt, reason, workers_of(dataset, args), **template)
-            dataset = marked(dataset, given, args, packing, dataset_name, self.several_prompts)
+                dataset = filtered(
+                    dataset, keeps_its_prompt, CHANGED.format(name), workers_of(dataset, args), **template
+                )
+            dataset = marked(dataset, given, args, packing, name, self.several_prompts)
+            if isinstance(dataset, IterableDataset):
+                next(iter(dataset))  # or training would begin, with nothing to learn
             if packing and not is_packed(given):
                 dataset = dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
                 dataset = pack(dataset, args.max_length, args.packing_strategy, workers_of(dataset, args))
@@ -138,11 +153,6 @@ class BituneSFTTrainer(KeepsPromptMask, SFTTrainer):
         completion_only, self.completion_only_loss = self.completion_only_loss, False
         try:
             return super()._prepare_dataset(dataset, processing_class, uncut, False, None, name)
-        except StopIteration:
-            raise ValueError(
-                f"The {name} dataset is a stream without a sample that Bitune can learn from. Look at what was left "
-                "out of it, above, if anything was."
-            ) from None
         finally:
             self.completion_only_loss = completion_only
 

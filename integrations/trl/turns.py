@@ -1,15 +1,16 @@
 """Conversations that are read turn by turn (`multi_turn="alternate"`): one sample with a prompt for every turn.
 
 Training and chatting must agree token by token, so a prompt here is what a chat appends to the cache: the messages
-since the last completion and the opening of the next, as the chat template renders them. A completion ends with the
+since the last completion and the opening of the next, as the chat template renders them. A completion ends with an
 end-of-sequence token, as in generation; the tokens that the template puts behind it belong to the next prompt.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from trl import SFTConfig
 from trl.data_utils import get_dataset_column_names
 
@@ -34,14 +35,41 @@ CHANGED = (
 """Why a conversation is left out."""
 
 
+def ends_of_turns(model: Any, settings: dict[str, Any] | None = None) -> set[int]:
+    """The tokens with which `generate` ends a completion, as the model says.
+
+    Args:
+        model: a model, or its hub id or path.
+        settings: the keywords with which it is loaded from there.
+    """
+    if isinstance(model, str):
+        of_files = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "code_revision")
+        settings = {name: value for name, value in (settings or {}).items() if name in of_files}
+        try:
+            config: Any = GenerationConfig.from_pretrained(model, **settings)
+        except OSError:  # without a file of its own, as `from_pretrained` of a model does
+            config = AutoConfig.from_pretrained(model, **settings).get_text_config()
+    else:
+        config = getattr(model, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    return set() if ends is None else set(ends) if isinstance(ends, Iterable) else {ends}
+
+
 def tokenized_by_turns(
-    dataset: Any, args: SFTConfig, tokenizer: PreTrainedTokenizerBase, chat_template: str | None, name: str
+    dataset: Any,
+    args: SFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None,
+    ends: set[int],
+    name: str,
 ) -> Any:
-    """Samples of tokens of conversations: `input_ids`, `labels` and `prompt_mask`; see `by_turns`."""
+    """Samples of tokens of conversations: `input_ids`, `labels` and `prompt_mask`; see `by_turns`. `ends` are those of
+    the model; that of the tokenizer is another."""
     workers = workers_of(dataset, args)
     settings = {
         "tokenizer": tokenizer,
         "chat_template": chat_template,
+        "ends": sorted(ends | {tokenizer.eos_token_id} - {None}),
         "which": getattr(args, "assistant_turns", ASSISTANT_TURNS[0]),
         "completion_only": args.completion_only_loss is not False,
     }
@@ -58,6 +86,7 @@ def by_turns(
     sample: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     chat_template: str | None,
+    ends: list[int],
     which: str,
     completion_only: bool,
 ) -> dict[str, list[Any]]:
@@ -67,6 +96,7 @@ def by_turns(
         sample: `messages`, and optionally `tools` and `chat_template_kwargs`.
         tokenizer: has the chat template.
         chat_template: to be used instead, or `None`.
+        ends: the tokens that end a completion.
         which: the assistant turns that count for the loss, one of `ASSISTANT_TURNS`.
         completion_only: prompts do not count for the loss.
 
@@ -90,7 +120,7 @@ def by_turns(
         prompt, whole = rendered(turn.start, True), rendered(turn.stop, False)
         if prompt[: len(ids)] != ids or whole[: len(prompt)] != prompt:
             return {"input_ids": [], "labels": [], PROMPT_MASK: []}
-        is_prompt = [True] * (len(prompt) - len(ids)) + _behind_the_end(whole[len(prompt) :], tokenizer.eos_token_id)
+        is_prompt = [True] * (len(prompt) - len(ids)) + _behind_the_end(whole[len(prompt) :], ends)
         learnt = which != ASSISTANT_TURNS[0] or turn is turns[-1]
         new = zip(whole[len(ids) :], is_prompt, strict=True)
         labels += [token if (learnt and not prompt) or not completion_only else IGNORED for token, prompt in new]
@@ -99,10 +129,10 @@ def by_turns(
     return {"input_ids": ids, "labels": labels, PROMPT_MASK: prompt_mask}
 
 
-def _behind_the_end(completion: list[int], eos: int | None) -> list[bool]:
+def _behind_the_end(completion: list[int], ends: list[int]) -> list[bool]:
     """Of each token of a rendered completion, whether it comes after its last end-of-sequence token."""
-    ends = [index for index, token in enumerate(completion) if token == eos]
-    said = ends[-1] + 1 if ends else len(completion)
+    at = [index for index, token in enumerate(completion) if token in ends]
+    said = at[-1] + 1 if at else len(completion)
     return [False] * said + [True] * (len(completion) - said)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
 from bitune_plugin.integrations.trl.samples import PROMPT_MASK, has_prompt_and_completion, mark_prompt
@@ -183,6 +183,16 @@ class TestTruncation:
     @pytest.mark.parametrize("settings", [{"max_length": 9}, {"max_length": 9, "truncation_mode": "keep_end"}])
     def test_is_exact(self, trainer: Any, settings: dict[str, Any]) -> None:
         assert_exact(trainer(**ONE_STEP, **settings))
+
+    @pytest.mark.parametrize("packing", [False, True])
+    def test_refuses_to_leave_nothing_of_a_stream(self, trainer: Any, packing: bool) -> None:
+        stream = Dataset.from_list(pairs()).to_iterable_dataset()
+        with pytest.raises(ValueError, match="The train dataset is a stream without a sample that Bitune can learn"):
+            trainer(max_length=1, train_dataset=stream, packing=packing)
+
+    def test_refuses_an_empty_stream(self, trainer: Any) -> None:
+        with pytest.raises(ValueError, match="The train dataset is empty"):
+            trainer(train_dataset=IterableDataset.from_generator(lambda: iter(())))
 
     def test_refuses_to_leave_nothing(self, trainer: Any) -> None:
         with pytest.raises(ValueError, match=r"24 of 24 samples .* `max_length=1`. Raise `max_length`"):

@@ -82,9 +82,10 @@ CASES: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("multi_turn", ["reread", "alternate"])
 @pytest.mark.parametrize("name", CASES)
 def test_turns_and_results_are_completion_in_training_and_in_generation(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, multi_turn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cls, config, arguments = CASES[name]
     fields = {"num_generations": 2, "beta": 0.1} if config is GRPOConfig else {}
@@ -96,7 +97,7 @@ def test_turns_and_results_are_completion_in_training_and_in_generation(
         args=settings_of(config, tmp_path, **SAMPLING, **fields),
         train_dataset=Dataset.from_list(prompts),
         processing_class=calling(),
-        peft_config=BituneConfig(adapter=copy.deepcopy(LORA)),
+        peft_config=BituneConfig(adapter=copy.deepcopy(LORA), multi_turn=multi_turn),
         **arguments,
     )
     witness = Witness(trainer, monkeypatch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from agreement import NOISE, assert_agrees
 from bitune_plugin import BituneConfig, BituneSFTTrainer
 from bitune_plugin.integrations.trl.conversations import assistant_turns
+from bitune_plugin.integrations.trl.turns import ends_of_turns
 from models import randomise_adapters, tiny, word_tokenizer
 from training import LORA, TEMPLATE, batch_of, conversation
 from turns import Alternating, Turn
@@ -104,6 +106,60 @@ def test_a_template_that_changes_earlier_turns_leaves_nothing(trainer: Any, toke
         trainer(train_dataset=Dataset.from_list(messages()), processing_class=tokenizer, peft_config=alternate())
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_stream_of_which_no_conversation_is_left(trainer: Any, tokenizer: Any, packing: bool) -> None:
+    tokenizer.chat_template = "w{{ messages | length }} " + TEMPLATE
+    stream = Dataset.from_list(messages()).to_iterable_dataset()
+    with pytest.raises(ValueError, match="The train dataset is a stream without a sample that Bitune can learn from"):
+        trainer(train_dataset=stream, processing_class=tokenizer, peft_config=alternate(), packing=packing)
+
+
+def test_cut_from_the_left_a_conversation_may_begin_within_a_completion(trainer: Any, tokenizer: Any) -> None:
+    """As TRL cuts it, and as fragments of packed ones do. Without a prompt before a completion it is left out."""
+    settings = {"processing_class": tokenizer, "peft_config": alternate(), "assistant_turns": "each"}
+    rows = Dataset.from_list(messages(12))
+    whole = trainer(train_dataset=rows, **settings).train_dataset
+    for max_length in (17, 4):
+        t = trainer(train_dataset=rows, max_length=max_length, truncation_mode="keep_end", **settings)
+        expected = [
+            (ids[-max_length:], mask[-max_length:])
+            for ids, mask in zip(whole["input_ids"], whole["prompt_mask"], strict=True)
+            if any(first and not then for first, then in pairwise(mask[-max_length:]))
+        ]
+        got = list(zip(t.train_dataset["input_ids"], t.train_dataset["prompt_mask"], strict=True))
+        assert got == expected
+        assert (len(got) == 12) == (max_length == 17)
+    assert any(not mask[0] for mask in [mask[-17:] for mask in whole["prompt_mask"]])
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["a model", "its folder"])
+@pytest.mark.parametrize("ends", [[2, 12], 12], ids=["several", "one"])
+def test_a_completion_ends_where_generation_does(
+    trainer: Any, tokenizer: Any, ends: int | list[int], saved: bool, tmp_path: Path
+) -> None:
+    """With any of the tokens that the model's `generation_config` names, beside the tokenizer's own."""
+    tokenizer.chat_template = TEMPLATE.replace("<eos>{% endgeneration %}", "w6 w5{% endgeneration %}")
+    model = tiny()
+    model.generation_config.eos_token_id = ends
+    if saved:
+        model.save_pretrained(tmp_path / "model")
+        model = str(tmp_path / "model")
+    rows = Dataset.from_list(messages(roles=("user", "assistant", "user", "assistant")))
+    t = trainer(model=model, train_dataset=rows, processing_class=tokenizer, peft_config=alternate())
+    assert tokenizer.convert_tokens_to_ids("w6") == 12
+    for sample in t.train_dataset:
+        mask = sample["prompt_mask"]
+        last = [
+            token for token, now, then in zip(sample["input_ids"], mask, [*mask[1:], True], strict=True) if then > now
+        ]
+        assert last == [12, 12]
+
+
+def test_the_ends_of_a_model_without_a_generation_config(tmp_path: Path) -> None:
+    tiny().config.save_pretrained(tmp_path)
+    assert ends_of_turns(str(tmp_path)) == {2}
+
+
 def documents(batch: dict[str, Tensor]) -> Iterator[tuple[list[Turn], Tensor]]:
     """The turns of every document of a batch, and its labels `[T]`."""
     attended = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
@@ -144,6 +200,7 @@ def literal_loss(oracle: Alternating, batch: dict[str, Tensor]) -> Tensor:
         {"assistant_turns": "each", "packing": True, "max_length": 40, "packing_strategy": "wrapped"},
         {"assistant_turns": "each", "padding_free": True, "max_length": None},
         {"assistant_turns": "each", "max_length": 20},
+        {"assistant_turns": "each", "max_length": 17, "truncation_mode": "keep_end"},
     ],
     ids=lambda settings: " ".join(f"{name}={value}" for name, value in settings.items()),
 )
