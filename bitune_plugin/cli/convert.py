@@ -11,6 +11,7 @@ from bitune_plugin.checkpoints.saved import local_folder
 from bitune_plugin.checkpoints.writing import write_adapter
 from bitune_plugin.cli.terminal import busy, parser, say
 from bitune_plugin.core.masks import SECOND_PASSES
+from bitune_plugin.core.turns import MULTI_TURN
 from bitune_plugin.saved_format.settings import NO_MIXING
 from bitune_plugin.tuner.config import SETTINGS
 
@@ -51,6 +52,9 @@ def _parser() -> argparse.ArgumentParser:
         "--second-pass-attention",
         choices=SECOND_PASSES,
         help="of the second pass (the paper's: bidirectional)",
+    )
+    settings.add_argument(
+        "--multi-turn", choices=MULTI_TURN, help="how conversations are read (default: reread, all of it every time)"
     )
     settings.add_argument(
         "--share-adapter",

@@ -13,6 +13,7 @@ from peft import PeftModel
 import bitune_plugin
 from bitune_plugin.errors import UnsupportedModelError
 from bitune_plugin.modeling.architectures import active_adapter
+from bitune_plugin.modeling.causal_lm import reads_turns_apart
 from bitune_plugin.tuner.model import BituneModel
 
 from .adapter import (
@@ -133,6 +134,22 @@ class BituneLM(ScoresRows):
                 f"The adapter was trained with a vocabulary of {rows}, and the tokenizer has {len(self.tokenizer)} "
                 f"tokens. If tokens were added, pass their tokenizer: `tokenizer={peft}`."
             )
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """As in lm-eval.
+
+        Raises:
+            ValueError: completed turns in a conversation, which an adapter with `multi_turn="alternate"` does not read
+                as the one prompt that lm-eval makes of them.
+        """
+        if any(message["role"] == "assistant" for message in chat_history[:-1]) and reads_turns_apart(self.model):
+            raise ValueError(
+                "The adapter reads conversations turn by turn (`multi_turn='alternate'`), and lm-eval passes the "
+                "examples of `num_fewshot` as a conversation in one text, which would be read as one prompt. Set "
+                "`--fewshot_as_multiturn false`, which puts them into one message, or `--num_fewshot 0`."
+            )
+        templated: str = super().apply_chat_template(chat_history, add_generation_prompt)
+        return templated
 
     def get_model_info(self) -> dict[str, Any]:
         """As lm-eval's `hf` model; adds adapter, config and alpha under `"bitune"`, to trace a result."""

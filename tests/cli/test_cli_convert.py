@@ -40,6 +40,12 @@ def test_it_says_the_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert BituneConfig.from_pretrained(str(tmp_path / "ours")).second_pass_attention == second_pass
 
 
+def test_it_reads_conversations_as_the_option_says(tmp_path: Path) -> None:
+    for option, expected in (([], "reread"), (["--multi-turn", "alternate"], "alternate")):
+        main(["convert", str(FOLDER), str(tmp_path / expected), *option])
+        assert BituneConfig.from_pretrained(str(tmp_path / expected)).multi_turn == expected
+
+
 @pytest.mark.parametrize("option", ["--share-adapter", "--no-share-adapter"])
 def test_the_adapter_is_shared_as_the_option_says(tmp_path: Path, option: str) -> None:
     main(["convert", str(FOLDER), str(tmp_path / "ours"), option])

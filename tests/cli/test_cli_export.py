@@ -75,6 +75,13 @@ def test_the_stream_computes_the_same(tmp_path: Path, name: str, stream: str, lo
     assert_close(plain_logits(tmp_path / "plain"), logits(model))
 
 
+@pytest.mark.parametrize(("stream", "logits"), [("causal", causal_logits), ("bidirectional", bidirectional_logits)])
+def test_whatever_the_streams_attend_to(tmp_path: Path, stream: str, logits) -> None:
+    model = save(tmp_path / "adapter", lora(), second_pass_attention="anticausal", multi_turn="alternate")
+    assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "plain"), "--stream", stream]) == 0
+    assert_close(plain_logits(tmp_path / "plain"), logits(model))
+
+
 def test_the_streams_differ(tmp_path: Path) -> None:
     model = save(tmp_path, lora())
     assert not torch.allclose(causal_logits(model), bidirectional_logits(model), atol=1e-3)

@@ -64,6 +64,15 @@ def test_alpha_by_layer_for_keys_and_values(out: Path) -> None:
     assert text[-4:-1] == [[str(layer), "0.667", "0.167"] for layer in range(3)]
 
 
+def test_all_settings_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"second_pass_attention": "anticausal", "multi_turn": "alternate"}
+    text = printed(save(tmp_path, **settings), width=300)
+    assert all(f"{name}={value}" in text for name, value in settings.items())
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    [about] = json.loads(capsys.readouterr().out)
+    assert settings.items() <= about["settings"].items()
+
+
 def test_checkpoints_beside_each_other(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(out)]) == 0
     text = capsys.readouterr().out

@@ -267,6 +267,16 @@ def test_examples_and_system_instruction_are_part_of_the_prompt(
         assert context.count("assistant") == (3 if multiturn else 1)
 
 
+def test_examples_are_no_turns_of_an_adapter_that_reads_turns_apart(evaluate: Callable) -> None:
+    """lm-eval passes a conversation as one text. In one message they are part of the prompt."""
+    model, (_, scorer) = bitune(multi_turn="alternate"), ready()  # of the same weights
+    settings = {"batch_size": 3, "tasks": [CHOICE, GENERATE], "num_fewshot": 2, "apply_chat_template": True}
+    lm = BituneLM(model, tokenizer=word_tokenizer(), device="cpu")
+    with pytest.raises(ValueError, match=r"turn by turn.*`--fewshot_as_multiturn false`.*`--num_fewshot 0`"):
+        evaluate(model=lm, **settings)
+    assert_every_sample_right(evaluate(model=lm, **settings, fewshot_as_multiturn=False), scorer)
+
+
 def test_examples_and_templates_change_the_scores(evaluated: Callable) -> None:
     """The tests above would show little otherwise."""
     seen = {str([sample["resps"] for sample in evaluated(way, 1)["samples"][CHOICE]]) for way in WAYS}
