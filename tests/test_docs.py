@@ -187,7 +187,7 @@ def check_accelerate(words: list[str]) -> None:
 
 
 def check_python(words: list[str]) -> None:
-    """The script, or the module of a folder, is there and has these options; those of `sft.py` and `rates.py` are TRL's."""
+    """The script, or the module of a folder, is there and has these options; of `sft.py` and `rates.py` TRL's."""
     if words[0].startswith("-") or words[0] in ("examples/sft.py", "examples/paper/rates.py"):
         return
     script = ROOT / words[0]

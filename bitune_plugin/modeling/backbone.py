@@ -66,6 +66,7 @@ class TwoWayBackbone(TakesCache):
         if context is None:
             check_plain_call(prompts)
             return super().forward(**kwargs)
+        _check_no_replica(self)
         if self.training:
             patch_checkpoint_wrappers(self)
         with forward_context(context):
@@ -88,6 +89,7 @@ def _start_context(call: BackboneCall) -> ForwardContext | None:
     if past is not None and holds_tokens(past):
         if not _may_hold_prompts(call, past):
             return None
+        _check_rows(past, call.tokens.shape[0])
         cached = int(past.get_seq_length())
     layout = plan_call(call, cached)
     if layout is None or (layout.is_plain_causal and not _must_lengthen(call)):
@@ -120,8 +122,8 @@ def _may_hold_prompts(call: BackboneCall, past: Cache) -> bool:
     """Whether tokens after those in the cache may be prompt: those of a conversation that is read turn by turn.
 
     Raises:
-        LayoutError: they are said to be prompt, and the adapter reads conversations otherwise; or their layout was made
-            ahead.
+        LayoutError: they are said to be prompt, and the adapter reads conversations otherwise; or nothing says whether
+            they are; or their layout was made ahead.
     """
     prompts, generation = call.prompts, call.generation
     if not alternates(call.architecture):
@@ -132,7 +134,28 @@ def _may_hold_prompts(call: BackboneCall, past: Cache) -> bool:
         raise LayoutError(
             "`prompt_layout` came with a cache that already holds tokens, which it does not know. Pass `prompt_mask`."
         )
-    return prompts.prompt_mask is not None or (generation is not None and generation.over_cache)
+    if prompts.prompt_mask is not None:
+        return True
+    if generation is not None:
+        return generation.over_cache
+    new = call.tokens.shape[1]
+    if new > 1:  # a single token is read the same way as prompt and as completion
+        raise LayoutError(
+            f"The cache holds earlier turns, and the model was given {new} tokens after it, without a word on which of "
+            "them are prompt. Pass `prompt_mask`: True on a new instruction, False on the completion before it; all "
+            "False to read them as a completion (candidates of assisted decoding, say)."
+        )
+    return False
+
+
+def _check_rows(past: Cache, rows: int) -> None:
+    """Raises LayoutError unless the cache of a conversation has a row for each row of new tokens."""
+    held = getattr(past.layers[0], "keys", None)  # empty, of one dimension, where they are quantised
+    if held is not None and held.dim() > 1 and len(held) != rows:
+        raise LayoutError(
+            f"The cache holds earlier turns of {len(held)} row(s), and {rows} rows follow. For beams, or several "
+            f"sequences of a prompt, repeat its rows first: `cache.batch_repeat_interleave({rows // len(held)})`."
+        )
 
 
 def _must_lengthen(call: BackboneCall) -> bool:
@@ -140,6 +163,16 @@ def _must_lengthen(call: BackboneCall) -> bool:
     # In training, because under DDP each rank must produce gradients for the bidirectional adapter. With a static
     # cache, because the 2-D mask of `prepare_inputs_for_generation` does not suit an ordinary forward pass.
     return call.prompts.answers_only or torch.is_grad_enabled() or getattr(call.past, "is_compileable", False)
+
+
+def _check_no_replica(backbone: PreTrainedModel) -> None:
+    """Raises RuntimeError for one of the copies that `nn.DataParallel` makes of a model for each device."""
+    if getattr(backbone, "_is_replica", False):
+        raise RuntimeError(
+            "`nn.DataParallel` copies the model to several devices, which Bitune does not support. Start one process "
+            "per device instead (`accelerate launch`, `torchrun`, `bitune sft --num_processes N`), or show the process "
+            "a single device (CUDA_VISIBLE_DEVICES=0)."
+        )
 
 
 def _check_outputs(call: BackboneCall) -> None:

@@ -70,28 +70,36 @@ class GeneratesFromPrompt(Patch):
         if prompt_mask is None and tokens is not None:
             self._check_no_completions(tokens, kwargs.get("labels"))
             prompt_mask = known_prompts(tokens, kwargs.get("attention_mask"))
+        with _generation.set(self._started(prompt_mask, tokens, kwargs)):
+            return super().generate(**kwargs)
+
+    def _started(self, prompt_mask: Tensor | None, tokens: Tensor | None, kwargs: dict[str, Any]) -> Generation:
+        """The `Generation` of a call of `generate` with these tokens, `[B, T, ...]`.
+
+        Raises:
+            LayoutError: `prompt_mask` does not fit the tokens or the cache, or is missing beside earlier turns.
+        """
         past = cache_in(kwargs)
-        over_cache, given_again = holds_tokens(past) and alternates(self.bitune_architecture), 0
-        if prompt_mask is None and _generation.value is not None:
-            over_cache = False  # a draft model, asked again within `generate`: it continues its completion
+        over_cache = holds_tokens(past) and alternates(self.bitune_architecture)
         if prompt_mask is None:
-            if over_cache:
+            if over_cache and _generation.value is None:
                 raise LayoutError(
                     f"`{OF_GENERATE}` holds earlier turns, and `generate` was not told which of the new tokens are "
                     "prompt. Pass `prompt_mask`, True on the new instruction and False on the completion before it."
                 )
+            over_cache = False  # a draft model, asked again within `generate`, continues its completion
             # On the device of the tokens, because `self.device` is the meta device if weights are kept on disk.
             start = torch.ones(1, 1, device=self.device) if tokens is None else tokens
             prompt_mask = torch.ones(start.shape[:2], dtype=torch.bool, device=start.device)
         else:
             check_per_token("prompt_mask", prompt_mask, tokens)
-            if past is not None and over_cache:
-                new = _of_new_tokens(prompt_mask, past, kwargs)
-                given_again, prompt_mask = prompt_mask.shape[1] - new.shape[1], new
-            else:
+            prompt_mask = prompt_mask.bool()
+            if not over_cache:
                 check_cache_is_empty(past)
-        with _generation.set(Generation(prompt_mask.bool(), over_cache=over_cache, given_again=given_again)):
-            return super().generate(**kwargs)
+        given_again = _given_again(prompt_mask, past, kwargs)
+        if over_cache and given_again:
+            _check_prompts_are_whole(prompt_mask, kwargs.get("attention_mask"), given_again)
+        return Generation(prompt_mask[:, given_again:], over_cache=over_cache, given_again=given_again)
 
     def _check_settings(self, kwargs: dict[str, Any]) -> None:
         """Raises LayoutError for settings of `generate` that hide the end of the prompt."""
@@ -136,18 +144,18 @@ class GeneratesFromPrompt(Patch):
                 "`cache_implementation` unset, or call `model.set_attn_implementation('sdpa')`."
             )
         kwargs |= {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
-        generation = _generation.value
-        if generation is not None and _reads_prompts(past) and kwargs.get(NEW_TOKENS) is None:
+        generation, enabled = _generation.value, active_adapter(self.bitune_architecture) is not None
+        if enabled and generation is not None and generation.given_again and kwargs.get(NEW_TOKENS) is None:
             # Assisted decoding gives the model all tokens in its first step (transformers 5.17 to 5.24), those in the
             # cache included, which would be read again behind themselves.
             tokens = input_ids if inputs_embeds is None else inputs_embeds
             kwargs[NEW_TOKENS] = tokens.shape[1] - generation.given_again
         kwargs = translate_cache(kwargs, OF_GENERATE)
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        if _generation.value is not None:
-            inputs[GENERATION] = _generation.value
+        if generation is not None:
+            inputs[GENERATION] = generation
         plain = holds_tokens(past) and not _reads_prompts(past)
-        if plain or active_adapter(self.bitune_architecture) is None:
+        if plain or not enabled:
             return inputs
         return {**inputs, "attention_mask": attention_mask}
 
@@ -186,13 +194,30 @@ class GeneratesFromPrompt(Patch):
             )
 
 
-def _of_new_tokens(prompt_mask: Tensor, past: Cache, kwargs: dict[str, Any]) -> Tensor:
-    """The columns of `prompt_mask` for tokens that are not in the cache. As in transformers, the caller passes all
+def _given_again(prompt_mask: Tensor, past: Cache | None, kwargs: dict[str, Any]) -> int:
+    """The number of tokens given, `[B, T]`, that are in the cache already. As in transformers, the caller passes all
     tokens, or the new ones with an attention mask for all."""
     attention_mask = kwargs.get("attention_mask")
-    if attention_mask is not None and attention_mask.shape[1] != prompt_mask.shape[1]:
-        return prompt_mask
-    return prompt_mask[:, int(past.get_seq_length()) :]
+    if past is None or (attention_mask is not None and attention_mask.shape[1] != prompt_mask.shape[1]):
+        return 0
+    return min(int(past.get_seq_length()), prompt_mask.shape[1])
+
+
+def _check_prompts_are_whole(prompt_mask: Tensor, attention_mask: Tensor | None, cached: int) -> None:
+    """Raises LayoutError if the first `cached` columns of a mask `[B, T]` end within an encoded prompt."""
+    attended = torch.ones_like(prompt_mask) if attention_mask is None else attention_mask.to(prompt_mask.device).bool()
+    cut = []
+    for row, (prompt, kept) in enumerate(zip(prompt_mask, attended, strict=True)):
+        before, after = prompt[:cached][kept[:cached]], prompt[cached:][kept[cached:]]
+        # The last token of a prompt may come after it, because it belongs to the answer.
+        if before[-1:].all() and len(before) and len(after) > 1 and after[:2].all():
+            cut.append(row)
+    if cut:
+        raise LayoutError(
+            f"`{OF_GENERATE}` ends within a prompt in row(s) {cut}, of which Bitune would read the rest by itself. Cut "
+            "the cache back to where that prompt begins, with its method `crop`. (If they are two prompts, the first "
+            "one read ahead, pass the new tokens alone, with an `attention_mask` for all.)"
+        )
 
 
 def _reads_prompts(past: Cache | None) -> bool:

@@ -781,6 +781,30 @@ def test_assisted_decoding_of_a_batch_is_refused(models: tuple[PeftModel, ThreeP
             greedy_rows(models[0], unequal(), **assisted)
 
 
+@pytest.mark.parametrize("new_only", [False, True])
+@pytest.mark.parametrize("assisted", ["prompt lookup", *ASSISTANTS])
+def test_assisted_decoding_over_a_filled_cache_reads_the_new_tokens_alone(
+    models: tuple[PeftModel, ThreePass], assisted: str, new_only: bool
+) -> None:
+    """transformers (5.17 to 5.24) would read those in the cache again, behind themselves."""
+    model, oracle = models
+    first = greedy(model, PROMPT, return_dict_in_generate=True)
+    conversation = torch.cat([first.sequences[0], *[tokens(4, seed=6)] * 2])
+    read = first[CACHE].get_seq_length() if new_only else 0
+    settings = {CACHE: first[CACHE], "attention_mask": torch.ones(1, len(conversation)).long()}
+    if assisted == "prompt lookup":
+        settings["prompt_lookup_num_tokens"] = 2
+    else:
+        settings["assistant_model"] = ASSISTANTS[assisted](model)
+
+    second = greedy(model, conversation[read:], **settings)
+
+    expected = conversation
+    for _ in range(6):
+        expected = torch.cat([expected, oracle(expected, len(PROMPT))[-1].argmax()[None]])
+    assert torch.equal(second[0], expected[read:])
+
+
 def test_early_exit_is_refused_by_name() -> None:
     model, oracle = with_oracle()
     with pytest.raises(LayoutError, match="assistant_early_exit"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import multiprocessing
 from unittest.mock import MagicMock
 
@@ -73,6 +74,20 @@ def test_unload_after_compiling_gives_the_base_model_back() -> None:
 def test_in_data_parallel_on_the_cpu_it_is_the_model_itself() -> None:
     model = bitune()
     assert torch.equal(logits(nn.DataParallel(model)), logits(model))
+
+
+def test_in_data_parallel_on_several_devices_it_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU stand-in: torch's own replicas, whose weights are copies on the same device."""
+    replication = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(
+        replication,
+        "_broadcast_coalesced_reshape",
+        lambda tensors, devices, detach=False: [[x.clone() for x in tensors] for _ in devices],
+    )
+    monkeypatch.setattr(replication, "_get_device_index", lambda device, optional: device)
+    for replica in replication.replicate(bitune(), [0, 1]):
+        with pytest.raises(RuntimeError, match=r"`nn.DataParallel` copies.*one process per device"):
+            logits(replica)
 
 
 @pytest.mark.usefixtures("quanto")
