@@ -149,9 +149,9 @@ class _Weights:
         last = max((numbers_in(name)[-1] for name in self.causal if numbers_in(name)), default=0)
         if self.method != FULL:
             return False
-        from ..tuner.full import is_idle_in_second_stream
+        from ..tuner.full import is_idle_in_bidirectional_stream
 
-        return is_idle_in_second_stream(module, last)
+        return is_idle_in_bidirectional_stream(module, last)
 
     def wrong_parts(self) -> Iterator[str]:
         """LoRAs with one half only, and modules with only some of the parts of the same module in other layers."""

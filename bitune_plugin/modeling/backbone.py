@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.utils import ModelOutput
 
@@ -165,7 +165,7 @@ def _must_lengthen(call: BackboneCall) -> bool:
     return call.prompts.answers_only or torch.is_grad_enabled() or getattr(call.past, "is_compileable", False)
 
 
-def _check_no_replica(backbone: PreTrainedModel) -> None:
+def _check_no_replica(backbone: nn.Module) -> None:
     """Raises RuntimeError for one of the copies that `nn.DataParallel` makes of a model for each device."""
     if getattr(backbone, "_is_replica", False):
         raise RuntimeError(

@@ -7,19 +7,13 @@ from typing import Any
 
 from ..core.masks import SECOND_PASSES
 from ..core.turns import MULTI_TURN
+from ..kinds import check_choice, is_number
 from ..plugins import mixings
 
 PEFT_TYPE = "BITUNE"
-
-
 TASK_TYPE = "CAUSAL_LM"
-
-
 NO_MIXING = "none"
-
-
 GRANULARITIES = ("layer", "head", "model")
-
 
 THETA_INIT = (1e-12, 1e12)
 """Least and greatest `theta_init`. Alpha starts at one half for each; theta's gradient is alpha's times
@@ -38,12 +32,12 @@ def check_settings(config: Any) -> None:
             f"`task_type={str(config.task_type)!r}`: Bitune is for causal language models. Use "
             f"`task_type={TASK_TYPE!r}`, or leave it out."
         )
-    _check_choice("mixing", config.mixing, [*mixings(), NO_MIXING])
-    _check_choice("mixing_granularity", config.mixing_granularity, GRANULARITIES)
-    _check_choice("second_pass_attention", config.second_pass_attention, SECOND_PASSES)
-    _check_choice("multi_turn", config.multi_turn, MULTI_TURN)
+    check_choice("mixing", config.mixing, [*mixings(), NO_MIXING])
+    check_choice("mixing_granularity", config.mixing_granularity, GRANULARITIES)
+    check_choice("second_pass_attention", config.second_pass_attention, SECOND_PASSES)
+    check_choice("multi_turn", config.multi_turn, MULTI_TURN)
     low, high = THETA_INIT
-    if not _is_number(config.theta_init) or not low <= config.theta_init <= high:
+    if not is_number(config.theta_init) or not low <= config.theta_init <= high:
         raise ValueError(
             f"`theta_init={reprlib.repr(config.theta_init)}` must be a number between {low:g} and {high:g}, such as "
             "0.01. Beyond, theta or its gradient is 0 or infinite in float32."
@@ -66,12 +60,3 @@ def _check_ablations(config: Any) -> None:
             "so that mixing changes nothing: it is the adapter alone, at the cost of two. Change one of them, or "
             "use the adapter without Bitune."
         )
-
-
-def _check_choice(name: str, value: Any, choices: list[str] | tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}={value!r}` is unknown. Choose one of {', '.join(map(repr, choices))}.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -261,7 +261,7 @@ def _is_excluded(config: FullConfig, name: str) -> bool:
     return bool(names and check_target_module_exists(FullConfig(target_modules=names), name))
 
 
-def idle_in_second_stream(architecture: Architecture) -> Iterator[nn.Module]:
+def idle_in_bidirectional_stream(architecture: Architecture) -> Iterator[nn.Module]:
     """Modules without a use in the bidirectional stream, by name: answers attend only to keys and values of the last
     layer. Copies of these modules would take memory and never receive a gradient."""
     for name, module in architecture.layers[-1].named_modules():
@@ -270,8 +270,8 @@ def idle_in_second_stream(architecture: Architecture) -> Iterator[nn.Module]:
     yield from (module for name, module in architecture.backbone.named_children() if name in FINAL_NORMS)
 
 
-def is_idle_in_second_stream(name: str, last_layer: int) -> bool:
-    """Whether a module of this name is one of `idle_in_second_stream`, in a model whose last layer has that number."""
+def is_idle_in_bidirectional_stream(name: str, last_layer: int) -> bool:
+    """Whether a module of this name is one of `idle_in_bidirectional_stream`; `last_layer` is a number of the model."""
     parts, numbers = name.split("."), numbers_in(name)
     if not numbers:
         return parts[-1] in FINAL_NORMS

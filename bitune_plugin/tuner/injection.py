@@ -25,7 +25,7 @@ from ..modeling.streams import SeparateStreams
 from .adapter_layers import FlattenedTokens, ParameterAdapter, TwoAdapterLayer, bidirectional
 from .config import BituneConfig
 from .containers import check_reference_copy, nest_bidirectional_stream
-from .full import FullModel, idle_in_second_stream
+from .full import FullModel, idle_in_bidirectional_stream
 from .mixing_layer import MixingLayer
 from .names import check_targets, check_whole_modules, warn_of_unmatched
 from .requirements import check_new_adapter, leave_out_copies, leave_out_unadaptable
@@ -152,7 +152,7 @@ class InjectsBothStreams(BaseTuner):
         the backbone, where that stream ends, and copied weights without a use."""
         name = bidirectional(adapter_name)
         inside = {module: path for path, module in self.architecture.backbone.named_modules()}
-        idle = {*idle_in_second_stream(self.architecture)} if isinstance(self.inner, FullModel) else ()
+        idle = {*idle_in_bidirectional_stream(self.architecture)} if isinstance(self.inner, FullModel) else ()
         for layer in self._tuner_layers():
             if isinstance(layer, ParamWrapper):
                 patch(layer, ParameterAdapter)
