@@ -13,7 +13,9 @@ OF_VLLM_SERVE = (
     "-asc",
     "--grpc",
     "--data-parallel-multi-port-external-lb",
+    "-dpm",
     "--data-parallel-hybrid-lb",
+    "-dph",
     "--data-parallel-start-rank",
     "-dpr",
 )

@@ -47,7 +47,7 @@ def _is_in_chosen_layer(inner: Any, module: str) -> bool:
         return True
     patterns = getattr(inner, "layers_pattern", None) or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
-    matches = (re.match(expression, module) for expression in expressions)
-    layer = next((int(match[1]) for match in matches if match), None)
+    expressions = [rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\." for pattern in patterns]  # may have groups of their own
+    matches = (re.match(each, module) for each in expressions or [r".*?\.[^.]*\.(?P<layer>\d+)\."])
+    layer = next((int(match["layer"]) for match in matches if match), None)
     return layer is not None and (layer == chosen if isinstance(chosen, int) else layer in chosen)

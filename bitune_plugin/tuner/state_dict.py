@@ -1,4 +1,4 @@
-"""The saved state of an adapter: between the names of the model's parameters and the keys of `keys.py`.
+"""The saved state of an adapter: between the names of the model's parameters and the keys of `saved_format/keys.py`.
 
 The causal stream is a plain PEFT adapter; keys of the bidirectional stream carry `bidirectional` where PEFT has no
 adapter name.

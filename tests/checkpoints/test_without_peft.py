@@ -41,6 +41,7 @@ TARGETS: tuple[dict[str, Any], ...] = (
     {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0, 11]},
     {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
     {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0], "layers_pattern": ["experts", "layers"]},
+    {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1], "layers_pattern": "(h|layers)"},
     {"target_modules": ["q_proj"], "layers_to_transform": [], "layers_pattern": []},
 )
 

@@ -52,7 +52,10 @@ def test_overrides_by_name_are_refused(option: str) -> None:
 
 @pytest.mark.parametrize(
     "option",
-    ["--headless", "--api_server_count=2", "-asc", "--grpc", "--data-parallel-start-rank", "--data-parallel-hybrid-lb"],
+    [
+        *["--headless", "--api_server_count=2", "-asc", "--grpc", "--data-parallel-start-rank", "-dpr"],
+        *["--data-parallel-hybrid-lb", "-dph", "--data-parallel-multi-port-external-lb", "-dpm"],
+    ],
 )
 def test_what_only_the_command_of_vllm_knows_is_refused_without_it(
     option: str, monkeypatch: pytest.MonkeyPatch
