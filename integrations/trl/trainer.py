@@ -85,7 +85,10 @@ class BituneSFTTrainer(KeepsPromptMask, SFTTrainer):
         del arguments["self"]
         arguments["peft_config"] = bitune_config(arguments["model"], arguments.get("peft_config"))
         model, config = arguments["model"], arguments["peft_config"]
-        self.several_prompts = reads_turns_apart(model) if config is None else config.multi_turn == ALTERNATE
+        if config is None:
+            self.several_prompts = reads_turns_apart(model)
+        else:  # of another method beside a model with an adapter, which TRL refuses
+            self.several_prompts = getattr(config, "multi_turn", None) == ALTERNATE
         self.ends_of_turns: set[int] = set()
         if self.several_prompts:
             loaded_with = getattr(arguments.get("args"), "model_init_kwargs", None)

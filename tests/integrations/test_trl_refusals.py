@@ -121,6 +121,13 @@ class TestRefusals:
         with pytest.raises(ValueError, match=rf"`{setting}=2`, which cuts every row into pieces.*`{setting}=1`"):
             BituneSFTTrainer(tiny(), args, None, Dataset.from_list(pairs(4)), peft_config=LORA)
 
+    def test_a_second_adapter_of_another_method(self, trainer: Any) -> None:
+        t = trainer()
+        with pytest.raises(ValueError, match="`PeftModel` instance together with a `peft_config`"):
+            BituneSFTTrainer(
+                t.model, t.args, None, t.train_dataset, processing_class=t.processing_class, peft_config=LORA
+            )
+
     def test_a_dataset_without_prompts_in_the_stock_trainer(self, trainer: Any) -> None:
         t = trainer(SFTTrainer, train_dataset=Dataset.from_list([{"text": "w1 w2 w3 w4"}] * 8))
         with pytest.raises(LayoutError, match=r"`labels` leave no prompt.*'prompt' and 'completion' columns"):
