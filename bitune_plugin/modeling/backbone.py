@@ -152,10 +152,13 @@ def _check_rows(past: Cache, rows: int) -> None:
     """Raises LayoutError unless the cache of a conversation has a row for each row of new tokens."""
     held = getattr(past.layers[0], "keys", None)  # empty, of one dimension, where they are quantised
     if held is not None and held.dim() > 1 and len(held) != rows:
-        raise LayoutError(
-            f"The cache holds earlier turns of {len(held)} row(s), and {rows} rows follow. For beams, or several "
-            f"sequences of a prompt, repeat its rows first: `cache.batch_repeat_interleave({rows // len(held)})`."
-        )
+        advice = "Pass the tokens of all its rows, or choose among them: `cache.batch_select_indices(indices)`."
+        if rows % len(held) == 0:
+            advice = (
+                "For beams, or several sequences of a prompt, repeat its rows first: "
+                f"`cache.batch_repeat_interleave({rows // len(held)})`."
+            )
+        raise LayoutError(f"The cache holds earlier turns of {len(held)} row(s), and {rows} row(s) follow. {advice}")
 
 
 def _must_lengthen(call: BackboneCall) -> bool:

@@ -244,10 +244,21 @@ def test_a_cache_with_too_few_rows_for_its_beams_is_refused(settings: dict) -> N
     chat = begun(model)
     chat.append(PROMPTS[1][None], True)
     settings = {**GREEDY, **settings}
-    with pytest.raises(LayoutError, match=r"turns of 1 row\(s\), and 2 rows.*batch_repeat_interleave\(2\)"):
+    with pytest.raises(LayoutError, match=r"turns of 1 row\(s\), and 2 row\(s\).*batch_repeat_interleave\(2\)"):
         model.generate(
             input_ids=chat.ids, prompt_mask=chat.prompt_mask, max_new_tokens=3, **{CACHE: chat.cache}, **settings
         )
+
+
+@torch.no_grad()
+def test_a_cache_with_more_rows_than_follow_is_refused() -> None:
+    """No number of repetitions mends that."""
+    model = bitune(multi_turn="alternate")
+    chat = begun(model)
+    chat.cache.batch_repeat_interleave(3)
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    with pytest.raises(LayoutError, match=r"turns of 3 row\(s\), and 1 row\(s\) follow.*batch_select_indices"):
+        model(input_ids=tokens(5)[None], prompt_mask=mask, **{CACHE: chat.cache})
 
 
 @torch.no_grad()
