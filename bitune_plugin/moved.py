@@ -14,7 +14,14 @@ MOVED = {
     "attention": ("modeling.attention", "core.mixing"),
     "authors": ("checkpoints.authors",),
     "config": ("tuner.config", "saved_format.settings"),
-    "forward": ("modeling.causal_lm", "modeling.prompts", "modeling.attach", "modeling.architectures"),
+    "forward": (
+        "modeling.causal_lm",
+        "modeling.prompts",
+        "modeling.attach",
+        "modeling.architectures",
+        "modeling.backbone",
+        "modeling.generation",
+    ),
     "full": ("tuner.full",),
     "joint_attention": ("modeling.joint_attention",),
     "latent_attention": ("modeling.latent_attention",),
@@ -36,6 +43,7 @@ MOVED = {
 """Old module -> the modules that have its names now."""
 
 RENAMED = {
+    "Call": "ModelCall",
     "Documents": "SequenceGroup",
     "Extension": "Patch",
     "FollowingLayer": "CheckpointedLayer",

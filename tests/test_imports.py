@@ -106,6 +106,7 @@ def test_modules_of_the_first_version_can_still_be_imported() -> None:
 OLD_NAMES = {
     "architectures": ["UnsupportedModelError"],
     "attention": ["WindowInConfig", "reach_of"],
+    "forward": ["Call", "PER_TOKEN", "REFUSED_SETTINGS"],
     "joint_attention": ["JointAttention"],
     "layout": ["LayoutError", "Move", "Parts", "document_starts", "rearrange"],
     "masks": ["Documents", "Made", "Reach", "Sight", "Window", "once"],
