@@ -146,11 +146,11 @@ class _Weights:
 
     def _is_idle(self, module: str) -> bool:
         """Whether the bidirectional stream has no copy of a module, because it does not use one."""
-        last = max((numbers_in(name)[-1] for name in self.causal if numbers_in(name)), default=0)
         if self.method != FULL:
             return False
         from ..tuner.full import is_idle_in_bidirectional_stream
 
+        last = max((numbers_in(name)[-1] for name in self.causal if numbers_in(name)), default=0)
         return is_idle_in_bidirectional_stream(module, last)
 
     def wrong_parts(self) -> Iterator[str]:

@@ -200,6 +200,6 @@ def scale_of(inner: Any, module: str) -> float:
 
 
 def _plain_name(key: str) -> str:
-    """The name in a checkpoint of a weight that is trained whole."""
+    """The name in a checkpoint of a weight of a fully trained module."""
     parts = key.removeprefix(ROOT).split(".")
     return ".".join(part for part in parts if part not in ("base_layer", "modules_to_save", "original_module"))
