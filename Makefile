@@ -87,7 +87,7 @@ docs: $(VENV)/installed        ## build the documentation into site/, and fail o
 RESULTS = examples/benchmarks/results
 measure = $(BIN)/python examples/benchmarks $(1) --models smollm2-135m gemma-3-270m --json $(RESULTS)/$(2).json $(OPTIONS)
 
-benchmarks: $(VENV)/installed  ## measure every table of examples/benchmarks
+benchmarks: $(VENV)/installed  ## measure the tables of examples/benchmarks, all but that of serving
 	$(call measure,train_step,train_step) --shapes 128x64 256x128 256x64 --rounds 4
 	$(call measure,train_step,train_step-checkpointing) --shapes 256x128 --rounds 4 --checkpointing --contenders lora bitune
 	$(call measure,ragged,ragged) --shapes 1x8 --rounds 4
