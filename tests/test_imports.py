@@ -66,6 +66,13 @@ def test_models_and_saved_files_need_no_peft(path: Path) -> None:
     assert not any(line.lstrip().startswith(("import peft", "from peft")) for line in _lines(path))
 
 
+@pytest.mark.parametrize("name", ["saved", "integrity", "folders"])
+def test_saved_adapters_are_read_by_modules_that_import_peft_only_when_they_need_it(name: str) -> None:
+    path = ROOT / "checkpoints" / f"{name}.py"
+    assert "tuner" not in set(imported_by(path))
+    assert not any(line.startswith(("import peft", "from peft")) for line in _lines(path))
+
+
 def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines()
 

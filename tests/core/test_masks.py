@@ -203,7 +203,7 @@ def test_patterns_asked_for_twice_are_the_same_and_do_not_mix_up_windows(
 
 
 def test_a_form_of_a_sight_is_made_once_for_each_name() -> None:
-    pattern = group_of("PPPc").patterns()[0]
+    pattern = group_of("PPPc").patterns().prefix
     forms = [pattern.form(name, object) for name in ("one", "one", "other")]
     assert forms[0] is forms[1]
     assert forms[0] is not forms[2]
