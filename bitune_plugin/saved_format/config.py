@@ -46,8 +46,7 @@ class LoraSettings:
         known = {each.name for each in fields(cls)}
         settings = cls(**{name: value for name, value in saved.items() if name in known})
         check_kinds(cls, {name: getattr(settings, name) for name in known})
-        for name in saved.keys() - known:
-            setattr(settings, name, saved[name])
+        vars(settings).update({name: saved[name] for name in saved.keys() - known})
         check_inner_settings(settings)
         return settings
 

@@ -114,6 +114,14 @@ def test_faults_are_those_that_are_found_with_peft(message: str, tmp_path: Path)
             read(folder)
 
 
+def test_a_setting_with_a_name_of_pythons_own_is_no_more_than_a_setting(tmp_path: Path) -> None:
+    folder = save(tmp_path).adapter
+    _change(folder, {"__class__": "other", "__dict__": {}, "of_a_later_version": 1})
+    inner = SavedAdapter.read_without_peft(folder).config.inner
+    assert type(inner) is config.LoraSettings
+    assert (inner.peft_type, inner.of_a_later_version) == ("LORA", 1)
+
+
 def test_what_is_no_bitune_adapter_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path).adapter
     with pytest.raises(FileNotFoundError, match="holds no adapter"):
