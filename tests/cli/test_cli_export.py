@@ -23,7 +23,7 @@ ADAPTERS = {
     "DoRA": lora(use_dora=True),
     "IA3": IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "ranks by pattern": lora(rank_pattern={"q_proj": 2}, alpha_pattern={"k_proj": 3}),
-    "modules trained whole": lora(target_modules=["q_proj", "down_proj"], **TRAINED_WHOLE),
+    "fully trained modules": lora(target_modules=["q_proj", "down_proj"], **TRAINED_WHOLE),
     "biases": lora(target_modules=["k_proj"], bias="all"),
     "embeddings and LM head": lora(target_modules=["q_proj", "embed_tokens", "lm_head"]),
 }
@@ -35,7 +35,7 @@ def save(folder: Path, adapter: PeftConfig, **settings: object) -> PeftModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "lora_" not in name and "theta_" not in name:
-                parameter.add_(0.05)  # what is trained whole
+                parameter.add_(0.05)  # what is fully trained
     model.save_pretrained(folder)
     return model
 

@@ -1073,7 +1073,7 @@ def forward_score(model: PeftModel, prompt: list[int], answer: list[int]) -> Sco
         {"target_modules": ["q_proj", "lm_head"]},
         {"trainable_token_indices": [7, 8]},
     ],
-    ids=["trained whole", "LoRA", "LoRA of the head", "single tokens"],
+    ids=["fully trained", "LoRA", "LoRA of the head", "single tokens"],
 )
 def test_trained_embeddings_count(adapter: dict[str, Any], tied: bool, tmp_path: Path) -> None:
     model = train_embeddings(tmp_path, adapter, tied)

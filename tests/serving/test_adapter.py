@@ -23,7 +23,7 @@ METHODS = {
     "DoRA": LoraConfig(**LINEAR, use_dora=True),
     "ranks by pattern": LoraConfig(**LINEAR, rank_pattern={"q_proj": 2}, alpha_pattern={"k_proj": 3}),
     "biases": LoraConfig(r=4, target_modules=["k_proj"], bias="all"),
-    "head trained whole": LoraConfig(r=4, target_modules=["k_proj"], modules_to_save=["lm_head"]),
+    "head fully trained": LoraConfig(r=4, target_modules=["k_proj"], modules_to_save=["lm_head"]),
 }
 
 

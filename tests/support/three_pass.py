@@ -163,7 +163,7 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def without_whole_modules(adapter: PeftConfig) -> PeftConfig:
-    """The config of the bidirectional stream: modules that are trained whole are those of the causal one."""
+    """The config of the bidirectional stream: fully trained modules are those of the causal one."""
     adapter = copy.deepcopy(adapter)
     for name, nothing in {"modules_to_save": None, "trainable_token_indices": None, "bias": "none"}.items():
         if hasattr(adapter, name):

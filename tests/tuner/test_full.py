@@ -294,7 +294,7 @@ def test_training_the_whole_model_goes_with(trainer: Any, settings: dict[str, An
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "phi", "gpt_neox", "gpt2", "opt", "dbrx", "mixtral"])
-def test_every_copy_gets_a_gradient_and_the_second_stream_has_none_that_it_does_not_use(architecture: str) -> None:
+def test_every_copy_gets_a_gradient_and_the_bidirectional_stream_has_no_idle_ones(architecture: str) -> None:
     model, _ = full(tiny_of(architecture), EVERYTHING)
     model.train()(**{**ROWS.inputs, "labels": ROWS.labels}, use_cache=False).loss.backward()
     names = {name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
@@ -304,7 +304,7 @@ def test_every_copy_gets_a_gradient_and_the_second_stream_has_none_that_it_does_
     assert 3 <= len(once) < len(layers) / 2
 
 
-def test_the_second_stream_has_no_weights_in_the_file_that_it_does_not_use(tmp_path: Path) -> None:
+def test_the_bidirectional_stream_has_no_weights_in_the_file_that_it_does_not_use(tmp_path: Path) -> None:
     model, _ = full(tiny(), EVERYTHING)
     model.save_pretrained(tmp_path)
     kept = {key.removeprefix("base_model.model.model.") for key in load_file(tmp_path / "adapter_model.safetensors")}

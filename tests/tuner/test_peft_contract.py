@@ -343,7 +343,7 @@ def test_it_generates_and_takes_embeddings(method: str, architecture: str) -> No
     assert {state.shape[:2] for state in states} == {IDS.shape}
 
 
-# --- Modules that are trained whole, and vocabularies -----------------------------------------------------------------
+# --- Fully trained modules, and vocabularies --------------------------------------------------------------------------
 
 WHOLE = [name for name in SETTINGS if name not in ("full", "causal second pass")]
 

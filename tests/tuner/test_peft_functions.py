@@ -84,7 +84,7 @@ def test_targeted_module_names_are_those_of_the_inner_method() -> None:
     assert model.targeted_module_names == plain.targeted_module_names != []
 
 
-# --- A further adapter on a model with modules trained whole -----------------------------------------------------
+# --- A further adapter on a model with fully trained modules -----------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}])

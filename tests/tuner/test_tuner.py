@@ -417,8 +417,8 @@ SAVED_VARIANTS = {
     "theta_init": {"theta_init": 0.3},
     "rslora": {"adapter": lora(use_rslora=True)},
     "one layer": {"adapter": lora(target_modules=["q_proj"], layers_to_transform=[1])},
-    "head trained whole": {"adapter": lora(target_modules=["q_proj"], modules_to_save=["lm_head"])},
-    "head trained whole, all linear": {"adapter": lora(modules_to_save=["lm_head"])},
+    "head fully trained": {"adapter": lora(target_modules=["q_proj"], modules_to_save=["lm_head"])},
+    "head fully trained, all linear": {"adapter": lora(modules_to_save=["lm_head"])},
     "some tokens trained": {"adapter": lora(trainable_token_indices=[3, 4, 5])},
     "biases trained": {"adapter": lora(target_modules=["q_proj"], bias="lora_only")},
     "embedding and head adapted": {"adapter": lora(target_modules=["q_proj", "embed_tokens", "lm_head"])},
@@ -741,7 +741,7 @@ def test_unload_gives_the_base_model_back_as_it_was(make: Callable[[], PreTraine
 
 INNER = {
     "dora": lora(use_dora=True),
-    "head trained whole": lora(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "head fully trained": lora(target_modules=["q_proj"], modules_to_save=["lm_head"]),
     "some tokens trained": lora(target_modules=["q_proj"], trainable_token_indices=[3]),
     "embedding and head adapted": lora(target_modules=["q_proj", "embed_tokens", "lm_head"]),
     "ia3": IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
