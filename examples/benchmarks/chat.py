@@ -68,8 +68,12 @@ class Chat:
 
     def write(self, turn: int) -> None:
         """Reads the completion of a turn, all but its last token."""
-        if self.contender != "reread":  # which will read everything again
-            self._take(self.turns[None, turn, self.prompt_length : -1])
+        written = self.turns[None, turn, self.prompt_length : -1]
+        if self.contender == "alternate":
+            self._take(written, prompt_mask=torch.zeros_like(written, dtype=torch.bool))
+        elif self.contender == "lora":
+            self._take(written)
+        # "reread" will read everything again.
 
     @torch.inference_mode()
     def _take(self, tokens: Tensor, **arguments: object) -> Tensor:
