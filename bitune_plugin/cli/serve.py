@@ -14,6 +14,7 @@ from typing import Any
 from bitune_plugin.cli.serve_options import (
     check_command,
     check_dotted,
+    check_names,
     check_order,
     engine_options,
     has_vllm_serve,
@@ -53,6 +54,7 @@ def main(argv: Sequence[str]) -> None:
     check_dotted(of_vllm)
     check_installed()
     of_vllm = without_config(of_vllm)
+    check_names(of_vllm)
     check_dotted(of_vllm)
     check_command(of_vllm)
     arguments = engine_args(options.adapter, **engine_options(of_vllm))
@@ -83,8 +85,13 @@ def _check(arguments: dict[str, Any], headless: bool) -> None:
     try:
         EngineArgs(**arguments).create_engine_config(headless=headless)
     except ValidationError as error:
-        reasons = [str(each.get("ctx", {}).get("error", each["msg"])) for each in error.errors()]
-        raise ValueError(" ".join(reasons)) from error
+        raise ValueError(" ".join(map(_reason, error.errors()))) from error
+
+
+def _reason(error: Any) -> str:
+    """What was raised, or what Pydantic says, which names no option, behind the name of the field."""
+    raised = error.get("ctx", {}).get("error")
+    return str(raised) if raised else f"`{'.'.join(map(str, error['loc']))}`: {error['msg']}."
 
 
 def command_of(adapter: str, arguments: dict[str, Any], of_vllm: Sequence[str]) -> list[str]:

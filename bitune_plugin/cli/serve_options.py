@@ -63,7 +63,25 @@ def without_config(options: Sequence[str]) -> list[str]:
         read = make_arg_parser(FlexibleArgumentParser()).load_config_file(files[0])
     except Exception as error:  # of the file system, of YAML, or because it holds no mapping
         raise ValueError(f"`--config {files[0]}` cannot be read ({error}). Name a file of options, in YAML.") from error
+    if any(name == "--config" for name, _ in named(read)):
+        raise ValueError(f"`--config {files[0]}` names another file of options. Write its options into the former.")
     return [*read, *without(options, "--config")]
+
+
+def check_names(options: Sequence[str]) -> None:
+    """Raises ValueError for a name that vLLM does not know as it stands.
+
+    vLLM also takes the beginning of a name, such as `--hf-over.rope_theta 5`, which nothing here would find.
+    """
+    from vllm.entrypoints.cli.serve import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    known = make_arg_parser(FlexibleArgumentParser())._option_string_actions
+    for name in (name.partition(".")[0].rstrip("+") for name, _ in named(options)):
+        if name.startswith("--") and name not in known:
+            whole = [other for other in known if name != "--" and other.startswith(name)]
+            instead = f"`{'`, `'.join(whole[:3])}`" if whole else "those of `vllm serve --help`"
+            raise ValueError(f"`{name}` is no option of `vllm serve`. Write names in full: {instead}.")
 
 
 def check_dotted(options: Sequence[str]) -> None:

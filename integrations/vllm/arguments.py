@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def engine_args(adapter: str | Path, **options: Any) -> dict[str, Any]:
         options = {"revision": served.config.revision, **options}  # of the base that it was trained on
     if not base:
         raise ValueError(f"{adapter} does not name its base model. Name it: `model=...` (`--model` of `bitune serve`).")
-    arguments = {"tokenizer": _tokenizer_of(served.saved.folder), **options, "model": base}
+    arguments = {"tokenizer": _tokenizer_of(served.saved.folder, base), **options, "model": base}
     arguments = {name: value for name, value in arguments.items() if value is not None}
     overrides = {**(options.get("hf_overrides") or {}), ADAPTER: str(served.saved.folder.resolve())}
     arguments["hf_overrides"] = {**overrides, "architectures": _architectures(base, options)}
@@ -63,9 +64,24 @@ def check_installed() -> None:
         raise ImportError(f"Serving needs vLLM ({error}). Install it: pip install 'bitune-plugin[vllm]'") from error
 
 
-def _tokenizer_of(folder: Path) -> str | None:
-    """The folder of the adapter, if it has a tokenizer: training may have changed that of the base."""
-    return str(folder) if (folder / "tokenizer_config.json").is_file() else None
+def _tokenizer_of(folder: Path, base: str) -> str | None:
+    """The folder of the adapter, if it has another tokenizer than the base: training may have changed it.
+
+    vLLM looks for the config of a model beside a tokenizer, which an adapter has not: it logs an error, waits for two
+    seconds, and looks again.
+    """
+    if not (folder / "tokenizer_config.json").is_file() or _have_same_tokenizer(folder, Path(base)):
+        return None
+    return str(folder)
+
+
+def _have_same_tokenizer(folder: Path, other: Path) -> bool:
+    """Whether the files of the tokenizers in two folders are the same, by name and content."""
+    from bitune_plugin.checkpoints.saved import TOKENIZER_FILES
+
+    names = {path.name for pattern in TOKENIZER_FILES for each in (folder, other) for path in each.glob(pattern)}
+    _, *different = filecmp.cmpfiles(folder, other, names, shallow=False)
+    return not any(different)
 
 
 def _architectures(base: str, options: dict[str, Any]) -> list[str]:

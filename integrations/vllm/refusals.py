@@ -139,6 +139,9 @@ def check_options(options: dict[str, Any]) -> None:
     ):
         if options.get(name):
             raise ValueError(f"`{name}` {what}, and Bitune reads a prompt as a whole. Leave it out.")
+    overrides = options.get("hf_overrides") or {}
+    if not isinstance(overrides, dict):
+        raise ValueError(f"`hf_overrides={overrides!r}` must be a mapping, to which Bitune adds the adapter.")
     if options.get("model_impl", "auto") not in ("auto", "vllm"):
         raise ValueError(
             f"`model_impl={options['model_impl']!r}` would build a model without the adapter. Leave it out; vLLM's "
@@ -233,6 +236,21 @@ def check_request(params: Any, in_parts: bool = False) -> None:
             "Bitune reads all tokens of a prompt both ways, so log-probabilities of its tokens are no likelihoods of a "
             f"completion. Say where the prompt ends: extra_args={{'{PROMPT_LENGTH}': tokens}} (`vllm_xargs` of the "
             "server). With lm-eval, use `--model bitune`."
+        )
+
+
+def check_prompt_length(params: Any, tokens: int) -> None:
+    """Raises ValueError if a request says that its prompt is longer than all of its tokens.
+
+    Args:
+        params: its `SamplingParams`.
+        tokens: the number of its tokens.
+    """
+    length = (params.extra_args or {}).get(PROMPT_LENGTH)
+    if length is not None and length > tokens:
+        raise ValueError(
+            f"`{PROMPT_LENGTH}={length!r}` is more than the {tokens} tokens that were sent. Leave it out if all of "
+            "them are prompt."
         )
 
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from .names import PREFIX
-from .refusals import check_request
+from .refusals import check_prompt_length, check_request
 
 
 def check_requests() -> None:
@@ -27,16 +29,32 @@ def check_requests() -> None:
 
     @functools.wraps(original)
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if str(self.model_config.architecture).startswith(PREFIX):
-            given = signature.bind(self, *args, **kwargs).arguments
-            try:
-                check_request(given["params"], given.get("resumable", False))
-            except ValueError as error:
-                raise refused(str(error)) from None
-        return original(self, *args, **kwargs)
+        if not str(self.model_config.architecture).startswith(PREFIX):
+            return original(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs).arguments
+        params = given["params"]
+        with _as(refused):
+            check_request(params, given.get("resumable", False))
+        request = original(self, *args, **kwargs)
+        with _as(refused):
+            check_prompt_length(params, _tokens_of(request))
+        return request
 
     process_inputs.bitune_wraps = original  # type: ignore[attr-defined]
     InputProcessor.process_inputs = process_inputs
+
+
+@contextmanager
+def _as(refused: type[ValueError]) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise refused(str(error)) from None
+
+
+def _tokens_of(request: Any) -> int:
+    """The number of tokens of an `EngineCoreRequest`, of which a prompt of embeddings may have no ids."""
+    return len(request.prompt_embeds if request.prompt_token_ids is None else request.prompt_token_ids)
 
 
 def refused_request() -> type[ValueError]:

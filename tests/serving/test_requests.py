@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 
 from bitune_plugin.integrations.vllm import engine_args
-from serving import Served, answer_of, ask, differences, engine, greedy, prompts, save
+from models import word_tokenizer
+from serving import Served, answer_of, ask, check_answers, differences, engine, greedy, prompts, save
 
 pytestmark = pytest.mark.slow
 
 WRONG = {
     "Say where the prompt ends": {"prompt_logprobs": 1},
     "must be the number of tokens that are prompt": {"extra_args": {"bitune_prompt_length": "20"}},
+    "`bitune_prompt_length=34` is more than the 33 tokens": {"extra_args": {"bitune_prompt_length": 34}},
 }
 """Settings of requests that are refused, by the message."""
 
@@ -35,6 +37,29 @@ def test_a_refused_request_stops_nothing(tmp_path: Path) -> None:
                 ask(llm, [prompt], greedy(**settings))
             assert isinstance(raised.value, VLLMClientError)  # which is status 400 at the server
         assert differences(ask(llm, [prompt]), [served.expected(prompt)])[0] == []
+
+
+def test_prompts_of_embeddings(tmp_path: Path) -> None:
+    served, asked = save(tmp_path), prompts([33, 47])
+    rows = served.model.get_input_embeddings().weight.detach()
+    embedded = [{"prompt_embeds": rows[prompt].clone()} for prompt in asked]
+    with engine(served, enable_prompt_embeds=True) as llm:
+        answers = [answer_of(each.outputs[0]) for each in llm.generate(embedded, greedy(), use_tqdm=False)]
+        check_answers(answers, served.expected_of(asked))
+        with pytest.raises(ValueError, match="`bitune_prompt_length=34` is more than the 33 tokens"):
+            llm.generate(embedded[:1], greedy(extra_args={"bitune_prompt_length": 34}), use_tqdm=False)
+
+
+def test_a_tokenizer_that_is_the_bases_is_taken_from_there(tmp_path: Path) -> None:
+    served, tokenizer = save(tmp_path), word_tokenizer()
+    tokenizer.save_pretrained(served.adapter)
+    assert "tokenizer" not in engine_args(served.adapter, max_model_len=64)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(served.adapter)
+    assert engine_args(served.adapter, max_model_len=64)["tokenizer"] == str(served.adapter)
+    (served.base / "tokenizer.json").unlink()
+    word_tokenizer().save_pretrained(served.adapter)
+    assert engine_args(served.adapter, max_model_len=64)["tokenizer"] == str(served.adapter)
 
 
 def test_steps_have_no_part_of_the_check(tmp_path: Path) -> None:

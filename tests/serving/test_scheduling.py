@@ -13,7 +13,7 @@ from peft import LoraConfig
 from bitune_plugin import BituneConfig
 from bitune_plugin.integrations.vllm import plan, runner
 from bitune_plugin.integrations.vllm.rows import StepRows, rows_of_step
-from serving import TOLERANCE, ask, ask_in_turn, check, check_answers, differences, engine, prompts, save
+from serving import TOLERANCE, ask, ask_in_turn, check, check_answers, differences, engine, greedy, prompts, save
 
 pytestmark = pytest.mark.slow
 
@@ -81,6 +81,8 @@ def test_tensor_parallelism(tmp_path: Path) -> None:
     asked = prompts()
     expected = served.expected_of(asked)
     with engine(served, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
+        with pytest.raises(ValueError, match="Say where the prompt ends"):
+            ask(llm, asked, [greedy(), *(greedy(prompt_logprobs=0) for _ in asked[1:])])
         check_answers(ask(llm, asked), expected)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +14,15 @@ import pytest
 
 from bitune_plugin.cli import main, serve, serve_options
 from bitune_plugin.cli.serve import OURS, command_of
-from bitune_plugin.cli.serve_options import check_command, check_dotted, check_order, named, without, without_config
+from bitune_plugin.cli.serve_options import (
+    check_command,
+    check_dotted,
+    check_names,
+    check_order,
+    named,
+    without,
+    without_config,
+)
 from serving import save
 
 with_vllm = pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM")
@@ -112,6 +123,11 @@ def test_a_file_of_options_comes_before_the_others(form: list[str], tmp_path: Pa
         ("hf-overrides.rope_theta: 5\n", "`--hf-overrides.rope_theta` would take the place"),
         ("max-num-batched-tokens: 64\n", "must be at least `--max-model-len`"),
         ("- port\n", "cannot be read"),
+        ("config: other.yaml\n", "names another file of options"),
+        ("frobnicate: 3\n", "`--frobnicate` is no option of `vllm serve`"),
+        ("hf-overrides: [1]\n", "`hf_overrides='1'` must be a mapping"),
+        ("hf-overrides: rope\n", "`hf_overrides='rope'` must be a mapping"),
+        ("tensor-parallel-size: 0\n", "`tensor_parallel_size`: Input should be greater than or equal to 1."),
         (None, "cannot be read"),
     ],
 )
@@ -125,6 +141,33 @@ def test_refused_options_are_found_in_a_file(
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("bitune serve: error: ")
     assert message in line
+
+
+@with_vllm
+@pytest.mark.parametrize("options", [["--hf-over.rope_theta", "5"], ["--hf_over", "{}"], ["--max-num-batched=64"]])
+def test_beginnings_of_names_are_refused(options: list[str]) -> None:
+    """vLLM takes `--hf-over.rope_theta` for overrides, and puts them in the place of ours: it would serve the base."""
+    from vllm.entrypoints.cli.serve import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    assert make_arg_parser(FlexibleArgumentParser()).parse_args(options)
+    check_names(["--hf_overrides.rope_theta", "5", "--middleware+=x", "-tp", "1", "--no-enable-prefix-caching"])
+    name = options[0].partition("=")[0].partition(".")[0].replace("_", "-")
+    with pytest.raises(ValueError, match=rf"`{name}` is no option .* in full: `{name}"):
+        check_names(options)
+
+
+@with_vllm
+def test_the_printed_command_is_one_of_a_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pasted into a shell, it has the same arguments, whatever is in them."""
+    odd = 'it\'s a $HOME `x` "q" \\ *\n z'
+    assert main(["serve", str(save(tmp_path).adapter), "--print", "--served-model-name", odd]) == 0
+    line = capsys.readouterr().out
+    line = line[line.index("VLLM_USE_V2_MODEL_RUNNER=0 ") :]
+    assert odd in shlex.split(line)
+    shown = f'show() {{ printf "%s\\0" "$@"; }}; {line.replace(sys.executable, "show", 1)}'
+    done = subprocess.run(["sh", "-c", shown], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\0")[:-1] == shlex.split(line)[2:]
 
 
 @with_vllm
