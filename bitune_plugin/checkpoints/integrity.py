@@ -161,6 +161,9 @@ class _Weights:
             for pair in HALVES:
                 if names & set(pair):
                     yield from (f"missing: {ROOT}{module}.{half}" for half in pair if half not in names)
+            if self.method == LORA and ("lora_magnitude_vector" in names) != bool(self.inner.use_dora):
+                which = "missing" if self.inner.use_dora else "unknown"
+                yield f"{which}: {ROOT}{module}.lora_magnitude_vector, where `use_dora={self.inner.use_dora}`"
             by_name.setdefault(module.rpartition(".")[2], {})[module] = names
         for modules in by_name.values():
             yield from _unequal(modules)

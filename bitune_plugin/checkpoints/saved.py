@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import shorten
 from ..plugins import mixings
-from ..saved_format.config import CONFIG_NAME, SavedConfig, read_saved_config, read_settings
+from ..saved_format.config import CONFIG_NAME, SavedConfig, read_saved_config, read_settings, unknown_settings
 from ..saved_format.keys import (
     KINDS,
     ROOT,
@@ -27,7 +27,8 @@ from ..saved_format.keys import (
     theta_key,
     without_stream,
 )
-from ..saved_format.methods import peft_type_of
+from ..saved_format.matching import check_patterns
+from ..saved_format.methods import LORA, peft_type_of
 from ..saved_format.weights import read_weights
 from .folders import put_back
 from .integrity import prefix_of, problems_of
@@ -100,12 +101,16 @@ class SavedAdapter:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is not a Bitune adapter, damaged, or of another method.
+            ValueError: it is not a Bitune adapter, damaged, of another method, or has a setting that is unknown.
         """
-        return cls._with(folder, read_saved_config(folder))
+        config = read_saved_config(folder)
+        _check_known(folder)
+        return cls._with(folder, config)
 
     @classmethod
     def _with(cls, folder: Path, config: BituneConfig | SavedConfig) -> SavedAdapter:
+        if peft_type_of(config.inner) == LORA:
+            check_patterns(config.inner)
         adapter = cls(folder, config, read_weights(folder))
         adapter._check()
         return adapter
@@ -291,6 +296,27 @@ def read_config(folder: Path, kind: type[Config]) -> Config:
         raise ValueError(
             f"{folder / CONFIG_NAME} is no config of an adapter ({error}). Copy the adapter again."
         ) from error
+
+
+def _check_known(folder: Path) -> None:
+    """Raises ValueError for a setting that may change the answers and that nothing would heed.
+
+    Defaults of the installed PEFT, which is imported only if there are unknown settings, change nothing.
+    """
+    saved = read_settings(folder)
+    unknown = unknown_settings(saved)
+    if not unknown:
+        return
+    from peft import LoraConfig, PeftConfig
+
+    of_all_methods, defaults = {each.name for each in fields(PeftConfig)}, LoraConfig()
+    for name, value in unknown.items():
+        if name not in of_all_methods and value != getattr(defaults, name, None):
+            raise ValueError(
+                f"`{name}={value!r}` is unknown here, and may change the answers. The adapter was saved with PEFT "
+                f"{saved.get('peft_version') or 'of an unknown version'}. Install that and the newest bitune-plugin, "
+                "or generate with `PeftModel.generate`."
+            )
 
 
 def _exclude(config: PeftConfig, modules: set[str]) -> None:

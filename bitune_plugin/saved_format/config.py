@@ -6,24 +6,50 @@ the same checks of Bitune's own settings, of the settings that are refused, and 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..json_files import read_object
 from ..kinds import check_kinds
-from .refused import check_inner_settings
+from .refused import check_inner_settings, is_given
 from .settings import PEFT_TYPE, TASK_TYPE, check_settings
 
 CONFIG_NAME = "adapter_config.json"
 """PEFT's name of the file."""
 
 
+OF_ALL_METHODS = {
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "inference_mode",
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+}
+"""Settings of every config of PEFT, which say nothing of the method."""
+
+OF_TRAINING = {
+    *("bias", "corda_config", "ensure_weight_tying", "eva_config", "init_lora_weights", "loftq_config"),
+    *("lora_dropout", "lora_ga_config", "megatron_core", "qalora_group_size", "runtime_config", "velora_config"),
+}
+"""Settings of LoRA (PEFT 0.21.2) that a trained adapter does not depend on, because its weights show what they did."""
+
+OF_OTHER_CHECKS = {
+    *("alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "kasa_config", "layer_replication", "lora_bias"),
+    *("megatron_config", "monteclora_config", "trainable_token_indices", "use_qalora"),
+}
+"""Settings of LoRA that are refused, or compared with the weights."""
+
+
 @dataclass
 class LoraSettings:
     """The settings of LoRA that its weights depend on, with PEFT's defaults.
 
-    The other settings of a file are attributes too, and unchecked.
+    The other settings of a file are attributes too; `unknown_settings` finds those that nobody checks.
     """
 
     peft_type: str = "LORA"
@@ -96,6 +122,24 @@ def read_saved_config(folder: Path) -> SavedConfig:
         )
     known = {each.name for each in fields(SavedConfig)} - {"inner"}
     return SavedConfig(LoraSettings.of(inner), **{name: saved[name] for name in known & saved.keys()})
+
+
+def unknown_settings(saved: dict[str, Any]) -> dict[str, Any]:
+    """The settings in a file of a config that nothing here knows, and that are not disabled.
+
+    Args:
+        saved: what `read_settings` found, with LoRA as inner method.
+    """
+    own = {each.name for each in fields(SavedConfig)} | OF_ALL_METHODS | {"adapter"}
+    inner = {each.name for each in fields(LoraSettings)} | OF_ALL_METHODS | OF_TRAINING | OF_OTHER_CHECKS
+    found = [*_given(saved, own), *_given(saved["adapter"], inner)]
+    return dict(sorted(found))
+
+
+def _given(settings: dict[str, Any], known: AbstractSet[str]) -> Iterator[tuple[str, Any]]:
+    for name in settings.keys() - known:
+        if is_given(settings[name]) and settings[name] not in ({}, 0, ""):
+            yield name, settings[name]
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

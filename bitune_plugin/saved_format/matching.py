@@ -6,10 +6,30 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from ..kinds import is_number
+
 
 def pattern_of(patterns: Iterable[str], module: str) -> str:
     """The first of `patterns` that names `module`; `module` itself if none does. (PEFT: `get_pattern_key`.)"""
     return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)), module)
+
+
+def check_patterns(inner: Any) -> None:
+    """Raises ValueError if a config of LoRA has patterns that are none, or ranks or scales by pattern that are none."""
+    ranks, alphas = (getattr(inner, name, None) or {} for name in ("rank_pattern", "alpha_pattern"))
+    names = {name: getattr(inner, name, None) for name in ("target_modules", "exclude_modules")}
+    patterns = [("rank_pattern", each) for each in ranks] + [("alpha_pattern", each) for each in alphas]
+    for name, pattern in [*patterns, *((name, each) for name, each in names.items() if isinstance(each, str))]:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"`{name}`: {pattern!r} is no regular expression ({error}).") from error
+    for name, value in [("r", inner.r), *(("rank_pattern", rank) for rank in ranks.values())]:
+        if not is_number(value) or value < 1:
+            raise ValueError(f"`{name}`: {value!r} is no rank. Ranks are 1 or more.")
+    for value in alphas.values():
+        if not is_number(value):
+            raise ValueError(f"`alpha_pattern`: {value!r} is no number.")
 
 
 def is_target(inner: Any, module: str) -> bool:

@@ -35,6 +35,11 @@ def _starts(*names: str) -> Callable[[Any], bool]:
     return lambda value: str(value).lower().startswith(names)
 
 
+def is_given(value: Any) -> bool:
+    """Whether a setting has a value; of `{}`, PEFT makes a config with its defaults."""
+    return value is not None and value is not False and value != []
+
+
 SETTINGS = (
     Setting(
         "init_lora_weights",
@@ -54,22 +59,24 @@ SETTINGS = (
         "makes the model deeper, which two adapters cannot both do",
         "Build the deeper model first.",
     ),
-    Setting("kasa_config", bool, "takes components out of the base weights, which two adapters cannot both do"),
+    Setting("kasa_config", is_given, "takes components out of the base weights, which two adapters cannot both do"),
     Setting(
         "alora_invocation_tokens",
         bool,
         "lets the adapter act from a place in the row on, which is another in a row that carries its prompt twice",
         "Leave it out: Bitune's adapters act on all tokens.",
     ),
-    Setting("arrow_config", bool, "chooses among trained adapters of a plain LoRA model", "Train one adapter instead."),
+    Setting(
+        "arrow_config", is_given, "chooses among trained adapters of a plain LoRA model", "Train one adapter instead."
+    ),
     Setting(
         "monteclora_config",
-        bool,
+        is_given,
         "adds a term to the loss that PEFT collects from plain LoRA models only, so it would be lost",
     ),
     Setting(
         "velora_config",
-        lambda velora: bool(velora) and _field(velora, "init_type") != "random",
+        lambda velora: is_given(velora) and _field(velora, "init_type") != "random",
         "makes gradients of a mean over all tokens of a batch, and a batch that carries its prompts twice has another, "
         "unless `init_type='random'`",
         "Use that.",

@@ -21,6 +21,7 @@ from torch import Tensor
 from bitune_plugin.checkpoints.saved import SavedAdapter, local_folder
 from bitune_plugin.saved_format.keys import ROOT
 from bitune_plugin.saved_format.matching import pattern_of
+from bitune_plugin.saved_format.refused import is_given
 
 REFUSED = {
     "fan_in_fan_out": "is for weights that are stored transposed",
@@ -174,7 +175,7 @@ def check_method(config: Any) -> None:
     """Raises ValueError if the LoRA of an adapter is not a kind that can be merged."""
     inner = config.inner
     for name, reason in REFUSED.items():
-        if getattr(inner, name, None):
+        if is_given(getattr(inner, name, None)):
             raise ValueError(
                 f"`{name}={getattr(inner, name)!r}` {reason}, which cannot be served. Generate with "
                 "`PeftModel.generate`."

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
@@ -101,6 +102,15 @@ FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "which is not in `target_modules`": ({"target_modules": ["q_proj"]}, {}),
     "which `modules_to_save` of the config names": ({"modules_to_save": ["lm_head"]}, {}),
     "is for causal language models": ({}, {"task_type": "SEQ_CLS"}),
+    "lora_magnitude_vector, where `use_dora=True`": ({"use_dora": True}, {}),
+    "`r`: 0 is no rank": ({"r": 0}, {}),
+    "`rank_pattern`: 0 is no rank": ({"rank_pattern": {"k_proj": 0}}, {}),
+    "`rank_pattern`: '4' is no rank": ({"rank_pattern": {"k_proj": "4"}}, {}),
+    "`alpha_pattern`: '4' is no number": ({"alpha_pattern": {"k_proj": "4"}}, {}),
+    r"`alpha_pattern`: 'k_proj\(' is no regular expression": ({"alpha_pattern": {"k_proj(": 4}}, {}),
+    r"`target_modules`: '\(' is no regular expression": ({"target_modules": "("}, {}),
+    "takes components out of the base weights": ({"kasa_config": {}}, {}),
+    "adds a term to the loss": ({"monteclora_config": {}}, {}),
 }
 
 
@@ -117,9 +127,52 @@ def test_faults_are_those_that_are_found_with_peft(message: str, tmp_path: Path)
 def test_a_setting_with_a_name_of_pythons_own_is_no_more_than_a_setting(tmp_path: Path) -> None:
     folder = save(tmp_path).adapter
     _change(folder, {"__class__": "other", "__dict__": {}, "of_a_later_version": 1})
-    inner = SavedAdapter.read_without_peft(folder).config.inner
+    inner = config.read_saved_config(folder).inner
     assert type(inner) is config.LoraSettings
     assert (inner.peft_type, inner.of_a_later_version) == ("LORA", 1)
+    with pytest.raises(ValueError, match="`__class__='other'` is unknown here"):
+        SavedAdapter.read_without_peft(folder)
+
+
+def test_magnitudes_without_dora_are_a_fault(tmp_path: Path) -> None:
+    lora = LoraConfig(r=4, target_modules=["k_proj"], use_dora=True)
+    folder = save(tmp_path, config=BituneConfig(adapter=lora)).adapter
+    _change(folder, {"use_dora": False})
+    for read in (SavedAdapter.read, SavedAdapter.read_without_peft):
+        with pytest.raises(ValueError, match=r"unknown: .*lora_magnitude_vector, where `use_dora=False`"):
+            read(folder)
+
+
+def test_every_setting_of_lora_is_known() -> None:
+    names = {each.name for each in fields(config.LoraSettings)}
+    known = names | config.OF_ALL_METHODS | config.OF_TRAINING | config.OF_OTHER_CHECKS
+    assert {each.name for each in fields(LoraConfig)} <= known
+    assert {each.name for each in fields(PeftConfig)} <= config.OF_ALL_METHODS
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer"),
+    [({"use_later": True}, {}), ({"later_scale": 2}, {}), ({"later_config": {"scale": 2}}, {}), ({}, {"later": "x"})],
+    ids=str,
+)
+def test_a_setting_of_a_later_version_is_refused(inner: dict[str, Any], outer: dict[str, Any], tmp_path: Path) -> None:
+    folder = save(tmp_path).adapter
+    _change(folder, dict.fromkeys(inner) | {"use_other": False, "other_config": {}}, other=[])
+    SavedAdapter.read_without_peft(folder)
+    _change(folder, inner, **outer)
+    (name,) = {**inner, **outer}
+    with pytest.raises(ValueError, match=rf"`{name}=.* is unknown here, and may change the answers"):
+        SavedAdapter.read_without_peft(folder)
+
+
+def test_a_default_of_the_installed_peft_is_no_unknown_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save(tmp_path).adapter
+    _change(folder, {"later_size": 16})
+    monkeypatch.setattr(LoraConfig, "later_size", 16, raising=False)
+    SavedAdapter.read_without_peft(folder)
+    monkeypatch.setattr(LoraConfig, "later_size", 8)
+    with pytest.raises(ValueError, match="`later_size=16` is unknown here"):
+        SavedAdapter.read_without_peft(folder)
 
 
 def test_what_is_no_bitune_adapter_is_refused(tmp_path: Path) -> None:
