@@ -19,13 +19,19 @@ collect_ignore = [] if find_spec("vllm") else NEED_VLLM
 """Without vLLM, the rest of this folder is tested."""
 
 
-@pytest.fixture(scope="package", autouse=True)
-def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+@pytest.fixture(scope="session")
+def cache_of_vllm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("vllm"))
+
+
+# Not of the package: without `__init__.py` that means the session, and other tests of the process could not compile.
+@pytest.fixture(scope="module", autouse=True)
+def _environment(cache_of_vllm: str) -> Iterator[None]:
     """Of the engines here, and of those in new processes."""
     with pytest.MonkeyPatch.context() as patch:
         # vLLM compiles small functions of its sampler, which takes longer than these tests.
         patch.setenv("TORCHDYNAMO_DISABLE", "1")
         # As `tests/conftest.py` has it here: threads that wait for each other cost a tiny model many times its work.
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("vllm")))
+        patch.setenv("VLLM_CACHE_ROOT", cache_of_vllm)
         yield
