@@ -182,6 +182,17 @@ def test_answers_of_mas_come_in_the_order_of_their_questions(monkeypatch: pytest
     assert lm.generate_until(requests) == [prompt.split()[0] for prompt in prompts]
 
 
+def test_an_answer_ends_where_generation_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trained model writes the end of a text as a token, which is no part of the answer; nor is what follows."""
+    tokenizer = word_tokenizer()
+    first, after = tokenizer("w5 w6").input_ids
+    written = torch.tensor([[first, tokenizer.eos_token_id, after]])
+    monkeypatch.setattr(rivals, "greedy", lambda *_: written)
+    lm = SegmentsLM(pretrained=get_peft_model(tiny(), METHODS["MAS"].new_config()), tokenizer=tokenizer)
+    request = rivals.Instance("generate_until", {}, ("w1 w2", {"until": ["\n"], "max_gen_toks": 3}), 0)
+    assert lm.generate_until([request]) == ["w5"]
+
+
 def test_an_answer_ends_at_the_first_end() -> None:
     assert rivals.first_part("one\ntwo. three", ["\n", "."]) == "one"
     assert rivals.first_part("one", ["\n"]) == "one"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from inspect import signature
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any
 
 import torch
@@ -100,7 +100,8 @@ class SegmentsLM(HFLM):
         for batch in of_equal_length(asked, int(self.batch_size)):
             tokens = torch.tensor([prompt for _, prompt in batch], device=self.device)
             written = greedy(self.model, tokens, ends, settings["max_gen_toks"])
-            for (number, _), text in zip(batch, self.tokenizer.batch_decode(written), strict=True):
+            for (number, _), answer in zip(batch, written.tolist(), strict=True):
+                text = self.tok_decode(list(takewhile(lambda token: token != self.eot_token_id, answer)))
                 answers[number] = first_part(text, settings["until"])
         return [answers[number] for number in range(len(requests))]
 
