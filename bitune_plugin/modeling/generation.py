@@ -18,7 +18,7 @@ from .attention import base_of
 from .boundaries import known_prompts
 from .context import PerThread
 from .extension import Patch, by_name
-from .host import OF_GENERATE, cache_in, translate_cache
+from .host import ASSISTS_NEW_TOKENS, OF_GENERATE, cache_in, translate_cache
 from .prompts import Generation, check_cache_is_empty, check_per_token, holds_tokens
 
 REFUSED_SETTINGS = {
@@ -97,6 +97,8 @@ class GeneratesFromPrompt(Patch):
             if not over_cache:
                 check_cache_is_empty(past)
         given_again = _given_again(prompt_mask, past, kwargs)
+        if not ASSISTS_NEW_TOKENS and holds_tokens(past) and not given_again:
+            self._check_not_assisted(kwargs)
         if over_cache and given_again:
             _check_prompts_are_whole(prompt_mask, kwargs.get("attention_mask"), given_again)
         return Generation(prompt_mask[:, given_again:], over_cache=over_cache, given_again=given_again)
@@ -110,6 +112,17 @@ class GeneratesFromPrompt(Patch):
             value = kwargs.get(name, getattr(config, name, None))
             if value not in harmless:
                 raise LayoutError(f"`{name}={value!r}`: {reason}. Leave it unset.")
+
+    def _check_not_assisted(self, kwargs: dict[str, Any]) -> None:
+        """Raises LayoutError for assisted decoding of the new tokens alone, where transformers does it wrongly."""
+        config = kwargs.get("generation_config") or self.generation_config
+        lookup = kwargs.get("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens)
+        enabled = active_adapter(self.bitune_architecture) is not None
+        if enabled and (lookup is not None or kwargs.get("assistant_model") is not None):
+            raise LayoutError(
+                f"Assisted decoding over `{OF_GENERATE}` was given the new tokens alone, for which this version of "
+                "transformers makes masks of a wrong length. Pass all tokens, those in the cache included."
+            )
 
     def _check_no_completions(self, tokens: Tensor, labels: Tensor | None) -> None:
         """Raises LayoutError for rows `[B, T]` with completions in them, as their labels tell."""

@@ -11,6 +11,8 @@ or an attribute, and never by comparing version numbers.
   adapter.
 - `config._attn_implementation`, the implementation's name, and the attribute behind that property.
 - `flash_attention_4`: not every version knows it.
+- Assisted decoding over a filled cache, given the new tokens alone: the masks of 5.17 have a wrong length for it, and
+  those of 5.19 have not.
 - Checkpointed layers drop the cache; from 5.24 on only in a forward pass that computes gradients.
 """
 
@@ -27,6 +29,7 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
+from transformers.generation import utils as generation_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
@@ -47,6 +50,12 @@ OF_GENERATE = next(
     if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 )
 """The keyword of the cache in `generate` and `prepare_inputs_for_generation`."""
+
+
+ASSISTS_NEW_TOKENS = (
+    "is_done_candidate" not in inspect.signature(generation_utils._speculative_sampling).parameters  # as 5.17 has it
+)
+"""Whether assisted decoding over a filled cache may be given the new tokens alone."""
 
 
 def cache_in(arguments: Mapping[str, Any]) -> Cache | None:

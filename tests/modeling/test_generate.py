@@ -35,6 +35,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bitune_plugin.errors import LayoutError
 from bitune_plugin.modeling.generation import _warn_one_piece
+from bitune_plugin.modeling.host import ASSISTS_NEW_TOKENS
 from helpers import Batch, assert_close, batch, bitune, lora, tokens, with_oracle
 from models import ARCHITECTURES, tiny, word_tokenizer
 from three_pass import CACHE, ThreePass
@@ -797,6 +798,10 @@ def test_assisted_decoding_over_a_filled_cache_reads_the_new_tokens_alone(
     else:
         settings["assistant_model"] = ASSISTANTS[assisted](model)
 
+    if new_only and not ASSISTS_NEW_TOKENS:
+        with pytest.raises(LayoutError, match=r"given the new tokens alone.*Pass all tokens"):
+            greedy(model, conversation[read:], **settings)
+        return
     second = greedy(model, conversation[read:], **settings)
 
     expected = conversation
