@@ -80,8 +80,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--reference", default=sys.executable, help="the Python that runs generate.py; this one if not given"
     )
-    parser.add_argument("options", nargs="*", help="options of vLLM, behind `--`")
-    return parser.parse_args()
+    given = sys.argv[1:]
+    own = given[: given.index("--")] if "--" in given else given
+    # argparse takes what is behind `--` for further positional arguments, and only beside the first.
+    return parser.parse_args(own, argparse.Namespace(options=given[len(own) + 1 :]))
 
 
 def main() -> int:

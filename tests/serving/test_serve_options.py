@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 
@@ -183,3 +184,15 @@ def test_overrides_in_a_file_are_kept(tmp_path: Path, capsys: pytest.CaptureFixt
     overrides = json.loads(line.rpartition("--hf-overrides '")[2].split("'")[0])
     assert overrides["rope_theta"] == 5.0
     assert overrides["bitune_adapter"] == str(served.adapter)
+
+
+def test_the_example_hands_on_what_is_behind_two_dashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openai")
+    example = run_path(str(Path(__file__).parents[2] / "examples" / "serve.py"))
+    command = ["serve.py", "adapter", "--prompt", "one", "--port", "8001", "--", "--max-model-len", "512"]
+    monkeypatch.setattr(sys, "argv", command)
+    arguments = example["parse_arguments"]()
+    assert (arguments.adapter, arguments.port) == (Path("adapter"), 8001)
+    assert arguments.options == ["--max-model-len", "512"]
+    monkeypatch.setattr(sys, "argv", command[:-3])
+    assert example["parse_arguments"]().options == []
