@@ -107,18 +107,20 @@ class GeneratesFromPrompt(Patch):
         """Raises LayoutError for settings of `generate` that hide the end of the prompt."""
         if active_adapter(self.bitune_architecture) is None:
             return
-        config = kwargs.get("generation_config") or self.generation_config
         for name, (harmless, reason) in REFUSED_SETTINGS.items():
-            value = kwargs.get(name, getattr(config, name, None))
+            value = self._setting(name, kwargs)
             if value not in harmless:
                 raise LayoutError(f"`{name}={value!r}`: {reason}. Leave it unset.")
 
+    def _setting(self, name: str, kwargs: dict[str, Any]) -> Any:
+        """A setting of a call of `generate`: an argument, or else in the generation config; `None` if in neither."""
+        config = kwargs.get("generation_config") or self.generation_config
+        return kwargs.get(name, getattr(config, name, None))
+
     def _check_not_assisted(self, kwargs: dict[str, Any]) -> None:
         """Raises LayoutError for assisted decoding of the new tokens alone, where transformers does it wrongly."""
-        config = kwargs.get("generation_config") or self.generation_config
-        lookup = kwargs.get("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens)
-        enabled = active_adapter(self.bitune_architecture) is not None
-        if enabled and (lookup is not None or kwargs.get("assistant_model") is not None):
+        assisted = (self._setting(name, kwargs) is not None for name in ("prompt_lookup_num_tokens", "assistant_model"))
+        if any(assisted) and active_adapter(self.bitune_architecture) is not None:
             raise LayoutError(
                 f"Assisted decoding over `{OF_GENERATE}` was given the new tokens alone, for which this version of "
                 "transformers makes masks of a wrong length. Pass all tokens, those in the cache included."
