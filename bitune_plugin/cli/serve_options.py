@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 from typing import Any
@@ -56,11 +57,9 @@ def without_config(options: Sequence[str]) -> list[str]:
         return list(options)
     if len(files) > 1 or not files[0]:
         raise ValueError("`--config` must name one file of options, in YAML.")
-    from vllm.entrypoints.cli.serve import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
+    parser = server_parser()
     try:
-        read = make_arg_parser(FlexibleArgumentParser()).load_config_file(files[0])
+        read = parser.load_config_file(files[0])
     except Exception as error:  # of the file system, of YAML, or because it holds no mapping
         raise ValueError(f"`--config {files[0]}` cannot be read ({error}). Name a file of options, in YAML.") from error
     if any(name == "--config" for name, _ in named(read)):
@@ -73,15 +72,21 @@ def check_names(options: Sequence[str]) -> None:
 
     vLLM also takes the beginning of a name, such as `--hf-over.rope_theta 5`, which nothing here would find.
     """
-    from vllm.entrypoints.cli.serve import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    known = make_arg_parser(FlexibleArgumentParser())._option_string_actions
+    known = server_parser()._option_string_actions
     for name in (name.partition(".")[0].rstrip("+") for name, _ in named(options)):
         if name.startswith("--") and name not in known:
             whole = [other for other in known if name != "--" and other.startswith(name)]
             instead = f"`{'`, `'.join(whole[:3])}`" if whole else "those of `vllm serve --help`"
             raise ValueError(f"`{name}` is no option of `vllm serve`. Write names in full: {instead}.")
+
+
+@cache
+def server_parser() -> Any:
+    """vLLM's own parser of the options of `vllm serve`, which takes a while to build."""
+    from vllm.entrypoints.cli.serve import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return make_arg_parser(FlexibleArgumentParser())
 
 
 def check_dotted(options: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..json_files import read_object
 from ..kinds import check_kinds
+from .methods import LORA
 from .refused import check_inner_settings, is_given
 from .settings import PEFT_TYPE, TASK_TYPE, check_settings
 
@@ -52,7 +53,7 @@ class LoraSettings:
     The other settings of a file are attributes too; `unknown_settings` finds those that nobody checks.
     """
 
-    peft_type: str = "LORA"
+    peft_type: str = LORA
     r: int = 8
     lora_alpha: float = 8
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
@@ -115,7 +116,7 @@ def read_saved_config(folder: Path) -> SavedConfig:
     inner = saved.get("adapter")
     if not isinstance(inner, dict) or "peft_type" not in inner:
         raise ValueError(f"{folder / CONFIG_NAME} does not say what its inner method is. Copy the adapter again.")
-    if inner["peft_type"] != "LORA":
+    if inner["peft_type"] != LORA:
         raise ValueError(
             f"The inner method {inner['peft_type']} cannot be served: LoRA, rsLoRA and DoRA can. Generate with "
             "`PeftModel.generate`."

@@ -181,5 +181,5 @@ def part_of(
         causal=causal,
         positions=None if common.positions is None else common.positions[rows],
         is_prefilling=torch.ones(len(lengths), dtype=torch.bool),
-        **{name: None for name in OF_THE_STEP if name in {field.name for field in fields(common)}},
+        **dict.fromkeys({field.name for field in fields(common)}.intersection(OF_THE_STEP)),
     )
