@@ -115,7 +115,28 @@ def test_the_best_of_three_rates_says_whether_it_is_at_the_edge(
 def test_rates_come_before_all_else() -> None:
     assert list(comparison_runs()) == []
     fake_rates(("100", "110", "100"), "MAS")
-    assert list(comparison_runs()) == [Run(CURVE_MODEL, TASK, "MAS", 1e-3, seed, SIZES) for seed in SEEDS]
+    assert list(comparison_runs()) == [
+        Run(CURVE_MODEL, task, "MAS", 1e-3, seed, SIZES)
+        for seed in SEEDS
+        for task in (TASK, "paths, question first")  # one choice for both
+    ]
+
+
+def test_rates_are_chosen_with_the_question_last() -> None:
+    chosen_on = {one.task for one in comparison.comparison_rate_runs()}
+    assert chosen_on == {task for task in TASKS if task.endswith("question last")}
+    assert set(map(comparison.rate_task, TASKS)) == chosen_on
+
+
+def test_some_tasks_can_be_run_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert {one.task for one in run.missing("comparison-rates", [TASK])} == {TASK}
+    assert {one.task for one in run.missing("comparison-rates")} > {TASK}
+    monkeypatch.setattr(sys, "argv", ["run.py", "comparison", "--tasks", TASK, "larger_families"])
+    assert run.parse_arguments().tasks == [TASK, "larger_families"]
+    monkeypatch.setattr(sys, "argv", ["run.py", "comparison", "--tasks", "paths"])
+    with pytest.raises(SystemExit):
+        run.parse_arguments()
+    assert "there are 'larger_families', 'missing words, question first', " in capsys.readouterr().err
 
 
 RIGHT = {"Bitune r=8": (3, 6, 9), "LoRA r=16": (2, 4, 8)}

@@ -94,10 +94,10 @@ class ChoiceRow:
         return cls(tokenizer(prompt).input_ids, [encode(f" {choice}") for choice in choices])
 
     def likelihoods(self, logits: Tensor) -> list[float]:
-        """The sum over the tokens of each choice, from logits `[T, vocabulary]`."""
+        """The sum over the tokens of each choice, from the logits of `predictor`, `[n, vocabulary]`."""
         prompt = int((self.choice == 0).sum())
         targets = self.tokens[prompt:].to(logits.device)
-        each = logits[self.predictor.to(logits.device)].float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        each = logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
         sums = torch.zeros(self.count).index_add(0, self.choice[prompt:] - 1, each.cpu())
         return sums.tolist()
 
@@ -112,8 +112,11 @@ def _score(rows: list[ChoiceRow], model: PeftModel, ends: SegmentEnds | None) ->
     if ends is not None:
         check_masks_reach(model.get_base_model(), tokens.shape[1])
     inputs: dict[str, Any] = {"input_ids": tokens.to(device), "position_ids": places.to(device), "use_cache": False}
-    logits = model(**inputs, attention_mask=mask).logits
-    return (row.likelihoods(own) for row, own in zip(rows, logits, strict=True))
+    causal_lm = model.get_base_model()
+    hidden = causal_lm.model(**inputs, attention_mask=mask).last_hidden_state
+    return (
+        row.likelihoods(causal_lm.lm_head(own[row.predictor.to(device)])) for row, own in zip(rows, hidden, strict=True)
+    )
 
 
 def choice_mask(tokens: Tensor, choice: Tensor, attended: Tensor, ends: SegmentEnds | None) -> Tensor:

@@ -1,7 +1,8 @@
 """The comparison: every way to spend a prompt, at equal samples and at equal compute, on questions first and last.
 
 Everything here is chosen among `questions.TASKS` and scored by choice (`choosing.py`) on 1,000 questions. It takes days
-on a CPU; `run.py comparison-rates comparison` does what has no result yet, in this order, and can be stopped.
+on a CPU; `run.py comparison-rates comparison` does what has no result yet, in this order, and can be stopped. Learning
+rates are chosen with the question last, for both orders.
 """
 
 from __future__ import annotations
@@ -54,9 +55,14 @@ def is_compared(run: Run) -> bool:
     return run.task in questions.TASKS
 
 
+def rate_task(task: str) -> str:
+    """The task on which the learning rates of a task are chosen: the same with the question last."""
+    return task.replace(questions.FIRST, questions.LAST)
+
+
 def comparison_rate_runs() -> Iterator[Run]:
-    """Every method at every learning rate on every task, once."""
-    for task in questions.TASKS:
+    """Every method at every learning rate, once on each task that chooses rates."""
+    for task in filter(lambda task: rate_task(task) == task, questions.TASKS):
         for method in METHOD_NAMES:
             for rate in RATES:
                 yield Run(CURVE_MODEL, task, method, rate, SEEDS[0], RATE_SIZES)
@@ -82,7 +88,7 @@ class Best:
 
 def best_of_rates(task: str, method: str) -> Best | None:
     """The best rate on the validation split, the lower of two that are equal; `None` if they have not all run."""
-    tried = {rate: Run(CURVE_MODEL, task, method, rate, SEEDS[0], RATE_SIZES).result() for rate in RATES}
+    tried = {rate: Run(CURVE_MODEL, rate_task(task), method, rate, SEEDS[0], RATE_SIZES).result() for rate in RATES}
     if None in tried.values():
         return None
     rate = max(RATES, key=lambda rate: (share(tried[rate]["points"][-1]["validation"]), -rate))

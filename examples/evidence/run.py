@@ -3,6 +3,7 @@
     python examples/evidence/run.py                  # nearly all; stop it whenever you like, and start it again
     python examples/evidence/run.py rates table      # some of it: rates, table, curves, ablations, rivals
     python examples/evidence/run.py comparison-rates comparison    # days on a CPU, so only if they are named
+    python examples/evidence/run.py comparison --tasks "paths, question last"    # of some tasks alone
     python examples/evidence/run.py --jobs 1 --device cuda
 
 Every run leaves one JSON file in `results/`: scores question by question, losses, alpha by layer, and what it took. A
@@ -17,7 +18,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ from evidence.experiment import (
     rival_runs,
     table_runs,
 )
+from evidence.questions import TASKS as COMPARED_TASKS
 from evidence.rivals import SegmentEnds, SegmentsLM, additive, check_masks_reach, mas_mask
 from pretrained import resolve
 from tasks import held_out, training
@@ -282,9 +284,9 @@ def in_worker(run: Run, device: str, threads: int) -> None:
     run.save(execute(run, device, threads))
 
 
-def missing(stage: str) -> list[Run]:
-    """Runs of a stage that have no result yet."""
-    return [run for run in STAGES[stage]() if run.result() is None]
+def missing(stage: str, tasks: Sequence[str] = ()) -> list[Run]:
+    """Runs of a stage that have no result yet, of all tasks or of some."""
+    return [run for run in STAGES[stage]() if run.result() is None and (not tasks or run.task in tasks)]
 
 
 def run_all(stage: str, arguments: argparse.Namespace) -> None:
@@ -292,7 +294,9 @@ def run_all(stage: str, arguments: argparse.Namespace) -> None:
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with Progress() as progress, ProcessPoolExecutor(arguments.jobs, spawn) as workers:
-        futures = {workers.submit(in_worker, run, arguments.device, threads): run for run in missing(stage)}
+        futures = {
+            workers.submit(in_worker, run, arguments.device, threads): run for run in missing(stage, arguments.tasks)
+        }
         bar = progress.add_task(stage, total=len(futures))
         try:
             for future in as_completed(futures):
@@ -307,12 +311,16 @@ def run_all(stage: str, arguments: argparse.Namespace) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", default=(), help="of these tasks alone")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; one per core by default")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments = parser.parse_args()
     unknown = set(arguments.stages) - set(STAGES)
     if unknown:
         parser.error(f"unknown stage {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
+    known = {run.task for stage in STAGES.values() for run in stage()} | set(COMPARED_TASKS)
+    if not known.issuperset(arguments.tasks):
+        parser.error(f"unknown task in {arguments.tasks}; there are {', '.join(map(repr, sorted(known)))}")
     return arguments
 
 
