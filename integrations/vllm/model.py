@@ -17,6 +17,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from .adapter import ServedAdapter
 from .attention import mix_in
 from .names import ADAPTER, PREFIX
+from .operations import CompiledOperations
 from .placement import Placed, Placement, adapt_copies
 from .plan import Lengthened, Plan, lengthened, plan_of
 from .refusals import check_layer, check_loaded, check_tied
@@ -52,6 +53,7 @@ def bitune(base: Any) -> type:
             loaded = self.load_own_weights(adapter.merged(iter(weights)))
             adapter.check_all_used()
             adapt_layers(self, adapter, placement, places)
+            self._bitune_operations = CompiledOperations(self)
             del self._bitune_adapter  # with all of its weights, which are in the model now
             return loaded
 
@@ -68,10 +70,10 @@ def bitune(base: Any) -> type:
             plan = plan_of(metadata)
             if metadata is None and positions.shape[-1] == self._bitune_profile_rows:
                 check_loaded(self)
-                run_lengthened(run, None, input_ids, positions, inputs_embeds, kwargs)  # for its peak of memory
+                run_lengthened(run, self._bitune_operations, None, input_ids, positions, inputs_embeds, kwargs)  # for its peak of memory
             if plan is None:
                 return run(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
-            return run_lengthened(run, plan, input_ids, positions, inputs_embeds, kwargs)
+            return run_lengthened(run, self._bitune_operations, plan, input_ids, positions, inputs_embeds, kwargs)
 
     Bitune.__name__ = Bitune.__qualname__ = PREFIX + base.__name__
     Bitune.__module__ = __name__
@@ -91,6 +93,7 @@ def _own_architectures(hf_config: Any) -> Iterator[None]:
 
 def run_lengthened(
     run: Callable[..., Any],
+    operations: CompiledOperations,
     plan: Plan | None,
     input_ids: Tensor | None,
     positions: Tensor,
@@ -101,6 +104,7 @@ def run_lengthened(
 
     Args:
         run: the forward pass of vLLM's class.
+        operations: those of the model that are left to the compiler.
         plan: that of the step; `None` for copies of all rows, when memory is measured.
         input_ids: `[N]`.
         positions: `[N]`, or `[3, N]` of models that also read images.
@@ -112,7 +116,7 @@ def run_lengthened(
     def longer(tensor: Tensor | None, rows_in: int = 0) -> Tensor | None:
         return None if tensor is None else torch.cat([tensor, tensor.index_select(rows_in, copied)], rows_in)
 
-    with lengthened(Lengthened(rows, plan)), _uncompiled():
+    with lengthened(Lengthened(rows, plan)), _uncompiled(), operations.in_use():
         return run(longer(input_ids), longer(positions, -1), None, longer(inputs_embeds), **kwargs)[:rows]
 
 

@@ -123,7 +123,7 @@ def adapt_copies(layer: Any, placed: list[Placed], rescale: Tensor | None, gain:
         if rescale is not None:
             scaled = second if bias is None else second - bias
             second.copy_((scaled * rescale).to(y.dtype) if bias is None else (scaled * rescale + bias).to(y.dtype))
-        second += linear(linear(copies, down), up)
+        second.flatten(0, -2).addmm_(linear(copies, down).flatten(0, -2), up.T)
         return y
 
     layer.quant_method.apply = apply

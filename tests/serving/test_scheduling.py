@@ -92,7 +92,7 @@ def test_memory_is_measured_with_copies(tmp_path: Path, monkeypatch: pytest.Monk
     seen: list[Any] = []
     original = model.run_lengthened
     monkeypatch.setattr(
-        model, "run_lengthened", lambda run, plan, *args: seen.append(plan) or original(run, plan, *args)
+        model, "run_lengthened", lambda run, ops, plan, *args: seen.append(plan) or original(run, ops, plan, *args)
     )
     monkeypatch.delenv("TORCHDYNAMO_DISABLE")
     options = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
