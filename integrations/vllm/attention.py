@@ -77,20 +77,21 @@ def mixing_class(attention_class: type) -> type:
             return out.view(output_shape or (-1, heads * size))
 
         def read(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, n: int) -> None:
-            """Attends, and fills the cache. `q, k, v, out`: `[N + C, heads, head size]`."""
+            """Attends, and fills the cache. `q, k, v, out`: `[N + C, heads, head size]`, and what fills the block."""
             context = get_forward_context()
             metadata, slots = context.attn_metadata[self.layer_name], context.slot_mapping[self.layer_name][:n]
             plan = metadata.bitune  # of this layer: those with other heads or windows may have metadata of their own
             encoded, copied, answer = plan.encoded, plan.copied, plan.answer
+            copies = slice(n, n + len(copied))
 
-            self.write(k[n:], v[n:], slots[encoded])
-            self.attend(q[n:], k[n:], v[n:], plan.bidirectional_metadata, out[n:])
+            self.write(k[copies], v[copies], slots[encoded])
+            self.attend(q[copies], k[copies], v[copies], plan.bidirectional_metadata, out[copies])
 
             self.write(k[:n], v[:n], slots)
             self.attend(q[:n], k[:n], v[:n], metadata, out[:n])
 
-            mixed_key = mix_rows(k[copied], k[n:], self.alpha_key)
-            mixed_value = mix_rows(v[copied], v[n:], self.alpha_value)
+            mixed_key = mix_rows(k[copied], k[copies], self.alpha_key)
+            mixed_value = mix_rows(v[copied], v[copies], self.alpha_value)
             self.write(mixed_key, mixed_value, slots[copied])
             answers = torch.zeros_like(q[answer], memory_format=torch.contiguous_format)[..., : self.head_size_v]
             self.attend(q[answer], k[answer], v[answer], plan.answer_metadata, answers)

@@ -43,9 +43,14 @@ def test_only_such_operations_are_compiled_and_only_meanwhile(compiling: None) -
     plain = norm._forward_method
     operations = CompiledOperations(model_of(norm))
     assert list(operations.compiled) == [norm]
-    with pytest.raises(KeyboardInterrupt), operations.in_use():
-        assert norm._forward_method is operations.compiled[norm] is not plain
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with operations.in_use():
+            assert norm._forward_method is operations.compiled[norm] is not plain
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert norm._forward_method == plain
 
 

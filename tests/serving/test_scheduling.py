@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig
 
 from bitune_plugin import BituneConfig
@@ -98,3 +101,23 @@ def test_memory_is_measured_with_copies(tmp_path: Path, monkeypatch: pytest.Monk
     options = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
     with engine(save(tmp_path), **options):
         assert seen == [None]
+
+
+@pytest.mark.parametrize(("rows", "copies"), [(5, 2), (5, 3), (9, 8), (16, 16)])
+def test_a_step_is_lengthened_to_whole_blocks(rows: int, copies: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitune_plugin.integrations.vllm import model
+
+    monkeypatch.setattr(model, "_uncompiled", nullcontext)
+    positions, copied = torch.arange(rows), torch.arange(copies)
+    seen: list[torch.Tensor] = []
+
+    def run(input_ids: Any, positions: torch.Tensor, *_: Any) -> torch.Tensor:
+        seen.append(positions)
+        return positions
+
+    plan, operations = SimpleNamespace(copied=copied), SimpleNamespace(in_use=nullcontext)
+    assert model.run_lengthened(run, operations, plan, None, positions, None, {}).tolist() == positions.tolist()
+    [longer] = seen
+    assert longer[: rows + copies].tolist() == [*range(rows), *range(copies)]
+    assert len(longer) % model.BLOCK == 0
+    assert len(longer) - rows - copies < model.BLOCK
