@@ -7,6 +7,7 @@ A class `Bitune<Architecture>` is vLLM's own class of a model with three additio
 * `rows.py` and `plan.py`: in a step with a prefill, copies of the encoded prompts are appended to the rows of the step.
 * `attention.py`: every attention layer reads such a step three times, and leaves the mixture in the cache.
 
+`operations.py` compiles the small operations that vLLM leaves to the compiler, because such a step runs uncompiled.
 `register.py` is what vLLM calls in each of its processes. `runner.py` wraps the one private method of vLLM, and
 `requests.py` a public one, which makes requests. `refusals.py` lists what is refused, `model_config.py` has vLLM leave
 off what splits or shares prompts, `arguments.py` makes the arguments of an engine. Importing this package imports
