@@ -24,8 +24,8 @@ from .refusals import check_layer, check_loaded, check_tied
 from .runner import tell_prompt_lengths
 
 BLOCK = 8
-"""The number of rows is a multiple of it, because an odd number makes multiplications of wide matrices a fifth slower on
-a CPU (oneDNN, float32)."""
+"""The number of rows is a multiple of it, because an odd number makes products of wide matrices a fifth slower on a CPU
+(oneDNN, float32)."""
 
 
 def bitune(base: Any) -> type:
