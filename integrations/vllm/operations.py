@@ -23,9 +23,8 @@ class CompiledOperations:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.compiled: dict[CustomOp, Callable[..., Any]] = {
-            op: op.maybe_compile(op.forward_native) for op in model.modules() if is_left_to_compiler(op)
-        }
+        found: Iterator[Any] = filter(is_left_to_compiler, model.modules())
+        self.compiled: dict[Any, Callable[..., Any]] = {op: op.maybe_compile(op.forward_native) for op in found}
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
