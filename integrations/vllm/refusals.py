@@ -16,6 +16,17 @@ SHORT_STEP = (
     "one, or lower the other."
 )
 
+ASKED_FOR = {
+    "enable_chunked_prefill": (
+        "`--enable-chunked-prefill` splits prompts, and Bitune reads a prompt as a whole. Leave it out."
+    ),
+    "enable_prefix_caching": (
+        "`--enable-prefix-caching` shares parts of prompts, and Bitune reads a prompt as a whole. Leave it out."
+    ),
+}
+"""Settings that vLLM would turn on by itself, and so refused if they were asked for: among the options, by their names
+in vLLM's `EngineArgs`, and in the config that vLLM makes of them."""
+
 Refusal = tuple[Callable[[Any], bool], str]
 """Whether the config of an engine is refused, and why, with the advice."""
 
@@ -30,11 +41,11 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     (
         lambda c: c.scheduler_config.enable_chunked_prefill,
-        "`--enable-chunked-prefill` splits prompts, and Bitune reads a prompt as a whole. Leave it out.",
+        ASKED_FOR["enable_chunked_prefill"],
     ),
     (
         lambda c: c.cache_config.enable_prefix_caching,
-        "`--enable-prefix-caching` shares parts of prompts, and Bitune reads a prompt as a whole. Leave it out.",
+        ASKED_FOR["enable_prefix_caching"],
     ),
     (
         lambda c: c.scheduler_config.max_num_batched_tokens < c.model_config.max_model_len,
@@ -133,12 +144,9 @@ def check_options(options: dict[str, Any]) -> None:
     Args:
         options: by the names of vLLM's `EngineArgs`.
     """
-    for name, what in (
-        ("enable_chunked_prefill", "splits prompts"),
-        ("enable_prefix_caching", "shares parts of prompts"),
-    ):
+    for name, advice in ASKED_FOR.items():
         if options.get(name):
-            raise ValueError(f"`{name}` {what}, and Bitune reads a prompt as a whole. Leave it out.")
+            raise ValueError(advice)
     overrides = options.get("hf_overrides") or {}
     if not isinstance(overrides, dict):
         raise ValueError(f"`hf_overrides={overrides!r}` must be a mapping, to which Bitune adds the adapter.")

@@ -111,11 +111,15 @@ def test_a_front_end_that_checks_no_requests_is_refused(monkeypatch: pytest.Monk
         check_engine(config())
 
 
-@pytest.mark.parametrize("name", ["enable_chunked_prefill", "enable_prefix_caching"])
-def test_what_splits_or_shares_prompts_is_refused_if_asked_for(name: str) -> None:
+@pytest.mark.parametrize("part", ["scheduler_config__enable_chunked_prefill", "cache_config__enable_prefix_caching"])
+def test_what_splits_or_shares_prompts_is_refused_in_the_same_words_by_options_and_by_the_engine(part: str) -> None:
+    name = part.partition("__")[2]
     check_options({name: False})
-    with pytest.raises(ValueError, match=rf"`{name}` .* reads a prompt as a whole\. Leave it out\."):
+    message = rf"^`--{name.replace('_', '-')}` .*, and Bitune reads a prompt as a whole\. Leave it out\.$"
+    with pytest.raises(ValueError, match=message):
         check_options({name: True})
+    with pytest.raises(ValueError, match=message):
+        check_engine(config(**{part: True}))
 
 
 def test_an_implementation_without_the_adapter_is_refused() -> None:

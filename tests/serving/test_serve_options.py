@@ -120,7 +120,7 @@ def test_a_file_of_options_comes_before_the_others(form: list[str], tmp_path: Pa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("enable-prefix-caching: true\n", "`enable_prefix_caching` shares parts of prompts"),
+        ("enable-prefix-caching: true\n", "`--enable-prefix-caching` shares parts of prompts"),
         ("hf-overrides.rope_theta: 5\n", "`--hf-overrides.rope_theta` would take the place"),
         ("max-num-batched-tokens: 64\n", "must be at least `--max-model-len`"),
         ("- port\n", "cannot be read"),

@@ -215,8 +215,8 @@ def test_the_command_is_that_of_vllm(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--enable-prefix-caching"], "`enable_prefix_caching` shares parts of prompts"),
-        (["--enable_chunked_prefill"], "`enable_chunked_prefill` splits prompts"),
+        (["--enable-prefix-caching"], "`--enable-prefix-caching` shares parts of prompts"),
+        (["--enable_chunked_prefill"], "`--enable-chunked-prefill` splits prompts"),
         (["--max-num-batched-tokens", "64"], "must be at least `--max-model-len`"),
         (["--enable-lora"], "`--enable-lora` would put others on top of both streams"),
         (["--model", "nowhere"], "nowhere"),
