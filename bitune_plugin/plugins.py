@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["GROUP", "describe", "hookimpl", "mixings", "plugin_manager"]
 
-BUILT_IN = ("default_plugins.mixings", "default_plugins.architectures")
-"""Modules of this package that are plugins. `integrations.peft` is one too, by its entry point."""
+BUILT_IN = "default_plugins.hooks"
+"""The module of this package that is a plugin. `integrations.peft` is one too, by its entry point."""
 
 
 @cache
@@ -28,8 +28,7 @@ def plugin_manager() -> pluggy.PluginManager:
     """The manager of all plugins. The first call makes it and imports the plugins."""
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
-    for name in BUILT_IN:
-        manager.register(import_module(f".{name}", __package__))
+    manager.register(import_module(f".{BUILT_IN}", __package__))
     manager.load_setuptools_entrypoints(GROUP)
     return manager
 

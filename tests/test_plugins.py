@@ -87,6 +87,15 @@ def test_our_mixings_come_through_the_hook() -> None:
     assert set(mixings()) == {"abs", "relu"}
 
 
+def test_asking_for_mixings_imports_no_model() -> None:
+    code = (
+        "import sys; from bitune_plugin.plugins import mixings; assert mixings();"
+        "print([name for name in ('transformers', 'bitune_plugin.modeling') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
 def test_registering_bears_repetition() -> None:
     from peft import mapping
 

@@ -8,14 +8,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from ..errors import shorten
 from ..plugins import mixings
-from ..saved_format.config import CONFIG_NAME, SavedConfig, read_saved_config, read_settings, unknown_settings
+from ..saved_format.config import CONFIG_NAME, SavedConfig, config_of, read_settings, unknown_settings
 from ..saved_format.keys import (
     KINDS,
     ROOT,
@@ -103,8 +103,9 @@ class SavedAdapter:
             FileNotFoundError: there is none.
             ValueError: it is not a Bitune adapter, damaged, of another method, or has a setting that is unknown.
         """
-        config = read_saved_config(folder)
-        _check_known(folder)
+        saved = read_settings(folder)
+        config = config_of(saved, folder)
+        _check_known(saved)
         return cls._with(folder, config)
 
     @classmethod
@@ -298,12 +299,14 @@ def read_config(folder: Path, kind: type[Config]) -> Config:
         ) from error
 
 
-def _check_known(folder: Path) -> None:
+def _check_known(saved: dict[str, Any]) -> None:
     """Raises ValueError for a setting that may change the answers and that nothing would heed.
 
     Defaults of the installed PEFT, which is imported only if there are unknown settings, change nothing.
+
+    Args:
+        saved: the settings in the file of a config.
     """
-    saved = read_settings(folder)
     unknown = unknown_settings(saved)
     if not unknown:
         return

@@ -1,1 +1,1 @@
-"""Bitune's own plugins. They use the same hooks as all others."""
+"""Bitune's own plugin. It uses the same hooks as all others."""

@@ -1,4 +1,4 @@
-"""Architectures of transformers (5.23) that need a description or are refused, by the hook of plugins."""
+"""Architectures of transformers (5.23) that need a description or are refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from ..core.layout import PromptLayout
 from ..core.masks import LocalAttention, SlidingWindow
 from ..core.mixing import MIXING
 from ..errors import UnsupportedModelError
-from ..hookspecs import hookimpl
 from ..modeling.architectures import Architecture, decoder
 from ..modeling.attention import PlacedQueries, SlidingWindowInConfig
 from ..modeling.extension import Patch, with_attributes
@@ -145,8 +144,12 @@ QUIRKS: dict[str, dict[str, Any]] = {
 """Further arguments of `architectures.decoder`, by model type."""
 
 
-@hookimpl(trylast=True)
-def bitune_architecture(model: nn.Module) -> Architecture | None:
+def describe_known(model: nn.Module) -> Architecture | None:
+    """The parts of a model that needs a description; `None` for all others.
+
+    Raises:
+        UnsupportedModelError: the model is of a kind that Bitune cannot read twice.
+    """
     if not isinstance(model, PreTrainedModel):
         return None
     reason = UNSUPPORTED.get(model.config.model_type)

@@ -103,14 +103,16 @@ class SavedConfig:
         check_kinds(SavedConfig, {name: getattr(self, name) for name in ("base_model_name_or_path", "revision")})
 
 
-def read_saved_config(folder: Path) -> SavedConfig:
-    """The config of the adapter in `folder`.
+def config_of(saved: dict[str, Any], folder: Path) -> SavedConfig:
+    """The config of an adapter.
+
+    Args:
+        saved: what `read_settings` found.
+        folder: where.
 
     Raises:
-        FileNotFoundError: there is none.
         ValueError: it is damaged, of another method than Bitune, or its inner method is not LoRA.
     """
-    saved = read_settings(folder)
     if saved["peft_type"] != PEFT_TYPE:
         raise ValueError(f"{folder} holds a {saved['peft_type']} adapter, not a Bitune adapter.")
     inner = saved.get("adapter")

@@ -127,7 +127,7 @@ def test_faults_are_those_that_are_found_with_peft(message: str, tmp_path: Path)
 def test_a_setting_with_a_name_of_pythons_own_is_no_more_than_a_setting(tmp_path: Path) -> None:
     folder = save(tmp_path).adapter
     _change(folder, {"__class__": "other", "__dict__": {}, "of_a_later_version": 1})
-    inner = config.read_saved_config(folder).inner
+    inner = config.config_of(config.read_settings(folder), folder).inner
     assert type(inner) is config.LoraSettings
     assert (inner.peft_type, inner.of_a_later_version) == ("LORA", 1)
     with pytest.raises(ValueError, match="`__class__='other'` is unknown here"):
@@ -163,6 +163,14 @@ def test_a_setting_of_a_later_version_is_refused(inner: dict[str, Any], outer: d
     (name,) = {**inner, **outer}
     with pytest.raises(ValueError, match=rf"`{name}=.* is unknown here, and may change the answers"):
         SavedAdapter.read_without_peft(folder)
+
+
+def test_the_file_of_the_config_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, original = [], config.read_object
+    monkeypatch.setattr(config, "read_object", lambda path: read.append(path) or original(path))
+    folder = save(tmp_path).adapter
+    SavedAdapter.read_without_peft(folder)
+    assert read == [folder / CONFIG_NAME]
 
 
 def test_a_default_of_the_installed_peft_is_no_unknown_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,6 +118,18 @@ def test_conversations_in_turns_are_refused(tmp_path: Path) -> None:
     save(tmp_path, config=BituneConfig(adapter=adapter, multi_turn="alternate"))
     with pytest.raises(ValueError, match=r"`multi_turn='alternate'`: .* write 'reread'"):
         ServedAdapter(tmp_path / "adapter")
+
+
+def test_an_adapter_is_read_without_models(tmp_path: Path) -> None:
+    """Its mixings come from plugins, and Bitune's own also describes models of transformers."""
+    code = (
+        "import sys; from bitune_plugin.integrations.vllm.adapter import ServedAdapter;"
+        "assert ServedAdapter(sys.argv[1]).alphas(0)[0] is not None;"
+        "print([name for name in ('transformers', 'peft', 'bitune_plugin.modeling') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, str(save(tmp_path).adapter)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 @pytest.mark.parametrize("granularity", ["layer", "head", "model"])
