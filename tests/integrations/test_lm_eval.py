@@ -44,6 +44,7 @@ from bitune_plugin.integrations.lm_eval.scoring import Request, Score, batch_of,
 from helpers import bitune, lora, one, with_oracle
 from literal_scorer import LiteralScorer
 from models import ARCHITECTURES, WORDS, tiny, word_tokenizer
+from word_tasks import CHOICE, GENERATE, ROLLING, STEPS, STOP, words, write_tasks
 from zoo import tiny_of
 
 Pair = tuple[str, str]
@@ -96,10 +97,6 @@ def text(*numbers: int) -> str:
     return " ".join(WORDS[number] for number in numbers)
 
 
-def words(source: random.Random, fewest: int, most: int) -> str:
-    return " ".join(source.choices(WORDS, k=source.randint(fewest, most)))
-
-
 def pairs(contexts: int = 5, continuations: int = 4, seed: int = 0, fewest: int = 1) -> list[Pair]:
     """Contexts of `fewest` to 12 words, each with continuations of 1 to 6, all in no order."""
     source = random.Random(seed)
@@ -138,61 +135,10 @@ def assert_right(lm: Any, scorer: LiteralScorer, requests: Sequence[Pair]) -> No
 
 # --- Tasks, as the harness runs them ----------------------------------------------------------------------------------
 
-CHOICE, GENERATE, ROLLING = "words_choice", "words_generate", "words_rolling"
-STOP, STEPS = "w7", 6
-
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a task of each kind. Seven documents, so that they divide into neither batches nor processes."""
-    folder = tmp_path_factory.mktemp("tasks")
-    source = random.Random(1)
-    for split, size in (("train", 4), ("validation", 7)):
-        documents = [
-            {
-                "question": words(source, 1, 9),
-                "choices": [words(source, 1, 4) for _ in range(3)],
-                "gold": source.randrange(3),
-                "text": words(source, 3, 30),
-            }
-            for _ in range(size)
-        ]
-        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, documents)))
-    common = {
-        "dataset_path": "json",
-        "dataset_kwargs": {
-            "data_files": {split: str(folder / f"{split}.jsonl") for split in ("train", "validation")},
-            "cache_dir": str(folder / "cache"),
-        },
-        "validation_split": "validation",
-    }
-    # The same examples for every document: drawn at random, they would depend on the number of processes.
-    of_questions = {"training_split": "train", "doc_to_text": "question", "fewshot_config": {"sampler": "first_n"}}
-    kinds = {
-        CHOICE: {
-            **of_questions,
-            "output_type": "multiple_choice",
-            "doc_to_choice": "choices",
-            "doc_to_target": "gold",
-            "metric_list": [{"metric": "acc"}],
-        },
-        GENERATE: {
-            **of_questions,
-            "output_type": "generate_until",
-            "doc_to_target": "{{choices[gold]}}",
-            "generation_kwargs": {"until": [STOP], "max_gen_toks": STEPS},
-            "metric_list": [{"metric": "exact_match"}],
-        },
-        ROLLING: {
-            "output_type": "loglikelihood_rolling",
-            "doc_to_text": "",
-            "doc_to_target": "text",
-            "metric_list": [{"metric": "word_perplexity"}],
-        },
-    }
-    for name, settings in kinds.items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **common, **settings}))
-    return folder
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture(scope="module")

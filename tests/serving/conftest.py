@@ -14,7 +14,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import pytest
 
-NEED_VLLM = ["test_engine.py", "test_operations.py", "test_requests.py", "test_scheduling.py", "test_server.py"]
+NEED_VLLM = [f"test_{name}.py" for name in ("engine", "lm_eval_vllm", "operations", "requests", "scheduling", "server")]
 collect_ignore = [] if find_spec("vllm") else NEED_VLLM
 """Without vLLM, the rest of this folder is tested."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import pairwise
@@ -16,7 +17,19 @@ from peft import LoraConfig
 from bitune_plugin import BituneConfig
 from bitune_plugin.integrations.vllm import plan, runner
 from bitune_plugin.integrations.vllm.rows import StepRows, rows_of_step
-from serving import TOLERANCE, ask, ask_in_turn, check, check_answers, differences, engine, greedy, prompts, save
+from serving import (
+    TOLERANCE,
+    ask,
+    ask_in_turn,
+    ask_ranks,
+    check,
+    check_answers,
+    differences,
+    engine,
+    greedy,
+    prompts,
+    save,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -87,6 +100,15 @@ def test_tensor_parallelism(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="Say where the prompt ends"):
             ask(llm, asked, [greedy(), *(greedy(prompt_logprobs=0) for _ in asked[1:])])
         check_answers(ask(llm, asked), expected)
+
+
+def test_data_parallelism(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two engines, in processes of their own, that share requests."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    served, asked = save(tmp_path), prompts([1, 2, 33, 130])
+    expected = served.expected_of(asked)
+    for found in asyncio.run(ask_ranks(served, asked, ranks=2)):
+        check_answers(found, expected)
 
 
 def test_memory_is_measured_with_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

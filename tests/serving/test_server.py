@@ -22,6 +22,7 @@ import pytest
 from bitune_plugin.cli import main
 from models import WORDS, word_tokenizer
 from serving import NEW, TOLERANCE, Served, prompts, save
+from word_tasks import CHOICE, GENERATE, ROLLING, responses, write_tasks
 
 pytestmark = pytest.mark.slow
 
@@ -145,7 +146,6 @@ def test_several_completions(server: Server) -> None:
 
 
 def test_an_echo_with_log_probabilities_is_refused(server: Server) -> None:
-    """As is lm-eval with `--model local-completions`, which asks for that."""
     with pytest.raises(openai.BadRequestError, match="Say where the prompt ends"):
         ask(server.client(), prompts([33])[0], echo=True, logprobs=1)
     body = {"vllm_xargs": {"bitune_prompt_length": 20}}
@@ -199,6 +199,37 @@ def _load(server: Server, count: int, seconds: float) -> list[Round]:
     while not rounds or time.monotonic() < end:
         rounds.append(asyncio.run(one_round()))
     return rounds
+
+
+# --- lm-eval with the server ------------------------------------------------------------------------------------------
+
+
+def of_lm_eval(server: Server, **settings: Any) -> dict[str, Any]:
+    """The arguments of its model `local-completions`."""
+    whole = {"model": "adapter", "tokenizer": str(server.served.adapter), "base_url": f"{server.url}/v1/completions"}
+    return {**whole, "max_length": 192, **settings}
+
+
+@pytest.mark.parametrize("settings", [{}, {"batch_size": 4}, {"num_concurrent": 3}], ids=str)
+def test_lm_eval_generates_as_with_the_model_bitune(server: Server, settings: dict[str, int], tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    tasks, adapter = write_tasks(tmp_path), str(server.served.adapter)
+    expected = responses(tasks, GENERATE, "bitune", {"pretrained": adapter}, device="cpu", num_fewshot=2)
+    found = responses(tasks, GENERATE, "local-completions", of_lm_eval(server, **settings), num_fewshot=2)
+    assert found == expected
+    assert len(set(map(tuple, expected))) > 5
+
+
+@pytest.mark.parametrize("task", [CHOICE, ROLLING])
+def test_lm_eval_cannot_compare_likelihoods_and_says_why(
+    server: Server, task: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    requests = pytest.importorskip("requests")
+    pytest.importorskip("lm_eval")
+    with pytest.raises(requests.HTTPError, match="400"):
+        responses(write_tasks(tmp_path), task, "local-completions", of_lm_eval(server, max_retries=1))
+    assert "Say where the prompt ends" in caplog.text
+    assert "With lm-eval, use `--model bitune`" in caplog.text
 
 
 # --- The command, without a server ------------------------------------------------------------------------------------

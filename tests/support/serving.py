@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 from collections.abc import Iterator, Sequence
@@ -107,7 +108,6 @@ def prompts(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[list[int]]:
 def engine(served: Served, **options: Any) -> Iterator[Any]:
     """An offline engine, which ends with the block; in this process, if the environment says so (`conftest.py`)."""
     from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
 
     from bitune_plugin.integrations.vllm import engine_args
 
@@ -121,13 +121,20 @@ def engine(served: Served, **options: Any) -> Iterator[Any]:
         "disable_log_stats": True,
         "distributed_executor_backend": "uni",
     }
-    with quick_starts():
-        llm = LLM(**engine_args(served.adapter, **{**settings, **options}))
-        try:
-            yield llm
-        finally:
-            llm.llm_engine.engine_core.shutdown()
-            cleanup_dist_env_and_memory()
+    with quick_starts(), ended(LLM(**engine_args(served.adapter, **{**settings, **options}))) as llm:
+        yield llm
+
+
+@contextmanager
+def ended(llm: Any) -> Iterator[Any]:
+    """An engine that ends with the block."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
 
 
 @contextmanager
@@ -162,6 +169,30 @@ def ask(llm: Any, asked: Sequence[Sequence[int]], params: Any = None) -> list[An
     """Asks all prompts at once."""
     outputs = llm.generate([{"prompt_token_ids": list(p)} for p in asked], params or greedy(), use_tqdm=False)
     return [answer_of(output.outputs[0]) for output in outputs]
+
+
+async def ask_ranks(served: Served, asked: Sequence[Sequence[int]], ranks: int, **options: Any) -> list[list[Answer]]:
+    """What each of some engines beside each other (data parallelism) answers to all prompts, asked at once."""
+    from vllm import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from bitune_plugin.integrations.vllm import engine_args
+
+    settings = {"dtype": "float32", "max_model_len": 192, "enforce_eager": True, **options}
+    llm = AsyncLLM.from_engine_args(
+        AsyncEngineArgs(**engine_args(served.adapter, data_parallel_size=ranks, **settings))
+    )
+
+    async def answer(number: int, rank: int) -> Answer:
+        name, prompt = f"{number} of {rank}", {"prompt_token_ids": list(asked[number])}
+        outputs = [each async for each in llm.generate(prompt, greedy(), name, data_parallel_rank=rank)]
+        return answer_of(outputs[-1].outputs[0])
+
+    try:
+        found = await asyncio.gather(*(answer(i, rank) for rank in range(ranks) for i in range(len(asked))))
+        return [list(found[rank * len(asked) : (rank + 1) * len(asked)]) for rank in range(ranks)]
+    finally:
+        llm.shutdown()
 
 
 def ask_in_turn(llm: Any, asked: Sequence[Sequence[int]], every: int = 3, params: Any = None) -> list[Answer]:
