@@ -9,9 +9,9 @@ A class `Bitune<Architecture>` is vLLM's own class of a model with three additio
 
 `operations.py` compiles the small operations that vLLM leaves to the compiler, because such a step runs uncompiled.
 `register.py` is what vLLM calls in each of its processes. `runner.py` wraps the one private method of vLLM, and
-`requests.py` a public one, which makes requests; `switches.py` changes the hint of one field of requests to the server.
-`refusals.py` lists what is refused, `model_config.py` has vLLM leave off what splits or shares prompts, `arguments.py`
-makes the arguments of an engine. Importing this package imports nothing of vLLM.
+`requests.py` a public one, which makes requests. `refusals.py` lists what is refused, `model_config.py` has vLLM leave
+off what splits or shares prompts, `arguments.py` makes the arguments of an engine. Importing this package imports
+nothing of vLLM.
 """
 
 from __future__ import annotations

@@ -49,7 +49,6 @@ def config_check(of_base: Any) -> type:
     from .model_config import read_prompts_whole
     from .refusals import check_engine, refuse_beams
     from .requests import check_requests
-    from .switches import keep_switches
 
     class BituneConfigCheck(VerifyAndUpdateConfig):
         @staticmethod
@@ -58,7 +57,6 @@ def config_check(of_base: Any) -> type:
                 of_base.verify_and_update_config(vllm_config)
             check_engine(vllm_config)
             check_requests()
-            keep_switches()
             refuse_beams()
 
         @staticmethod

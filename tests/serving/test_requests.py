@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import pickle
 import subprocess
 import sys
 from collections.abc import AsyncGenerator
-from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from bitune_plugin.integrations.vllm import engine_args
-from bitune_plugin.integrations.vllm.refusals import check_request
-from bitune_plugin.integrations.vllm.switches import REQUESTS, XARGS
 from models import word_tokenizer
 from serving import Served, answer_of, ask, check_answers, differences, engine, greedy, prompts, save
 
@@ -42,28 +37,6 @@ def test_a_refused_request_stops_nothing(tmp_path: Path) -> None:
                 ask(llm, [prompt], greedy(**settings))
             assert isinstance(raised.value, VLLMClientError)  # which is status 400 at the server
         assert differences(ask(llm, [prompt]), [served.expected(prompt)])[0] == []
-
-
-BODIES: dict[str, dict[str, Any]] = {
-    "CompletionRequest": {"prompt": "one"},
-    "ChatCompletionRequest": {"messages": [{"role": "user", "content": "one"}]},
-    "ResponsesRequest": {"input": "one"},
-    "AnthropicMessagesRequest": {"model": "m", "max_tokens": 1, "messages": [{"role": "user", "content": "one"}]},
-}
-"""The least that each class of requests to the server takes."""
-
-
-@pytest.mark.parametrize(("module", "name"), REQUESTS)
-def test_true_and_false_arrive_as_they_were_sent(module: str, name: str, tmp_path: Path) -> None:
-    config(save(tmp_path))
-    request = getattr(import_module(module), name)
-    if XARGS not in request.model_fields:
-        pytest.skip("such requests have no settings of ours in this version")
-    sent = {"bitune_prompt_length": True, "one": 1, "other": 1.0, "text": "true", "several": [False, 0]}
-    arrived = request.model_validate_json(json.dumps({**BODIES[name], XARGS: sent})).vllm_xargs
-    assert json.dumps(arrived) == json.dumps(sent)
-    with pytest.raises(ValueError, match="`bitune_prompt_length=True` must be the number of tokens"):
-        check_request(SimpleNamespace(extra_args=arrived, prompt_logprobs=None))
 
 
 def test_prompts_of_embeddings(tmp_path: Path) -> None:
