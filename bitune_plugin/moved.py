@@ -13,7 +13,9 @@ MOVED = {
     "architectures": ("modeling.architectures", "errors", "plugins"),
     "attention": ("modeling.attention", "core.mixing"),
     "authors": ("checkpoints.authors",),
+    "autocast": ("core.autocast",),
     "config": ("tuner.config", "saved_format.settings"),
+    "folders": ("checkpoints.folders",),
     "forward": (
         "modeling.causal_lm",
         "modeling.prompts",
@@ -23,12 +25,18 @@ MOVED = {
         "modeling.generation",
     ),
     "full": ("tuner.full",),
+    "integrity": ("checkpoints.integrity", "saved_format.keys"),
     "joint_attention": ("modeling.joint_attention",),
+    "kernels": ("modeling.backends",),
     "latent_attention": ("modeling.latent_attention",),
     "layout": ("core.layout", "core.planning", "core.prompts", "core.gather", "errors"),
     "masks": ("core.masks",),
+    "merging": ("tuner.merging",),
     "methods": ("tuner.methods", "saved_format.refused"),
     "mixing": ("core.mixing",),
+    "peft_host": ("tuner.host",),
+    "per_thread": ("modeling.context",),
+    "quirks": ("default_plugins.architectures",),
     "routing": (
         "modeling.extension",
         "modeling.context",
@@ -37,6 +45,8 @@ MOVED = {
         "tuner.adapter_layers",
     ),
     "saved": ("checkpoints.saved",),
+    "status": ("tuner.status",),
+    "undo": ("tuner.undo",),
     "weights": ("saved_format.weights",),
     "writing": ("checkpoints.writing",),
 }
@@ -45,13 +55,16 @@ MOVED = {
 RENAMED = {
     "Call": "ModelCall",
     "Documents": "SequenceGroup",
+    "EXTENSIONS": "PATCHES",
     "Extension": "Patch",
     "FollowingLayer": "CheckpointedLayer",
     "JointAttention": "SingleCallAttention",
+    "KERNELS": "BACKENDS",
     "KEYWORD": "CONTEXT_KEYWORD",
     "Made": "Memo",
     "Move": "Gather",
     "NO_READING": "NO_CONTEXT",
+    "ONCE_OWN_ARITHMETIC": "ONCE_BYPASSING",
     "Parts": "Segments",
     "Reach": "LocalAttention",
     "Reading": "ForwardContext",
@@ -80,12 +93,12 @@ class MovedModule(ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         package, _, old = self.__name__.rpartition(".")
-        now = RENAMED.get(name, name)
         for new in MOVED[old]:
             module = import_module(f"{package}.{new}")
-            if hasattr(module, now):
-                warnings.warn(f"`{self.__name__}.{name}` is `{module.__name__}.{now}` now.", FutureWarning, 2)
-                return getattr(module, now)
+            for now in (RENAMED.get(name, name), name):  # `Parts` of `integrity` is called so still
+                if hasattr(module, now):
+                    warnings.warn(f"`{self.__name__}.{name}` is `{module.__name__}.{now}` now.", FutureWarning, 2)
+                    return getattr(module, now)
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
 

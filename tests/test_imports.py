@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import bitune_plugin
+from bitune_plugin.checkpoints import integrity
 from bitune_plugin.moved import MOVED, RENAMED
 
 ROOT = Path(bitune_plugin.__file__).parent
@@ -114,9 +115,12 @@ OLD_NAMES = {
     "architectures": ["UnsupportedModelError"],
     "attention": ["WindowInConfig", "reach_of"],
     "forward": ["Call", "PER_TOKEN", "REFUSED_SETTINGS"],
+    "integrity": ["ROOT"],
     "joint_attention": ["JointAttention"],
+    "kernels": ["KERNELS"],
     "layout": ["LayoutError", "Move", "Parts", "document_starts", "rearrange"],
     "masks": ["Documents", "Made", "Reach", "Sight", "Window", "once"],
+    "quirks": ["EXTENSIONS", "ONCE_OWN_ARITHMETIC"],
     "routing": [
         *["Extension", "extend", "restore", "KEYWORD", "NO_READING", "Reading", "Sealed", "current_reading"],
         *["reading_in_progress", "FollowingLayer", "RecomputedLayer", "follow_into_checkpoints", "SeparateStreams"],
@@ -131,6 +135,25 @@ def test_old_names_are_found_in_old_modules(module: str, name: str) -> None:
     with pytest.warns(FutureWarning, match=rf"`bitune_plugin.{module}.{name}` is `.*\.{RENAMED.get(name, name)}` now"):
         found = getattr(old, name)
     assert getattr(found, "__name__", RENAMED.get(name, name)) in (RENAMED.get(name, name), "dict")
+
+
+OF_0_2 = (
+    "adapter_methods architectures attention authors autocast config folders forward full integrity joint_attention "
+    "kernels latent_attention layout masks merging methods mixing peft_host per_thread plugins quirks routing saved "
+    "self_check status tuner undo versions weights writing"
+)
+"""The modules of 0.2."""
+
+
+@pytest.mark.parametrize("module", OF_0_2.split())
+def test_every_module_of_the_first_version_can_be_imported(module: str) -> None:
+    import_module(f"bitune_plugin.{module}")
+
+
+def test_a_name_that_another_module_has_renamed_keeps_its_name() -> None:
+    with pytest.warns(FutureWarning, match=r"integrity.Parts` is `bitune_plugin.checkpoints.integrity.Parts` now"):
+        from bitune_plugin.integrity import Parts
+    assert Parts is integrity.Parts
 
 
 def test_every_renamed_name_is_looked_for() -> None:
