@@ -20,9 +20,8 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
-from trl import DPOConfig
 
-from bitune_plugin import BituneDPOTrainer
+from bitune_plugin import BituneDPOConfig, BituneDPOTrainer
 from pretrained import load_model, resolve
 from quickstart import answers_in_new_process, parser_for, phase, train
 from tasks import exact_match, held_out, training
@@ -50,7 +49,7 @@ def preferences(questions: Dataset, seed: int) -> Dataset:
 
 def train_on_preferences(arguments: argparse.Namespace, pairs: Dataset) -> list[dict[str, Any]]:
     """Trains the adapter in `arguments.output` further, saves it there, and returns the log."""
-    settings = DPOConfig(
+    settings = BituneDPOConfig(
         output_dir=str(arguments.output),
         num_train_epochs=1,
         per_device_train_batch_size=arguments.batch_size,
@@ -58,7 +57,7 @@ def train_on_preferences(arguments: argparse.Namespace, pairs: Dataset) -> list[
         lr_scheduler_type="linear",
         max_length=None,
         bf16=False,  # slower than float32 on most CPUs
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=1,
         save_strategy="no",

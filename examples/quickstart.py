@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from transformers import AutoTokenizer
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
-from bitune_plugin import BituneConfig, BituneModel, BituneSFTTrainer
+from bitune_plugin import BituneConfig, BituneModel, BituneSFTConfig, BituneSFTTrainer
 from pretrained import load_model, resolve
 from tasks import exact_match, held_out, most_frequent, training
 
@@ -43,7 +43,7 @@ console = Console()
 
 def train(arguments: argparse.Namespace, samples: Dataset) -> PeftModel:
     """Fine-tunes an adapter on `samples`, and saves it in `arguments.output`."""
-    settings = SFTConfig(
+    settings = BituneSFTConfig(  # for both trainers
         output_dir=str(arguments.output),
         num_train_epochs=1,
         per_device_train_batch_size=arguments.batch_size,
@@ -53,7 +53,7 @@ def train(arguments: argparse.Namespace, samples: Dataset) -> PeftModel:
         max_length=None,
         train_sampling_strategy="group_by_length",  # less padding
         bf16=False,  # slower than float32 on most CPUs
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=10,
         save_strategy="no",

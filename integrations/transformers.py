@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from bitune_plugin.core.prompts import prompt_from_labels, prompts_from_labels, sequence_starts
+from bitune_plugin.integrations.checkpointing import CheckpointingSettings
 from bitune_plugin.integrations.theta import ThetaSettings, TrainsTheta, check_theta_settings
 from bitune_plugin.modeling.causal_lm import plan_ahead, reads_turns_apart
 
@@ -27,13 +28,13 @@ PROMPT_MASK = "prompt_mask"
 
 
 @dataclass
-class BituneTrainingArguments(ThetaSettings, TrainingArguments):
-    """`transformers.TrainingArguments` with `ThetaSettings`."""
+class BituneTrainingArguments(ThetaSettings, CheckpointingSettings, TrainingArguments):
+    """`transformers.TrainingArguments` with `ThetaSettings` and `CheckpointingSettings`."""
 
 
 @dataclass
-class BituneSeq2SeqTrainingArguments(ThetaSettings, Seq2SeqTrainingArguments):
-    """`transformers.Seq2SeqTrainingArguments` with `ThetaSettings`."""
+class BituneSeq2SeqTrainingArguments(ThetaSettings, CheckpointingSettings, Seq2SeqTrainingArguments):
+    """`transformers.Seq2SeqTrainingArguments` with `ThetaSettings` and `CheckpointingSettings`."""
 
 
 class KeepsPromptMask(TrainsTheta):

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bitune_plugin.modeling.host import CHECKPOINTING
 from bitune_plugin.self_check import release
 from bitune_plugin.versions import TESTED
 
@@ -203,6 +204,7 @@ def _first_loss(trainer_class: type, config_class: type, folder: Path) -> float:
         "use_cpu": True,
         "bf16": False,
         "disable_tqdm": True,
+        CHECKPOINTING: True,  # as by default, but under the name of which transformers does not warn
     }
     trainer = trainer_class(
         model=tiny_model(),

@@ -14,6 +14,9 @@ or an attribute, and never by comparing version numbers.
 - Assisted decoding over a filled cache, given the new tokens alone: the masks of 5.17 have a wrong length for it, and
   those of 5.19 have not.
 - Checkpointed layers drop the cache; from 5.24 on only in a forward pass that computes gradients.
+- Activation checkpointing: `gradient_checkpointing` to 5.22, in methods of models and arguments of trainers, and
+  `activation_checkpointing` from 5.23 on, where the old names cause a FutureWarning. (The attribute of layers and
+  backbones has kept the old name.)
 """
 
 from __future__ import annotations
@@ -91,6 +94,36 @@ def put_cache(outputs: ModelOutput, past: Cache) -> None:
     """Puts the cache into the outputs of a backbone."""
     fields: dict[str, Any] = getattr(type(outputs), "__dataclass_fields__", {})
     outputs["cache" if "cache" in fields else "past_key_values"] = past
+
+
+OF_CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
+"""The names of activation checkpointing, the new one first."""
+
+
+CHECKPOINTING = next(name for name in OF_CHECKPOINTING if hasattr(PreTrainedModel, f"{name}_enable"))
+"""Its name in the installed transformers: in methods of models (`..._enable`) and in arguments of trainers."""
+
+
+def enable_checkpointing(model: nn.Module, settings: dict[str, Any] | None = None) -> None:
+    """Enables activation checkpointing in a model of transformers, or in a PeftModel around one.
+
+    Args:
+        settings: keywords of `torch.utils.checkpoint.checkpoint`.
+    """
+    getattr(model, f"{CHECKPOINTING}_enable")(settings)
+
+
+def translate_checkpointing(arguments: Any) -> None:
+    """Puts activation checkpointing, in the arguments of a trainer, under the name of the installed transformers:
+    callers may use either name, and configs of TRL have a default under the old one. The new one counts before."""
+    for new, old in zip(*((name, f"{name}_kwargs") for name in OF_CHECKPOINTING), strict=True):
+        given = getattr(arguments, new)
+        given = getattr(arguments, old, None) if given is None else given
+        if CHECKPOINTING in new:
+            setattr(arguments, new, given)
+        else:  # the new name is emptied, so that a copy of the arguments may change either
+            setattr(arguments, old, given)
+            setattr(arguments, new, None)
 
 
 def drops_cache(backbone: PreTrainedModel) -> bool:

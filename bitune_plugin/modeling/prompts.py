@@ -84,7 +84,7 @@ class Generation:
             raise LayoutError(
                 f"`generate` was given {given_rows} prompt(s) of {given_tokens} tokens, but the model is to read "
                 f"{rows} row(s) of {tokens}. Bitune reads a prompt in one piece: call `model.eval()` if "
-                "gradient checkpointing is on."
+                "activation checkpointing is on."
             )
         # Beams and returned sequences repeat every row.
         mask = self.prompt_mask.repeat_interleave(rows // given_rows, dim=0)

@@ -95,7 +95,7 @@ def measure(arguments: argparse.Namespace, model: str, shape: str) -> list[Resul
 def parser() -> argparse.ArgumentParser:
     lengths = [str(2**n) for n in range(6, 12)]
     arguments = parser_for(__doc__, lengths, "T, tokens of a row", CONTENDERS, rounds=3)
-    arguments.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    arguments.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
     return arguments
 
 

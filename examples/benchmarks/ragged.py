@@ -131,7 +131,7 @@ def measure(arguments: argparse.Namespace, model: str, shape: str) -> list[Resul
 def parser() -> argparse.ArgumentParser:
     arguments = parser_for(__doc__, ("2x4", "2x8"), "SxR, steps and documents in each", CONTENDERS, rounds=5)
     arguments.add_argument("--max-tokens", type=int, default=512, help="leave longer documents out")
-    arguments.add_argument("--checkpointing", action="store_true", help="gradient checkpointing for LoRA and Bitune")
+    arguments.add_argument("--checkpointing", action="store_true", help="activation checkpointing for LoRA and Bitune")
     return arguments
 
 

@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     shapes = ("128x64", "256x128", "512x256")
     arguments = parser_for(__doc__, shapes, "TxP, tokens and prompt", CONTENDERS, rounds=7)
     arguments.add_argument("--rows", type=int, default=4, help="rows of a batch")
-    arguments.add_argument("--checkpointing", action="store_true", help="gradient checkpointing for LoRA and Bitune")
+    arguments.add_argument("--checkpointing", action="store_true", help="activation checkpointing for LoRA and Bitune")
     arguments.add_argument("--no-memory", dest="memory", action="store_false", help="leave peak memory out")
     return arguments
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.measuring import lora_config
 from bitune_plugin import BituneConfig
+from bitune_plugin.modeling.host import enable_checkpointing
 from three_pass import ThreePass
 
 Forward = Callable[[], AbstractContextManager]
@@ -101,7 +102,7 @@ def make_run(
 
     Args:
         contender: `lora` or `bitune`, followed by ` packed` for one row per batch; or `three-pass`.
-        checkpointing: gradient checkpointing; not for `three-pass`, whose cache must carry gradients.
+        checkpointing: activation checkpointing; not for `three-pass`, whose cache must carry gradients.
         autocast: compute the losses in bfloat16, as TRL's trainer does by default.
 
     Returns:
@@ -115,7 +116,7 @@ def make_run(
         model = get_peft_model(base, BituneConfig(adapter=lora_config()) if method == "bitune" else lora_config())
         if checkpointing:
             model.enable_input_require_grads()
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable_checkpointing(base, {"use_reentrant": False})
     model.train()
     # By name: `ThreePass` switches gradients on and off as it goes.
     trained = [p for name, p in model.named_parameters() if "lora_" in name or "theta_" in name]

@@ -38,7 +38,7 @@ from peft import PeftModel
 from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from bitune_plugin import BituneConfig, BituneLM, BituneSFTConfig, BituneSFTTrainer
 from evidence.choosing import choose
@@ -197,7 +197,7 @@ def make_trainer(
     )
     # Of states that are not contiguous, torch makes a copy of the whole weight for every row, in bfloat16 on a CPU.
     model.lm_head.register_forward_pre_hook(lambda _, states: (states[0].contiguous(),))
-    settings = (BituneSFTConfig if is_bitune else SFTConfig)(
+    settings = BituneSFTConfig(
         output_dir=folder,
         num_train_epochs=1,
         per_device_train_batch_size=BATCH_SIZE,
@@ -209,7 +209,7 @@ def make_trainer(
         max_length=None,
         train_sampling_strategy="sequential",  # the samples are drawn at random already
         bf16=False,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         use_cpu=device == "cpu",
         dataloader_pin_memory=device != "cpu",
         logging_steps=10,

@@ -14,9 +14,10 @@ from transformers import ProcessorMixin
 from bitune_plugin.integrations.theta import check_theta_settings
 from bitune_plugin.integrations.transformers import PROMPT_MASK
 from bitune_plugin.integrations.trl.config import check_values
-from bitune_plugin.integrations.trl.host import checkpointing_settings, selective_checkpointing_works
+from bitune_plugin.integrations.trl.host import selective_checkpointing_works
 from bitune_plugin.integrations.trl.samples import DOCUMENT_LENGTHS
 from bitune_plugin.kinds import check_choice
+from bitune_plugin.modeling.host import CHECKPOINTING
 
 # Settings.
 
@@ -31,10 +32,10 @@ def check_settings(args: Any, data_collator: Any) -> None:
         if getattr(args, name, None):
             _check_packing(name, args, data_collator)
     check_parallelism(getattr(args, "parallelism_config", None))
-    checkpointing = checkpointing_settings(args)
+    checkpointing = getattr(args, f"{CHECKPOINTING}_kwargs", None) or {}
     if checkpointing.get("selective") and not selective_checkpointing_works():
         raise ValueError(
-            f"`gradient_checkpointing_kwargs={checkpointing}`: TRL {trl.__version__} hands 'selective' on to "
+            f"`{CHECKPOINTING}_kwargs={checkpointing}`: TRL {trl.__version__} hands 'selective' on to "
             f"transformers {transformers.__version__}, which does not know it. Leave 'selective' out."
         )
 

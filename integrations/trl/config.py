@@ -7,14 +7,16 @@ from typing import Any
 
 from trl import DistillationConfig, DPOConfig, GRPOConfig, KTOConfig, RLOOConfig, SFTConfig
 
+from bitune_plugin.integrations.checkpointing import CheckpointingSettings
 from bitune_plugin.integrations.theta import ThetaSettings
 from bitune_plugin.integrations.trl.conversations import ASSISTANT_TURNS
 from bitune_plugin.kinds import check_choice
 
 
 @dataclass
-class BituneSFTConfig(ThetaSettings, SFTConfig):
-    """`SFTConfig` with `ThetaSettings` and these. `BituneSFTTrainer` takes a plain `SFTConfig` as well.
+class BituneSFTConfig(ThetaSettings, CheckpointingSettings, SFTConfig):
+    """`SFTConfig` with `ThetaSettings`, `CheckpointingSettings` and these. `BituneSFTTrainer` takes a plain `SFTConfig`
+    as well.
 
     Args:
         assistant_turns: the completions of a conversation (column `messages`): its "last" assistant turn, or "each"
@@ -57,25 +59,25 @@ def check_values(args: Any) -> None:
 
 
 @dataclass
-class BituneDistillationConfig(ThetaSettings, DistillationConfig):
-    """`trl.DistillationConfig` with `ThetaSettings`."""
+class BituneDistillationConfig(ThetaSettings, CheckpointingSettings, DistillationConfig):
+    """`trl.DistillationConfig` with `ThetaSettings` and `CheckpointingSettings`."""
 
 
 @dataclass
-class BituneDPOConfig(ThetaSettings, DPOConfig):
-    """`trl.DPOConfig` with `ThetaSettings`."""
+class BituneDPOConfig(ThetaSettings, CheckpointingSettings, DPOConfig):
+    """`trl.DPOConfig` with `ThetaSettings` and `CheckpointingSettings`."""
 
 
 @dataclass
-class BituneGRPOConfig(ThetaSettings, GRPOConfig):
-    """`trl.GRPOConfig` with `ThetaSettings`."""
+class BituneGRPOConfig(ThetaSettings, CheckpointingSettings, GRPOConfig):
+    """`trl.GRPOConfig` with `ThetaSettings` and `CheckpointingSettings`."""
 
 
 @dataclass
-class BituneKTOConfig(ThetaSettings, KTOConfig):
-    """`trl.KTOConfig` with `ThetaSettings`."""
+class BituneKTOConfig(ThetaSettings, CheckpointingSettings, KTOConfig):
+    """`trl.KTOConfig` with `ThetaSettings` and `CheckpointingSettings`."""
 
 
 @dataclass
-class BituneRLOOConfig(ThetaSettings, RLOOConfig):
-    """`trl.RLOOConfig` with `ThetaSettings`."""
+class BituneRLOOConfig(ThetaSettings, CheckpointingSettings, RLOOConfig):
+    """`trl.RLOOConfig` with `ThetaSettings` and `CheckpointingSettings`."""

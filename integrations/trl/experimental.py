@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bitune_plugin.integrations.checkpointing import CheckpointingSettings
 from bitune_plugin.integrations.theta import ThetaSettings
 from bitune_plugin.integrations.trl.prompts import KnowsPrompts
 from bitune_plugin.integrations.trl.tools import CallsTools
@@ -134,10 +135,12 @@ def __getattr__(name: str) -> Any:
     if trainer not in STOCK:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, stock, mixin = STOCK[trainer]
+    mixins: tuple[type, ...] = (mixin,)
+    see: type = KnowsPrompts
     if name != trainer:
-        stock, mixin = f"{stock.removesuffix('Trainer')}Config", ThetaSettings
+        stock = f"{stock.removesuffix('Trainer')}Config"
+        mixins, see = (ThetaSettings, CheckpointingSettings), ThetaSettings
     base = getattr(import_module(f"trl.experimental.{module}"), stock)
-    see = KnowsPrompts if name == trainer else mixin
     documentation = f"`trl.experimental.{module}.{stock}` for Bitune; see `{see.__name__}`."
-    cls = type(name, (mixin, base), {"__module__": __name__, "__doc__": documentation})
+    cls = type(name, (*mixins, base), {"__module__": __name__, "__doc__": documentation})
     return cls if name == trainer else dataclass(cls)

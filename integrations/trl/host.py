@@ -6,11 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import trl
-from transformers import PreTrainedModel
 
+from bitune_plugin.modeling.host import CHECKPOINTING, OF_CHECKPOINTING
 from bitune_plugin.versions import TESTED
 
-__all__ = ["checkpointing_settings", "common_prefix_length", "main_process_first", "selective_checkpointing_works"]
+__all__ = ["common_prefix_length", "main_process_first", "selective_checkpointing_works"]
 
 
 try:
@@ -25,12 +25,6 @@ except ImportError as error:
     ) from error
 
 
-def checkpointing_settings(args: Any) -> dict[str, Any]:
-    """The keywords of activation checkpointing in training arguments. transformers 5.23 renamed them."""
-    names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
-    return next((given for name in names if (given := getattr(args, name, None))), {})
-
-
 def selective_checkpointing_works() -> bool:
     """Whether TRL's `selective` checkpointing reaches a PEFT model.
 
@@ -42,8 +36,7 @@ def selective_checkpointing_works() -> bool:
         from trl.models import enable_selective_activation_checkpointing
     except ImportError:
         return False
-    methods = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-    called = next(name for name in methods if hasattr(PreTrainedModel, name))
+    methods = [f"{name}_enable" for name in OF_CHECKPOINTING]
     model: Any = SimpleNamespace(**dict.fromkeys(methods, print))
     enable_selective_activation_checkpointing(model)
-    return getattr(model, called) is not print
+    return getattr(model, f"{CHECKPOINTING}_enable") is not print

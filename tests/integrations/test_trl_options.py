@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from trl import SFTTrainer
 
 from bitune_plugin.integrations.trl.host import selective_checkpointing_works
+from bitune_plugin.modeling.host import CHECKPOINTING, OF_CHECKPOINTING
 from helpers import assert_close
 from training import (
     LORA,
@@ -32,7 +33,7 @@ from training import (
     smoothed,
 )
 
-SELECTIVE = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"selective": True}}
+SELECTIVE = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"selective": True}}
 
 PACKED = {"packing": True, "max_length": 40}
 EVAL_ROWS = Dataset.from_list(pairs(6))
@@ -79,6 +80,10 @@ class TestLosses:
         assert len({batch["input_ids"].numel() for batch in batches}) > 1
 
 
+def is_checkpointed(model: Any) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 class TestMemory:
     """What saves memory changes no gradient."""
 
@@ -94,14 +99,38 @@ class TestMemory:
         ids=["off", "reentrant", "not reentrant", "selective"],
     )
     def test_checkpointing(self, trainer: Any, how: dict[str, Any] | None, layout: dict[str, Any]) -> None:
-        settings = {"gradient_checkpointing": how is not None, "gradient_checkpointing_kwargs": how}
-        assert_exact(trainer(**ONE_STEP, **settings, **layout))
+        settings = {"activation_checkpointing": how is not None, "activation_checkpointing_kwargs": how}
+        t = trainer(**ONE_STEP, **settings, **layout)
+        assert getattr(t.args, CHECKPOINTING) == (how is not None)
+        assert_exact(t)
+        assert is_checkpointed(t.model) == (how is not None)
+
+    @pytest.mark.parametrize("name", OF_CHECKPOINTING)
+    def test_checkpointing_under_either_name(self, trainer: Any, name: str) -> None:
+        off, on = (
+            trainer(**{name: False}),
+            trainer(**ONE_STEP, **{name: True, f"{name}_kwargs": {"use_reentrant": True}}),
+        )
+        assert not getattr(off.args, CHECKPOINTING)
+        assert getattr(on.args, f"{CHECKPOINTING}_kwargs") == {"use_reentrant": True}
+        assert_exact(on)
+        assert is_checkpointed(on.model)
+
+    @pytest.mark.skipif(OF_CHECKPOINTING[0] != CHECKPOINTING, reason="transformers before 5.23 checkpoints every layer")
+    @layouts
+    def test_checkpointing_of_every_second_layer(self, trainer: Any, layout: dict[str, Any]) -> None:
+        t = trainer(**ONE_STEP, **layout, activation_checkpointing_kwargs={"every_n_layers": 2})
+        assert_exact(t)
+        layers = t.model.get_base_model().model.layers
+        assert [layer.gradient_checkpointing for layer in layers] == [index % 2 == 0 for index in range(len(layers))]
 
     def test_selective_checkpointing_of_trl(self, trainer: Any) -> None:
         if selective_checkpointing_works():
             assert_exact(trainer(**ONE_STEP, **SELECTIVE))
         else:
-            with pytest.raises(ValueError, match=r"'selective': True.*Leave 'selective' out"):
+            with pytest.raises(
+                ValueError, match=rf"`{CHECKPOINTING}_kwargs=.*'selective': True.*Leave 'selective' out"
+            ):
                 trainer(**SELECTIVE)
 
     def test_selective_checkpointing_is_refused_where_the_stock_trainer_fails(self, trainer: Any) -> None:
@@ -121,7 +150,7 @@ class TestMemory:
         monkeypatch.setattr(
             "trl.trainer.sft_trainer.get_act_offloading_ctx_manager", lambda model: torch.autograd.graph.save_on_cpu()
         )
-        settings = {"activation_offloading": True, "gradient_checkpointing": checkpointing}
+        settings = {"activation_offloading": True, "activation_checkpointing": checkpointing}
         assert_exact(trainer(**ONE_STEP, **settings, **layout))
 
 

@@ -14,6 +14,7 @@ from transformers import DynamicCache, StaticCache
 from agreement import assert_agrees
 from bitune_plugin import LayoutError, plan_ahead
 from bitune_plugin.core.masks import SequenceGroup
+from bitune_plugin.modeling.host import enable_checkpointing
 from helpers import SHAPES, batch, bitune, lora, samples, tokens
 from models import tiny
 from three_pass import CACHE
@@ -76,7 +77,7 @@ def test_other_kinds_of_attention(architecture: str) -> None:
 
 def test_activation_checkpointing_changes_nothing() -> None:
     model, oracle = alternating()
-    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(model.train(), {"use_reentrant": False})
     assert_all_agree(model, oracle, padded(CONVERSATIONS))
 
 

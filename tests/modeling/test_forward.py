@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 from bitune_plugin.errors import LayoutError
 from bitune_plugin.modeling import prompts
+from bitune_plugin.modeling.host import enable_checkpointing
 from helpers import (
     SHAPES,
     Batch,
@@ -144,7 +145,7 @@ def test_rows_of_nothing_but_padding_are_finite_and_change_nothing(attention: st
     model, oracle = with_oracle(tiny("gemma3_text", attention))
     model.train()
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model, {"use_reentrant": False})
         model.enable_input_require_grads()
     rows = batch(ROWS, "left")
     padded = {name: torch.cat([value, torch.zeros_like(value[:2])]) for name, value in rows.inputs.items()}
@@ -304,7 +305,7 @@ CHECKPOINTING = pytest.mark.parametrize("reentrant", [True, False], ids=["re-ent
 
 def checkpointed(model: PeftModel, reentrant: bool) -> PeftModel:
     model.train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    enable_checkpointing(model, {"use_reentrant": reentrant})
     model.enable_input_require_grads()
     return model
 

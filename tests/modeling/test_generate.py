@@ -35,7 +35,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bitune_plugin.errors import LayoutError
 from bitune_plugin.modeling.generation import _warn_one_piece
-from bitune_plugin.modeling.host import ASSISTS_NEW_TOKENS
+from bitune_plugin.modeling.host import ASSISTS_NEW_TOKENS, enable_checkpointing
 from helpers import Batch, assert_close, batch, bitune, lora, tokens, with_oracle
 from models import ARCHITECTURES, tiny, word_tokenizer
 from three_pass import CACHE, ThreePass
@@ -332,7 +332,7 @@ def test_classifier_free_guidance_is_refused(models: tuple[PeftModel, ThreePass]
 def test_generating_under_checkpointing_in_training_is_exact_or_says_what_to_do() -> None:
     """Versions of transformers that checkpoint without gradients too drop the cache there, without a word to us."""
     model, oracle = with_oracle()
-    model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable_checkpointing(model.train(), {"use_reentrant": False})
     if "is_grad_enabled" in inspect.getsource(GradientCheckpointingLayer):
         assert torch.equal(greedy(model, PROMPT)[0], oracle.generate(PROMPT, 6))
     else:

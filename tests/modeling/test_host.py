@@ -155,7 +155,7 @@ def test_arguments_without_a_cache_stay_as_they_are() -> None:
 @pytest.mark.parametrize("gradients", [True, False])
 def test_a_checkpointed_model_drops_the_cache_where_its_layers_do(training: bool, gradients: bool) -> None:
     base = tiny().train(training)
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    host.enable_checkpointing(base, {"use_reentrant": False})
     past = DynamicCache(config=base.config)
     with torch.set_grad_enabled(gradients):
         base(input_ids=PROMPT[None], use_cache=True, **{CACHE: past})

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from agreement import EXACT, assert_agrees, assert_gradients_agree, assert_logits_agree
 from bitune_plugin.errors import LayoutError
 from bitune_plugin.modeling.causal_lm import plan_ahead
+from bitune_plugin.modeling.host import enable_checkpointing
 from helpers import assert_close, batch, bitune, gradients, lora, packed, samples, tokens, unharmed, with_oracle
 from models import EXPERTS, tiny
 from three_pass import CACHE
@@ -71,7 +72,7 @@ def test_checkpointing_changes_nothing(reentrant: bool) -> None:
     model, oracle = with_oracle("mistral")
     model.train()
     model.enable_input_require_grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    enable_checkpointing(model, {"use_reentrant": reentrant})
     assert_gradients_agree(model, oracle, packed(LONG_AND_SHORT))
 
 

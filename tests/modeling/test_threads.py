@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from bitune_plugin.modeling.host import enable_checkpointing
 from helpers import Batch, batch, fresh, gradients, lora, samples, tokens, with_oracle
 from three_pass import ThreePass
 from zoo import tiny_of
@@ -139,7 +140,7 @@ def test_training_is_not_disturbed_by_a_thread_that_generates(kind: str, where: 
     if checkpointing != "none":
         model.train()  # without dropout; under checkpointing transformers keeps no cache then
         model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING[checkpointing])
+        enable_checkpointing(model, CHECKPOINTING[checkpointing])
 
     with generating_meanwhile(other, oracle, use_cache=other.training is False) as right:
         steps = [gradients_of_a_step(model, rows) for _ in range(3)]

@@ -287,7 +287,7 @@ def test_a_trainer_without_adapter_trains_the_whole_model(trainer: Any, tmp_path
     assert torch.equal(loaded(**inputs).logits, t.model.eval()(**inputs).logits)
 
 
-@pytest.mark.parametrize("settings", [{"gradient_checkpointing": True}, {"packing": True, "max_length": 32}])
+@pytest.mark.parametrize("settings", [{"activation_checkpointing": True}, {"packing": True, "max_length": 32}])
 def test_training_the_whole_model_goes_with(trainer: Any, settings: dict[str, Any]) -> None:
     t = trainer(peft_config=None, **ONE_STEP, **settings)
     assert_exact(t, oracle=TwoModels(tiny(), t.model.peft_config["default"]))

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from agreement import assert_agrees, assert_answers_agree, assert_gradients_agree, assert_logits_agree
 from bitune_plugin import BituneConfig
 from bitune_plugin.checkpoints.saved import SavedAdapter
+from bitune_plugin.modeling.host import enable_checkpointing
 from bitune_plugin.tuner.methods import OWN_FORWARD, refusal
 from helpers import SHAPES, assert_close, batch, bitune, gradients, observe, one, packed, samples, unharmed, with_oracle
 from methods import METHODS, REFUSED, SMALL, VARIANTS, WHOLE, small, table, with_refused
@@ -113,7 +114,7 @@ def test_several_documents_in_a_row_and_recomputed_layers(method: str) -> None:
     found = []
     for recompute in (False, True):
         if recompute:
-            model.get_base_model().gradient_checkpointing_enable()
+            enable_checkpointing(model.get_base_model())
         torch.manual_seed(0)
         model.zero_grad()
         model.train()(**ROWS.inputs, labels=ROWS.labels).loss.backward()

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitune_plugin import BituneConfig
+from bitune_plugin.modeling.host import enable_checkpointing
 from bitune_plugin.tuner.full import FullConfig
 from helpers import assert_close, batch, gradients, lora, samples
 from models import randomise_adapters, tiny
@@ -292,7 +293,7 @@ def test_recomputed_layers_give_the_same_gradients(method: str, architecture: st
     for use_reentrant in (None, False, True):
         model = adapted(method, architecture).train()
         if use_reentrant is not None:
-            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            enable_checkpointing(model.get_base_model(), {"use_reentrant": use_reentrant})
             model.enable_input_require_grads()
         model(**ROWS.inputs, labels=ROWS.labels, use_cache=False).loss.backward()
         found.append({name: gradient for name, gradient in gradients(model).items() if gradient.any()})
