@@ -11,8 +11,12 @@ import functools
 import inspect
 from typing import Any, ClassVar
 
+from datasets import IterableDataset
+
+from bitune_plugin.core.turns import ALTERNATE
 from bitune_plugin.integrations.theta import TrainsTheta, check_theta_settings
 from bitune_plugin.integrations.trl.adapters import bitune_config, check_head
+from bitune_plugin.integrations.trl.conversations import assistant_turns
 from bitune_plugin.tuner.containers import whole_reference_copies
 from bitune_plugin.tuner.model import BituneModel
 
@@ -59,6 +63,7 @@ def _prepared(cls: type[KnowsPrompts]) -> Any:
             arguments["peft_config"] = bitune_config(arguments.get("model"), arguments.get("peft_config"))
         else:
             check_carries_bitune(cls, arguments.get("model"))
+        refuse_several_turns(cls, arguments)
         with whole_reference_copies():
             stock.__init__(self, **arguments)
         check_head(self)
@@ -78,6 +83,50 @@ def check_settings(trainer: type[KnowsPrompts], arguments: dict[str, Any]) -> No
     for name, reason in {**trainer.refused_arguments, **trainer.refused_settings}.items():
         if given[name]:
             raise ValueError(f"`{name}={given[name]!r}`: {reason}")
+
+
+def refuse_several_turns(trainer: type[KnowsPrompts], arguments: dict[str, Any]) -> None:
+    """Puts a check in front of the datasets of a trainer, if the adapter reads conversations turn by turn.
+
+    These trainers read all of a conversation before its completion as one prompt, and a chat would not.
+
+    Raises:
+        ValueError: a prompt holds an assistant turn; of a stream, once such a sample is read.
+    """
+    model, config = arguments.get("model"), arguments.get("peft_config")
+    tuner = getattr(model, "base_model", None)
+    if isinstance(tuner, BituneModel):
+        config = next((tuner.peft_config[name] for name in tuner.active_adapters), None)
+    if getattr(config, "multi_turn", None) != ALTERNATE:
+        return
+    for name in ("train_dataset", "eval_dataset"):
+        given = arguments.get(name)
+        if isinstance(given, dict):
+            arguments[name] = {key: _without_several_turns(each, trainer) for key, each in given.items()}
+        elif given is not None:
+            arguments[name] = _without_several_turns(given, trainer)
+
+
+def _without_several_turns(dataset: Any, trainer: type[KnowsPrompts]) -> Any:
+    """The dataset, checked; a stream is checked as it is read."""
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(_check_turns, fn_kwargs={"trainer": trainer.__name__})
+    for sample in dataset:
+        _check_turns(sample, trainer.__name__)
+    return dataset
+
+
+def _check_turns(sample: dict[str, Any], trainer: str) -> dict[str, Any]:
+    """Returns the sample. Raises ValueError if its prompt holds an assistant turn."""
+    whole = [sample.get(name) for name in ("messages", "chosen")]
+    prompt = sample.get("prompt") or next((each[:-1] for each in whole if isinstance(each, list)), None)
+    if isinstance(prompt, list) and assistant_turns(prompt):
+        raise ValueError(
+            f"{trainer} was given a conversation of several turns and an adapter with `multi_turn='alternate'`, which "
+            "reads a conversation turn by turn; the trainer reads all before the completion as one prompt. Use "
+            "prompts of one turn, an adapter with `multi_turn='reread'`, or BituneSFTTrainer."
+        )
+    return sample
 
 
 def check_carries_bitune(trainer: type[KnowsPrompts], model: Any) -> None:
