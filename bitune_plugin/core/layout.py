@@ -131,6 +131,17 @@ class PromptLayout:
         """Selects the answers, sequence by sequence: `[R, M, ...]` to `[1, n, ...]`."""
         return states[:, : self.tokens].flatten(0, 1).index_select(0, self.answers)[None]
 
+    def encoded_of(self, states: Tensor, chosen: Tensor) -> Tensor:
+        """Selects tokens of the bidirectional stream, sequence by sequence: `[R, M, ...]` to `[1, n, ...]`.
+
+        Args:
+            chosen: bool `[B, T]`, which of the caller's tokens; those that are not encoded have no place there.
+        """
+        here = self.lengthen(chosen)[:, self.tokens :]
+        if self.to_slots is None:  # places without a token are copies of some token
+            here = here & self.only_group.encoded
+        return states[:, self.tokens :][here][None]
+
     def answer_labels(self, labels: Tensor) -> Tensor:
         """Labels for `answers_of`: `[B, T]` to `[1, n]`. The first token of every answer has label -100, because the
         token that predicts it is not part of any answer."""

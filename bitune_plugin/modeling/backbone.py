@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.utils import ModelOutput
 
+from ..core.layout import PromptLayout
 from ..core.mixing import MIXING
 from ..errors import LayoutError
 from .architectures import Architecture, active_adapter, alternates, takes_several_completions
@@ -48,7 +49,8 @@ class TwoWayBackbone(TakesCache):
         arguments of the causal language model.
 
         Returns:
-            The backbone's outputs, hidden states `[B, T, H]`, or `[1, n, H]` for the answers alone. The cache holds
+            The backbone's outputs, hidden states `[B, T, H]`, or `[1, n, H]` for the answers or some encoded tokens
+            alone. The cache holds
             the mixed keys and values of the prompt.
 
         Raises:
@@ -72,7 +74,7 @@ class TwoWayBackbone(TakesCache):
         with forward_context(context):
             outputs = super().forward(**_lengthen(call, context))
         _check_all_visited(self.bitune_architecture, context)
-        outputs = _restored(context, outputs, prompts.answers_only)
+        outputs = _restored(context, outputs, prompts)
         return outputs.to_tuple() if kwargs.get("return_dict") is False else outputs
 
 
@@ -165,7 +167,8 @@ def _must_lengthen(call: BackboneCall) -> bool:
     """Whether to lengthen rows although an ordinary forward pass gives the same result."""
     # In training, because under DDP each rank must produce gradients for the bidirectional adapter. With a static
     # cache, because the 2-D mask of `prepare_inputs_for_generation` does not suit an ordinary forward pass.
-    return call.prompts.answers_only or torch.is_grad_enabled() or getattr(call.past, "is_compileable", False)
+    selects = call.prompts.answers_only or call.prompts.encoded_at is not None
+    return selects or torch.is_grad_enabled() or getattr(call.past, "is_compileable", False)
 
 
 def _check_no_replica(backbone: nn.Module) -> None:
@@ -292,11 +295,18 @@ def _check_all_visited(architecture: Architecture, context: ForwardContext) -> N
         )
 
 
-def _restored(context: ForwardContext, outputs: ModelOutput, answers_only: bool) -> ModelOutput:
-    """Gathers hidden states `[R, M, H]` back to `[B, T, H]`, or to answers `[1, n, H]`, and puts the cache beside."""
+def _selected(layout: PromptLayout, hidden_states: Tensor, prompts: Prompts) -> Tensor:
+    if prompts.encoded_at is not None:
+        return layout.encoded_of(hidden_states, prompts.encoded_at.to(hidden_states.device))
+    return (layout.answers_of if prompts.answers_only else layout.restore)(hidden_states)
+
+
+def _restored(context: ForwardContext, outputs: ModelOutput, prompts: Prompts) -> ModelOutput:
+    """Gathers hidden states `[R, M, H]` back to `[B, T, H]`, or to what `prompts` asks for, `[1, n, H]`, and puts the
+    cache beside."""
     hidden_states = outputs["last_hidden_state"]
     layout = context.layout.to(hidden_states.device)  # that of the last layer
-    outputs["last_hidden_state"] = (layout.answers_of if answers_only else layout.restore)(hidden_states)
+    outputs["last_hidden_state"] = _selected(layout, hidden_states, prompts)
     if outputs.get("hidden_states") is not None:
         outputs["hidden_states"] = tuple(
             x if x is None else context.layout.to(x.device).restore(x) for x in outputs["hidden_states"]

@@ -36,6 +36,8 @@ class Prompts:
             It needs `use_cache=False`, because nothing can be generated after several completions.
         answers_only: return only the answers in `last_hidden_state`, `[1, n, H]`, sequence by sequence, because the
             head then has less to compute; see `PromptLayout.answers_of`.
+        encoded_at: bool `[B, T]`: return only the states of the bidirectional stream at these tokens of encoded prompts
+            in `last_hidden_state`, `[1, n, H]`, sequence by sequence; see `PromptLayout.encoded_of`.
         position_ids: `[B or 1, T]`, which start again with every sequence of a row. Filled in by the causal language
             model, because not every one passes them on.
     """
@@ -44,12 +46,13 @@ class Prompts:
     prompt_layout: PromptLayout | None = None
     completion_index: Tensor | None = None
     answers_only: bool = False
+    encoded_at: Tensor | None = None
     position_ids: Tensor | None = None
 
     @classmethod
     def taken_from(cls, kwargs: dict[str, Any], otherwise: Prompts | None = None) -> Prompts:
         """Takes the attributes out of `kwargs`; the missing ones are those of `otherwise`."""
-        names = ("prompt_mask", "prompt_layout", "completion_index", "answers_only")
+        names = ("prompt_mask", "prompt_layout", "completion_index", "answers_only", "encoded_at")
         given = {name: kwargs.pop(name, None) for name in names}
         given["position_ids"] = kwargs.get("position_ids")
         before = otherwise or cls()
@@ -288,16 +291,17 @@ def check_per_token(name: str, given: Any, tokens: Tensor | None) -> None:
 
 
 def check_plain_call(prompts: Prompts) -> None:
-    """Raises LayoutError for arguments that a plain forward pass cannot follow: several completions in a row, or
-    answers alone."""
+    """Raises LayoutError for arguments that a plain forward pass cannot follow: several completions in a row, answers
+    or encoded tokens alone."""
     if prompts.completion_index is not None and (prompts.completion_index > 1).any():
         raise LayoutError(
             "`completion_index` has several completions in a row, but no prompt is encoded here: the adapter is "
             "disabled, or the cache already holds the prompt. Give every completion a row of its own."
         )
-    if prompts.answers_only:
+    if prompts.answers_only or prompts.encoded_at is not None:
+        given = "answers_only=True" if prompts.answers_only else "encoded_at"
         raise LayoutError(
-            "`answers_only=True`, but no prompt is encoded here: the adapter is disabled, the cache already holds the "
+            f"`{given}`, but no prompt is encoded here: the adapter is disabled, the cache already holds the "
             "prompt, or there is only padding. Leave it out."
         )
 

@@ -123,7 +123,7 @@ def _groups(parameters: dict[str, nn.Parameter], scaling: dict[str, float | None
     theta = [name for name in parameters if is_theta(name) and parameters[name].requires_grad]
     known = {*pairs, *theta}
     others = [name for name, parameter in parameters.items() if parameter.requires_grad and name not in known]
-    names = {name: f"second.{name}" if _is_of_bidirectional(name) else name for name in pairs}
+    names = {name: f"second.{name}" if is_of_bidirectional(name) else name for name in pairs}
     names |= {name: name.replace("lora", "trained") for name in (*others, *theta)}
     return [
         {
@@ -145,7 +145,7 @@ def _scaling_of_bidirectional(model: nn.Module, name: str) -> float | None:
     return scaling.get(bidirectional(adapter.partition(".")[0]))
 
 
-def _is_of_bidirectional(name: str) -> bool:
+def is_of_bidirectional(name: str) -> bool:
     """Whether a parameter of this name is the bidirectional stream's."""
     return is_bidirectional(name) or SUFFIX in name
 

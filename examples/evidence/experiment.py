@@ -106,7 +106,10 @@ RIVALS = {
 }
 """Of as many parameters as Bitune. Prefix-LM is among the ablations, as naive bidirectional."""
 
-METHODS = COMPARED | ABLATIONS | MOVERS | RIVALS
+WARMED_UP = {"Bitune r=8, warmed up": Method(bitune(), {"warmup_prompts": 1_000_000})}
+"""On the prompts of all samples of a run, once, before it."""
+
+METHODS = COMPARED | ABLATIONS | MOVERS | RIVALS | WARMED_UP
 
 CROSSING = ("LoRA r=16", "Bitune r=8")
 """Whose curves may cross: of as many parameters."""
@@ -184,7 +187,7 @@ def rival_runs() -> Iterator[Run]:
     """Rivals beside Bitune, where the table, the curves and the ablations have run for the others."""
     for seed in SEEDS:
         for task, samples in ABLATED.items():
-            yield from at_best_rate(CURVE_MODEL, [task], RIVALS, seed, samples)
+            yield from at_best_rate(CURVE_MODEL, [task], RIVALS | WARMED_UP, seed, samples)
         yield from at_best_rate(CURVE_MODEL, [PATHS], ["LoRA r=8"], seed, ABLATED[PATHS])
 
 

@@ -22,15 +22,17 @@ from matplotlib.figure import Figure
 from scipy.stats import ttest_rel
 
 from benchmarks.report import markdown, save, with_tables
-from evidence import comparison_report
+from evidence import comparison_report, warm_up
 from evidence.experiment import (
     ABLATED,
     ABLATIONS,
     COMPARED,
     CURVE_MODEL,
+    FAMILIES,
     LEARNING_RATES,
     LONG_CURVE,
     MODELS,
+    PATHS,
     RESULTS,
     SEEDS,
     TASKS,
@@ -168,6 +170,7 @@ BESIDE = {
     "naive bidirectional": "prefix-LM (naive bidirectional)",
     "only causal": "only causal",
     OURS: OURS,
+    "Bitune r=8, warmed up": "Bitune r=8, warmed up",
 }
 """The rivals, and their names in the table."""
 
@@ -189,6 +192,18 @@ def rivals() -> str:
             cells.append(f"{shown} ({len(theirs)}){p}" if theirs else "")
         rows.append([name, *cells])
     return markdown(["", *(f"{task}, {size}" for task, size in columns)], rows)
+
+
+def warm_ups() -> str:
+    """Bitune with and without a warm-up of its bidirectional adapter, by its kind."""
+    sizes, rows = (256, 512), []
+    for task in (FAMILIES, PATHS):
+        for kind in warm_up.KINDS:
+            runs = [Run(CURVE_MODEL, task, OURS, warm_up.RATE, seed, sizes) for seed in SEEDS]
+            found = [points for points in (warm_up.points_of(run, kind) for run in runs) if points]
+            scored = [[share(points[place]["test"]) for points in found] for place in range(len(sizes))]
+            rows.append([task, kind, *(f"{spread(each)} ({len(each)})" if each else "" for each in scored)])
+    return markdown(["", "warm-up", *map(str, sizes)], rows)
 
 
 def curve_groups() -> dict[tuple[str, str], dict[str, list[Result]]]:
@@ -232,6 +247,7 @@ TABLES = {
     "curves": curves,
     "crossing": crossing,
     "rivals": rivals,
+    "warm-up": warm_ups,
     **comparison_report.TABLES,
 }
 

@@ -11,8 +11,8 @@ trained for. Before the usual training, the bidirectional adapter is trained on 
 * `mntp`: masked next-token prediction, as in LLM2Vec (arXiv 2404.05961): some tokens are replaced by one that says
   nothing, and each is predicted from the state of the token before it.
 
-Causal adapter and theta stay as they are. The warm-up is worth a setting of the trainer if it helps on two tasks over
-three seeds; until then it is here only. It does not count as training samples, but it takes about as long as they do.
+Causal adapter and theta stay as they are. It does not count as training samples, but it takes about as long as they do.
+`mntp` helped on two tasks over three seeds, so it is a setting of the trainer: `BituneSFTConfig(warmup_prompts=...)`.
 """
 
 from __future__ import annotations

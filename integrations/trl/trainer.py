@@ -40,6 +40,7 @@ from bitune_plugin.integrations.trl.host import main_process_first
 from bitune_plugin.integrations.trl.preparation import CHANGED, marked, split_turns_of, workers_of
 from bitune_plugin.integrations.trl.samples import pack
 from bitune_plugin.integrations.trl.turns import ends_of_turns, tokenized_by_turns
+from bitune_plugin.integrations.trl.warm_up import check_warm_up, warm_up
 from bitune_plugin.modeling.causal_lm import reads_turns_apart
 
 
@@ -105,6 +106,9 @@ class BituneSFTTrainer(KeepsPromptMask, SFTTrainer):
         self.data_collator = PromptCollator(self.data_collator)
         if config is not None:
             self.start_theta_in_float32()
+        self.warm_up_losses: list[float] = []
+        if getattr(self.args, "warmup_prompts", 0):
+            check_warm_up(self)
 
     # The prompt, from the dataset to the model.
 
@@ -161,6 +165,14 @@ class BituneSFTTrainer(KeepsPromptMask, SFTTrainer):
 
     def _reject_skip_prepare_without_labels(self, datasets: dict[str, Any], data_collator: Any) -> None:
         super()._reject_skip_prepare_without_labels(datasets, getattr(data_collator, "collator", data_collator))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains, as `transformers.Trainer.train`. Before it, warms the bidirectional adapter up if `warmup_prompts`
+        says so: once, and not if training is resumed. `warm_up_losses` then has the loss of each step."""
+        prompts = getattr(self.args, "warmup_prompts", 0)
+        if prompts and not resume_from_checkpoint and not self.warm_up_losses:
+            self.warm_up_losses = warm_up(self, prompts)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any

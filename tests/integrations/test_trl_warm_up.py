@@ -1,0 +1,178 @@
+"""The warm-up of the bidirectional adapter: masked next-token prediction on prompts, before training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import settings as of_hypothesis
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
+
+from bitune_plugin import BituneConfig
+from bitune_plugin.integrations.trl import warm_up
+from bitune_plugin.integrations.trl.warm_up import PromptTrainer, choose_tokens
+from bitune_plugin.tuner.optimizers import is_of_bidirectional
+from models import randomise_adapters, word_tokenizer
+from three_pass import ThreePass, attention_of
+from training import LORA, build, documents, oracle_of, pairs
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Callable[..., Any]:
+    return lambda **settings: build(tmp_path, **{"warmup_prompts": 8, "max_steps": 1, **settings})
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def literal_loss(oracle: ThreePass, batch: dict[str, Any], replaced: torch.Tensor, token: int) -> torch.Tensor:
+    """Mean cross-entropy of the replaced tokens by the bidirectional adapter with full attention, prompt by prompt."""
+    given = {**batch, "input_ids": batch["input_ids"].masked_fill(replaced, token)}
+    losses = []
+    for (ids, _, prompt), (shown, _, _), (chosen, _, _) in zip(
+        documents(batch), documents(given), documents({**batch, "input_ids": replaced.long()}), strict=True
+    ):
+        if prompt < 2:
+            continue
+        with attention_of("bidirectional", oracle.model.get_base_model()):
+            logits = oracle._run("bidirectional", shown[None, : prompt - 1], oracle._cache(), 0).logits[0]
+        hit = chosen[1:prompt].bool()
+        losses.append(cross_entropy(logits[hit], ids[1:prompt][hit], reduction="none"))
+    return torch.cat(losses).mean()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"packing": True, "max_length": 64},
+        {"padding_free": True, "max_length": None},
+        {"gradient_checkpointing": True},
+    ],
+    ids=["padded", "packed", "padding free", "checkpointed"],
+)
+def test_loss_and_gradients_are_those_of_one_adapter_with_full_attention(
+    trainer: Any, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t = trainer(**settings)
+    randomise_adapters(t.model)
+    oracle = oracle_of(t)
+    phase = PromptTrainer(t, 8)
+    batch = next(iter(phase.get_train_dataloader()))
+    torch.manual_seed(0)
+    replaced = choose_tokens(batch["prompt_mask"], batch.get("position_ids"))
+    assert 0 < replaced.sum() < batch["prompt_mask"].sum()
+    monkeypatch.setattr(warm_up, "choose_tokens", lambda *_: replaced)
+    t.model.train()
+    loss = phase.compute_loss(t.model, dict(batch))
+    expected = literal_loss(oracle, batch, replaced, phase.replacement)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    loss.backward()
+    expected.backward()
+    compared = 0
+    for mine, theirs in oracle.pairs(t.model):
+        if mine.grad is not None:
+            torch.testing.assert_close(theirs.grad, mine.grad, atol=1e-5, rtol=1e-4)
+            compared += 1
+    assert compared > 20
+    with_gradient = {n for n, p in t.model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert with_gradient
+    assert all(map(is_of_bidirectional, with_gradient))
+
+
+def test_only_the_bidirectional_adapter_is_warmed_up(trainer: Any) -> None:
+    t = trainer()
+    before = weights(t.model)
+    losses = warm_up.warm_up(t, 8)
+    assert len(losses) == 2  # batches of four
+    after = weights(t.model)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(map(is_of_bidirectional, changed))
+    assert before.keys() == after.keys()  # all that was trained can be trained again
+
+
+def test_it_learns_what_prompts_have_in_common(trainer: Any) -> None:
+    t = trainer(train_dataset=Dataset.from_list(pairs(2) * 40), warmup_learning_rate=0.03, lr_scheduler_type="constant")
+    losses = warm_up.warm_up(t, 80)
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_training_comes_after_it_once(trainer: Any) -> None:
+    t = trainer(max_steps=2)
+    t.train()
+    first = t.warm_up_losses
+    assert len(first) == 2
+    assert t.state.global_step == 2
+    t.train()
+    assert t.warm_up_losses is first
+
+
+def test_a_resumed_training_is_not_warmed_up(trainer: Any, tmp_path: Path) -> None:
+    trainer(max_steps=1, save_strategy="steps", save_steps=1).train()
+    t = trainer(max_steps=2)
+    t.train(resume_from_checkpoint=True)
+    assert t.warm_up_losses == []
+    assert t.state.global_step == 2
+
+
+def test_without_the_setting_training_is_as_before(trainer: Any) -> None:
+    plain, none = trainer(warmup_prompts=0), trainer(warmup_prompts=0, warmup_learning_rate=0.1)
+    for t in (plain, none):
+        t.train()
+        assert t.warm_up_losses == []
+    for name, value in weights(plain.model).items():
+        assert torch.equal(value, weights(none.model)[name])
+
+
+def test_a_stream_and_more_prompts_than_there_are(trainer: Any) -> None:
+    stream = trainer(train_dataset=Dataset.from_list(pairs()).to_iterable_dataset())
+    stream.train()
+    assert len(stream.warm_up_losses) == 2
+    all_of_them = trainer(warmup_prompts=1000)
+    all_of_them.train()
+    assert len(all_of_them.warm_up_losses) == 6  # 24 samples
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"warmup_prompts": -1}, "`warmup_prompts=-1` must be a whole number"),
+        ({"warmup_prompts": True}, "`warmup_prompts=True` must be"),
+        ({"warmup_prompts": 0.5}, "`warmup_prompts=0.5` must be"),
+        ({"warmup_learning_rate": -1.0}, "`warmup_learning_rate=-1.0` must be a finite number"),
+        ({"peft_config": {"share_adapter": True}}, "`share_adapter=True` leaves none"),
+        ({"peft_config": {"second_pass_attention": "causal"}}, "`second_pass_attention='causal'` leaves none"),
+    ],
+)
+def test_what_means_nothing_is_refused(trainer: Any, given: dict[str, Any], message: str) -> None:
+    if "peft_config" in given:
+        given = {"peft_config": BituneConfig(adapter=LORA, **given["peft_config"])}
+    with pytest.raises(ValueError, match=message):
+        trainer(**given)
+
+
+def test_the_token_that_replaces_others() -> None:
+    tokenizer = word_tokenizer()
+    assert warm_up.replacement_of(tokenizer) == tokenizer("_", add_special_tokens=False).input_ids[-1]
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    assert warm_up.replacement_of(tokenizer) == tokenizer.mask_token_id
+
+
+@of_hypothesis(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=4), st.integers(0, 100))
+def test_tokens_are_chosen_in_prompts_behind_others(rows: list[list[bool]], seed: int) -> None:
+    torch.manual_seed(seed)
+    prompt = torch.tensor(rows)
+    positions = torch.tensor([0, 1, 2, 0, 1, 2]).expand(prompt.shape)
+    chosen = choose_tokens(prompt, positions)
+    assert not (chosen & ~prompt).any()
+    assert not chosen[:, [0, 3]].any()
+    assert not (chosen[:, 1:] & ~prompt[:, :-1]).any()
