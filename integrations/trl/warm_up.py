@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import DistributedType
 from datasets import IterableDataset
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from bitune_plugin.integrations.transformers import PROMPT_MASK, KeepsPromptMask
@@ -42,13 +42,18 @@ def warm_up(trainer: Any, samples: int) -> list[float]:
     check_warm_up(trainer)
     phase = PromptTrainer(trainer, samples)
     with bidirectional_alone(trainer.model):
-        phase.train()
+        try:
+            phase.train()
+        finally:  # or the noise of an interrupted warm-up would be added in training, too
+            if hasattr(phase, "neftune_hook_handle"):
+                phase.neftune_hook_handle.remove()
     return [entry["loss"] for entry in phase.state.log_history if "loss" in entry]
 
 
 def check_warm_up(trainer: Any) -> None:
     """Raises ValueError where the bidirectional adapter cannot be warmed up alone."""
-    config = trainer.accelerator.unwrap_model(trainer.model).base_model.peft_config["default"]
+    tuner = trainer.accelerator.unwrap_model(trainer.model).base_model
+    config = tuner.peft_config[tuner.active_adapters[0]]
     for name, wanted in (("share_adapter", False), ("second_pass_attention", "bidirectional")):
         if getattr(config, name) != wanted:
             raise ValueError(
@@ -79,6 +84,7 @@ class PromptTrainer(KeepsPromptMask, Trainer):
             data_collator=trainer.data_collator,
             train_dataset=dataset,
             processing_class=trainer.processing_class,
+            callbacks=[EndsWithEpoch()],
         )
         trainer._set_signature_columns_if_needed()
         self._signature_columns = trainer._signature_columns
@@ -101,6 +107,14 @@ class PromptTrainer(KeepsPromptMask, Trainer):
         logits = outputs.logits.float().flatten(0, 1)
         summed = nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum")
         return summed / max(labels.numel(), 1)
+
+
+class EndsWithEpoch(TrainerCallback):
+    """Ends training with its first epoch, because `max_steps` starts a stream again that is shorter than was asked."""
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        control.should_training_stop = True
+        return control
 
 
 def choose_tokens(prompt_mask: Tensor, position_ids: Tensor | None) -> Tensor:
@@ -147,6 +161,7 @@ def arguments_of(args: Any, rows: int, processes: int) -> Any:
     changed.logging_strategy, changed.logging_steps = IntervalStrategy.STEPS, 1
     changed.save_strategy, changed.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
     changed.load_best_model_at_end = changed.push_to_hub = False
+    changed.dataloader_drop_last = False  # a few prompts may be less than a batch
     changed.report_to = []
     return changed
 

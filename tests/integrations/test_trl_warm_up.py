@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import settings as of_hypothesis
 from hypothesis import strategies as st
+from peft import get_peft_model
 from torch.nn.functional import cross_entropy
 
 from bitune_plugin import BituneConfig
 from bitune_plugin.integrations.trl import warm_up
 from bitune_plugin.integrations.trl.warm_up import PromptTrainer, choose_tokens
 from bitune_plugin.tuner.optimizers import is_of_bidirectional
-from models import randomise_adapters, word_tokenizer
+from models import randomise_adapters, tiny, word_tokenizer
 from three_pass import ThreePass, attention_of
 from training import LORA, build, documents, oracle_of, pairs
 
@@ -123,6 +125,36 @@ def test_a_resumed_training_is_not_warmed_up(trainer: Any, tmp_path: Path) -> No
     assert t.state.global_step == 2
 
 
+def test_the_adapter_may_have_any_name(trainer: Any) -> None:
+    model = get_peft_model(tiny(), BituneConfig(adapter=copy.deepcopy(LORA)), adapter_name="mine")
+    t = trainer(model=model, peft_config=None)
+    assert len(warm_up.warm_up(t, 8)) == 2
+    shared = BituneConfig(adapter=copy.deepcopy(LORA), share_adapter=True)
+    with pytest.raises(ValueError, match="`share_adapter=True` leaves none"):
+        trainer(model=get_peft_model(tiny(), shared, adapter_name="mine"), peft_config=None)
+
+
+def test_an_interrupted_warm_up_leaves_the_model_as_it_was(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def state(model: torch.nn.Module) -> Any:
+        hooks = [hook.__name__ for module in model.modules() for hook in module._forward_hooks.values()]
+        return [name for name in hooks if "neftune" in name], [
+            (name, p.requires_grad) for name, p in model.named_parameters()
+        ]
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    t = trainer(neftune_noise_alpha=5)
+    before = state(t.model)
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptTrainer, "compute_loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            t.train()
+    assert state(t.model) == before
+    t.train()
+    assert len(t.warm_up_losses) == 2
+
+
 def test_without_the_setting_training_is_as_before(trainer: Any) -> None:
     plain, none = trainer(warmup_prompts=0), trainer(warmup_prompts=0, warmup_learning_rate=0.1)
     for t in (plain, none):
@@ -139,6 +171,22 @@ def test_a_stream_and_more_prompts_than_there_are(trainer: Any) -> None:
     all_of_them = trainer(warmup_prompts=1000)
     all_of_them.train()
     assert len(all_of_them.warm_up_losses) == 6  # 24 samples
+
+
+def test_a_stream_that_ends_early_is_read_once(trainer: Any) -> None:
+    t = trainer(warmup_prompts=40, train_dataset=Dataset.from_list(pairs(8)).to_iterable_dataset())
+    assert len(warm_up.warm_up(t, 40)) == 2
+
+
+@pytest.mark.parametrize(("prompts", "steps"), [(3, 1), (6, 2)])
+def test_each_prompt_is_read_once_whatever_is_left_of_a_batch(trainer: Any, prompts: int, steps: int) -> None:
+    t = trainer(dataloader_drop_last=True)
+    read = []
+    collate = t.data_collator
+    t.data_collator = lambda rows: read.extend(rows) or collate(rows)
+    assert len(warm_up.warm_up(t, prompts)) == steps
+    assert len(read) == prompts
+    assert t.args.dataloader_drop_last
 
 
 @pytest.mark.parametrize(
