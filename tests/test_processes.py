@@ -47,6 +47,7 @@ ON_DDP: dict[str, dict[str, Any]] = {
     "resumed from one process": {**CHECKPOINTS, "resume": "../alone/ours/run/checkpoint-2"},
     "bf16": {"bf16": True},
     "short prompts, no search for unused parameters": {**SHORT, "ddp_find_unused_parameters": False},
+    "short prompts, warmed up": {**SHORT, "warmup_prompts": 16, "warmup_learning_rate": 0.0},
 }
 
 FSDP1 = {
@@ -155,6 +156,10 @@ class TestDDP:
         self, ddp: Results, alone: Results
     ) -> None:
         check_same_run(ddp["short prompts, no search for unused parameters"], alone["short prompts"])
+
+    def test_a_warm_up_ends_when_a_process_has_no_token_to_predict(self, ddp: Results, alone: Results) -> None:
+        """At a rate of 0 it changes nothing."""
+        check_same_run(ddp["short prompts, warmed up"], alone["short prompts"])
 
     def test_resumed_continues_exactly(self, ddp: Results) -> None:
         assert ddp["resumed"]["losses"] == ddp["ours"]["losses"]

@@ -50,8 +50,7 @@ class TwoWayBackbone(TakesCache):
 
         Returns:
             The backbone's outputs, hidden states `[B, T, H]`, or `[1, n, H]` for the answers or some encoded tokens
-            alone. The cache holds
-            the mixed keys and values of the prompt.
+            alone. The cache holds the mixed keys and values of the prompt.
 
         Raises:
             LayoutError: the end of a prompt is not known.
@@ -297,7 +296,7 @@ def _check_all_visited(architecture: Architecture, context: ForwardContext) -> N
 
 def _selected(layout: PromptLayout, hidden_states: Tensor, prompts: Prompts) -> Tensor:
     if prompts.encoded_at is not None:
-        return layout.encoded_of(hidden_states, prompts.encoded_at.to(hidden_states.device))
+        return layout.encoded_of(hidden_states, prompts.encoded_at.to(hidden_states.device, torch.bool))
     return (layout.answers_of if prompts.answers_only else layout.restore)(hidden_states)
 
 

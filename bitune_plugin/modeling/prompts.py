@@ -196,6 +196,8 @@ def plan_call(call: BackboneCall, cached: int = 0) -> PromptLayout | None:
         LayoutError: the arguments contradict each other, or leave the end of a prompt open.
     """
     prompts, tokens = call.prompts, call.tokens
+    if prompts.encoded_at is not None:
+        _check_encoded_at(prompts, tokens)
     if prompts.prompt_layout is not None:
         return _made_ahead(prompts.prompt_layout, tokens)
     in_cache, attention_mask = _split(call.padding_mask(), tokens, cached)
@@ -215,6 +217,12 @@ def plan_call(call: BackboneCall, cached: int = 0) -> PromptLayout | None:
         several_prompts=alternates(call.architecture),
         cached=in_cache,
     )
+
+
+def _check_encoded_at(prompts: Prompts, tokens: Tensor) -> None:
+    check_per_token("encoded_at", prompts.encoded_at, tokens)
+    if prompts.answers_only:
+        raise LayoutError("`encoded_at` came with `answers_only=True`: one asks for prompts, the other for answers.")
 
 
 def _made_ahead(layout: PromptLayout, tokens: Tensor) -> PromptLayout:

@@ -85,6 +85,7 @@ class PromptTrainer(KeepsPromptMask, Trainer):
             train_dataset=dataset,
             processing_class=trainer.processing_class,
             callbacks=[EndsWithEpoch()],
+            optimizer_cls_and_kwargs=trainer.optimizer_cls_and_kwargs,
         )
         trainer._set_signature_columns_if_needed()
         self._signature_columns = trainer._signature_columns
@@ -118,7 +119,8 @@ class EndsWithEpoch(TrainerCallback):
 
 
 def choose_tokens(prompt_mask: Tensor, position_ids: Tensor | None) -> Tensor:
-    """A share of `MASKED` of the tokens of prompts, at random; not the first of a sequence, which none is before.
+    """A share of `MASKED` of the tokens of prompts, at random, one at least; not the first of a sequence, which none is
+    before.
 
     Args:
         prompt_mask: bool `[B, T]`.
@@ -131,7 +133,8 @@ def choose_tokens(prompt_mask: Tensor, position_ids: Tensor | None) -> Tensor:
     has_before = nn.functional.pad(prompt[:, :-1], (1, 0))
     if position_ids is not None:
         has_before = has_before & (position_ids > 0)
-    return prompt & has_before & (torch.rand(prompt.shape, device=prompt.device) < MASKED)
+    scores = torch.rand(prompt.shape, device=prompt.device).masked_fill(~(prompt & has_before), torch.inf)
+    return scores <= scores.min().clamp(min=MASKED, max=1.0)
 
 
 def replacement_of(processing_class: Any) -> int:

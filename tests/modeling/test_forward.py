@@ -33,7 +33,7 @@ from helpers import (
 )
 from models import ARCHITECTURES, EXPERTS, tiny
 from questions import Choices, choices, question
-from three_pass import CACHE, ThreePass
+from three_pass import CACHE, ThreePass, attention_of
 from zoo import tiny_of
 
 ROWS = samples(*SHAPES)
@@ -575,6 +575,33 @@ def test_answers_only_without_numbers() -> None:
     rows = batch(ROWS, "left")
     expected = rows.answers(model(**rows.inputs).logits)
     assert_close(model(**rows.inputs, answers_only=True).logits[0], torch.cat(expected))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "bloom"])  # the last one pads rows
+def test_encoded_at_gives_the_bidirectional_stream(architecture: str, side: str) -> None:
+    model, oracle = with_oracle(tiny_of(architecture) if architecture == "bloom" else tiny(architecture))
+    rows = batch(ROWS, side)
+    expected = []
+    for ids, prompt in rows.samples:
+        if prompt < 2:
+            continue
+        with attention_of("bidirectional", oracle.model.get_base_model()):
+            expected.append(oracle._run("bidirectional", ids[None, : prompt - 1], oracle._cache(), 0).logits[0])
+    everywhere = torch.ones_like(rows.inputs["input_ids"])  # answers and padding have no place in that stream
+    logits = model(**rows.inputs, encoded_at=everywhere, use_cache=False).logits
+    assert_close(logits[0], torch.cat(expected))
+
+
+def test_encoded_at_is_checked() -> None:
+    model = bitune()
+    inputs = one(tokens(6), 4)
+    with pytest.raises(LayoutError, match="`encoded_at` has shape"):
+        model(**inputs, encoded_at=torch.ones(1, 5, dtype=torch.bool))
+    with pytest.raises(LayoutError, match="`encoded_at` came with `answers_only=True`"):
+        model(**inputs, encoded_at=torch.ones(1, 6, dtype=torch.bool), answers_only=True)
+    with model.disable_adapter(), pytest.raises(LayoutError, match="`encoded_at`, but no prompt is encoded here"):
+        model(**inputs, encoded_at=torch.ones(1, 6, dtype=torch.bool))
 
 
 def test_hidden_states_of_several_completions_have_the_length_of_the_input() -> None:
