@@ -60,9 +60,13 @@ def rate_task(task: str) -> str:
     return task.replace(questions.FIRST, questions.LAST)
 
 
+RATE_TASKS = tuple(dict.fromkeys(map(rate_task, questions.TASKS)))
+"""The tasks that choose rates."""
+
+
 def comparison_rate_runs() -> Iterator[Run]:
-    """Every method at every learning rate, once on each task that chooses rates."""
-    for task in filter(lambda task: rate_task(task) == task, questions.TASKS):
+    """Every method at every learning rate, once on each of `RATE_TASKS`."""
+    for task in RATE_TASKS:
         for method in METHOD_NAMES:
             for rate in RATES:
                 yield Run(CURVE_MODEL, task, method, rate, SEEDS[0], RATE_SIZES)

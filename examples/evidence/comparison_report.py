@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.report import markdown
 from evidence import paired_tests, questions
-from evidence.comparison import ASKED_TWICE, METHOD_NAMES, REPEATED, SEEDS, SIZES, UNTRAINED, best_of_rates, rate_task
+from evidence.comparison import ASKED_TWICE, METHOD_NAMES, RATE_TASKS, REPEATED, SEEDS, SIZES, UNTRAINED, best_of_rates
 from evidence.experiment import CURVE_MODEL, Run, share
 
 OURS = "Bitune r=8"
@@ -92,7 +92,7 @@ def gains(select: Callable[[str, int], ByMethod]) -> str:
 def comparison_rates() -> str:
     """Learning rates, `*` where the best is the lowest or the highest that was tried."""
     rows = []
-    for task in dict.fromkeys(map(rate_task, questions.TASKS)):
+    for task in RATE_TASKS:
         best = [best_of_rates(task, method) for method in METHOD_NAMES]
         if any(best):
             rows.append([task, *("" if b is None else f"{b.rate:g}{'*' if b.at_edge else ''}" for b in best)])
