@@ -29,14 +29,13 @@ class CompiledOperations:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Runs each of them compiled."""
-        before = {op: op._forward_method for op in self.compiled}
         try:
             for op, compiled in self.compiled.items():
                 op._forward_method = compiled
             yield
         finally:
-            for op, method in before.items():
-                op._forward_method = method
+            for op in self.compiled:
+                op._forward_method = op.forward_native
 
 
 def is_left_to_compiler(op: nn.Module) -> bool:
