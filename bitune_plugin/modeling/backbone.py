@@ -166,7 +166,7 @@ def _must_lengthen(call: BackboneCall) -> bool:
     """Whether to lengthen rows although an ordinary forward pass gives the same result."""
     # In training, because under DDP each rank must produce gradients for the bidirectional adapter. With a static
     # cache, because the 2-D mask of `prepare_inputs_for_generation` does not suit an ordinary forward pass.
-    selects = call.prompts.answers_only or call.prompts.encoded_at is not None
+    selects = call.prompts.selection is not None
     return selects or torch.is_grad_enabled() or getattr(call.past, "is_compileable", False)
 
 

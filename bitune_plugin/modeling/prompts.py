@@ -49,6 +49,13 @@ class Prompts:
     encoded_at: Tensor | None = None
     position_ids: Tensor | None = None
 
+    @property
+    def selection(self) -> str | None:
+        """The argument that asks for a part of the hidden states, if one does."""
+        if self.encoded_at is not None:
+            return "encoded_at"
+        return "answers_only=True" if self.answers_only else None
+
     @classmethod
     def taken_from(cls, kwargs: dict[str, Any], otherwise: Prompts | None = None) -> Prompts:
         """Takes the attributes out of `kwargs`; the missing ones are those of `otherwise`."""
@@ -306,11 +313,10 @@ def check_plain_call(prompts: Prompts) -> None:
             "`completion_index` has several completions in a row, but no prompt is encoded here: the adapter is "
             "disabled, or the cache already holds the prompt. Give every completion a row of its own."
         )
-    if prompts.answers_only or prompts.encoded_at is not None:
-        given = "answers_only=True" if prompts.answers_only else "encoded_at"
+    if prompts.selection is not None:
         raise LayoutError(
-            f"`{given}`, but no prompt is encoded here: the adapter is disabled, the cache already holds the "
-            "prompt, or there is only padding. Leave it out."
+            f"`{prompts.selection}`, but no prompt is encoded here: the adapter is disabled, the cache already holds "
+            "the prompt, or there is only padding. Leave it out."
         )
 
 
