@@ -109,16 +109,18 @@ def check_theta_settings(args: Any) -> None:
         raise ValueError(
             f"`theta_max_grad_norm={norm!r}` must be positive and finite. Leave it out to clip all together."
         )
-    if rate is not None and not (is_number(rate) and 0 <= rate < math.inf):
-        raise ValueError(
-            f"`theta_learning_rate={rate!r}` must be a finite number, 0 or more. Leave it out to train theta at "
-            "`learning_rate`."
-        )
+    check_rate("theta_learning_rate", rate, "to train theta at `learning_rate`")
     if norm is not None and args.max_grad_norm <= 0:
         raise ValueError(
             f"`max_grad_norm={args.max_grad_norm}` disables all clipping, and with it `theta_max_grad_norm={norm}`. "
             "To clip theta alone, set `max_grad_norm` to a very large number."
         )
+
+
+def check_rate(name: str, rate: Any, otherwise: str) -> None:
+    """Raises ValueError for a learning rate that means nothing; `None` leaves it out, which is `otherwise`."""
+    if rate is not None and not (is_number(rate) and 0 <= rate < math.inf):
+        raise ValueError(f"`{name}={rate!r}` must be a finite number, 0 or more. Leave it out {otherwise}.")
 
 
 def tuner_of(model: Any) -> BituneModel | None:

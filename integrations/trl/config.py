@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from trl import DistillationConfig, DPOConfig, GRPOConfig, KTOConfig, RLOOConfig, SFTConfig
 
 from bitune_plugin.integrations.checkpointing import CheckpointingSettings
-from bitune_plugin.integrations.theta import ThetaSettings
+from bitune_plugin.integrations.theta import ThetaSettings, check_rate
 from bitune_plugin.integrations.trl.conversations import ASSISTANT_TURNS
-from bitune_plugin.kinds import check_choice, is_number
+from bitune_plugin.kinds import check_choice
 
 
 @dataclass
@@ -72,10 +71,7 @@ def check_values(args: Any) -> None:
     prompts, rate = getattr(args, "warmup_prompts", 0), getattr(args, "warmup_learning_rate", None)
     if not isinstance(prompts, int) or isinstance(prompts, bool) or prompts < 0:
         raise ValueError(f"`warmup_prompts={prompts!r}` must be a whole number, 0 or more. 0 leaves the warm-up out.")
-    if rate is not None and not (is_number(rate) and 0 <= rate < math.inf):
-        raise ValueError(
-            f"`warmup_learning_rate={rate!r}` must be a finite number, 0 or more. Leave it out for `learning_rate`."
-        )
+    check_rate("warmup_learning_rate", rate, "for `learning_rate`")
 
 
 @dataclass

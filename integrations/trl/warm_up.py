@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from bitune_plugin.integrations.theta import tuner_of
 from bitune_plugin.integrations.transformers import PROMPT_MASK, KeepsPromptMask
 from bitune_plugin.tuner.optimizers import is_of_bidirectional
 
@@ -52,7 +53,7 @@ def warm_up(trainer: Any, samples: int) -> list[float]:
 
 def check_warm_up(trainer: Any) -> None:
     """Raises ValueError where the bidirectional adapter cannot be warmed up alone."""
-    tuner = trainer.accelerator.unwrap_model(trainer.model).base_model
+    tuner: Any = tuner_of(trainer.accelerator.unwrap_model(trainer.model))
     config = tuner.peft_config[tuner.active_adapters[0]]
     for name, wanted in (("share_adapter", False), ("second_pass_attention", "bidirectional")):
         if getattr(config, name) != wanted:
