@@ -44,13 +44,15 @@ class Parts:
     Attributes:
         facts: to be known for the answer.
         question: the question itself.
-        choices: the answers to choose from, the right one among them.
-        answer: the right one.
+        choices: the answers to choose from, or how they begin.
+        right: the right one.
+        answer: what is trained: it begins with `right`.
     """
 
     facts: str
     question: str
     choices: tuple[str, ...]
+    right: str
     answer: str
 
     def row(self, order: str) -> dict[str, object]:
@@ -63,29 +65,32 @@ class Parts:
             "prompt": TEMPLATE.format(question=text),
             "completion": f" {self.answer}",
             "choices": list(self.choices),
-            "gold": self.choices.index(self.answer),
+            "gold": self.choices.index(self.right),
         }
 
 
 def relation(row: dict[str, str], answers: list[str]) -> Parts:
     """Families: four relations, the right one among others that are right elsewhere."""
     facts, question = _halves(row["question"])
-    return Parts(facts, question, _with_others(row, answers), row["answer"])
+    return Parts(facts, question, _with_others(row, answers), row["answer"], row["answer"])
 
 
 def syllogism(row: dict[str, str], answers: list[str]) -> Parts:
     """Two premises, and whether a third statement follows."""
-    return Parts(*_halves(row["question"]), tuple(answers), row["answer"])
+    return Parts(*_halves(row["question"]), tuple(answers), row["answer"], row["answer"])
 
 
 def path(row: dict[str, str], answers: list[str]) -> Parts:
-    """Edges of a graph, `|5 9|0 4|6 0|6 5`, and a start with a goal, `6 4`: the choices are all arms from there."""
+    """Edges of a graph, `|5 9|0 4|6 0|6 5`, and a start with a goal, `6 4`: the choices are the first edges of all
+    arms, `6 0` and `6 5`. Not whole arms, because only the right one ends with the goal, so that a model which guesses
+    the first edge, all there is to find, would know it among them."""
     edges, _, ends = row["question"].rpartition("/")
     start, goal = ends.replace("=", "").split()
-    paths = tuple(sorted(" ".join(arm) for arm in arms(edges, start)))
-    if row["answer"] not in paths:
-        raise ValueError(f"The path {row['answer']!r} is not among those from {start}: {', '.join(paths)}.")
-    return Parts(edges, f"{start} {goal} =", paths, row["answer"])
+    right = [arm for arm in arms(edges, start) if " ".join(arm) == row["answer"]]
+    if not right:
+        raise ValueError(f"The path {row['answer']!r} is not an arm from {start} in {edges!r}.")
+    choices = sorted({" ".join(arm[:2]) for arm in arms(edges, start)})
+    return Parts(edges, f"{start} {goal} =", tuple(choices), " ".join(right[0][:2]), row["answer"])
 
 
 def arms(edges: str, start: str) -> Iterator[list[str]]:
@@ -203,7 +208,7 @@ def without_a_word(sentence: str, generator: random.Random) -> Parts | None:
     choices = [word, *generator.sample(others, CHOICES - 1)]
     generator.shuffle(choices)
     asked = f"Which word is missing: {', '.join(choices[:-1])} or {choices[-1]}?"
-    return Parts(f"{sentence[: match.start()]}{BLANK}{sentence[match.end() :]}", asked, tuple(choices), word)
+    return Parts(f"{sentence[: match.start()]}{BLANK}{sentence[match.end() :]}", asked, tuple(choices), word, word)
 
 
 @cache
