@@ -7,7 +7,8 @@ arithmetic of its own backend (windows, softcaps, sinks, head sizes), a layer do
     2  cache <- causal keys of the N rows           the encoded prompts attend, causally
     3  cache <- mixed keys of the encoded prompts   the answers attend, and whatever else is decoded
 
-and likewise for values, so that the mixture stays in the cache. Any other step is vLLM's own.
+and likewise for values, so that the mixture stays in the cache. In the last layer only the answers attend, because
+nobody reads the states of other rows. Any other step is vLLM's own.
 """
 
 from __future__ import annotations
@@ -27,16 +28,18 @@ from bitune_plugin.core.mixing import mix
 from .plan import current, planning_backend
 
 
-def mix_in(layer: Any, alphas: tuple[Tensor | None, Tensor | None], second_pass: str) -> None:
+def mix_in(layer: Any, alphas: tuple[Tensor | None, Tensor | None], second_pass: str, is_last: bool) -> None:
     """Makes an attention layer of vLLM one that mixes. Before vLLM asks it for its backend and its cache.
 
     Args:
         layer: an `Attention`.
         alphas: of keys and of values, `[1]` or `[key/value heads]`; `None` for bidirectional features only.
         second_pass: the attention within the bidirectional stream, one of `SECOND_PASSES`.
+        is_last: no layer behind it has keys.
     """
     rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     layer.alpha_key, layer.alpha_value = (of_rank(alpha, layer.num_kv_heads, rank, ranks) for alpha in alphas)
+    layer.is_last = is_last
     layer.attn_backend = planning_backend(layer.attn_backend, second_pass)
     attention_class: Any = type(layer)
     layer.__class__ = mixing_class(attention_class)
@@ -74,6 +77,8 @@ def mixing_class(attention_class: type) -> type:
             v = value.view(-1, self.num_kv_heads, size)
             out = query.new_zeros(q.shape[0], heads, size)
             self.read(q, k, v, out, step.rows)
+            if self.is_last:
+                step.remaining = step.plan.answer
             return out.view(output_shape or (-1, heads * size))
 
         def read(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, n: int) -> None:
@@ -84,11 +89,13 @@ def mixing_class(attention_class: type) -> type:
             encoded, copied, answer = plan.encoded, plan.copied, plan.answer
             copies = slice(n, n + len(copied))
 
-            self.write(k[copies], v[copies], slots[encoded])
-            self.attend(q[copies], k[copies], v[copies], plan.bidirectional_metadata, out[copies])
+            if not self.is_last:
+                self.write(k[copies], v[copies], slots[encoded])
+                self.attend(q[copies], k[copies], v[copies], plan.bidirectional_metadata, out[copies])
 
             self.write(k[:n], v[:n], slots)
-            self.attend(q[:n], k[:n], v[:n], metadata, out[:n])
+            if not self.is_last:
+                self.attend(q[:n], k[:n], v[:n], metadata, out[:n])
 
             mixed_key = mix_rows(k[copied], k[copies], self.alpha_key)
             mixed_value = mix_rows(v[copied], v[copies], self.alpha_value)

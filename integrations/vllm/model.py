@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.utils import extract_layer_index
 
@@ -18,7 +18,7 @@ from .adapter import ServedAdapter
 from .attention import mix_in
 from .names import ADAPTER, PREFIX
 from .operations import CompiledOperations
-from .placement import Placed, Placement, adapt_copies
+from .placement import Placed, Placement, adapt_copies, skip_unread_rows
 from .plan import Lengthened, Plan, lengthened, plan_of
 from .refusals import check_layer, check_loaded, check_tied
 from .runner import tell_prompt_lengths
@@ -39,10 +39,12 @@ def bitune(base: Any) -> type:
             adapter = ServedAdapter(getattr(vllm_config.model_config.hf_config, ADAPTER))
             second_pass = adapter.config.second_pass_attention
             check_tied(adapter, vllm_config.model_config.hf_text_config)
-            for name, layer in vllm_config.compilation_config.static_forward_context.items():
+            layers = vllm_config.compilation_config.static_forward_context
+            for name, layer in layers.items():
                 check_layer(name, layer, second_pass)
-                if isinstance(layer, Attention):
-                    mix_in(layer, adapter.alphas(extract_layer_index(name)), second_pass)
+            attention = {extract_layer_index(name): layer for name, layer in layers.items()}
+            for index, layer in attention.items():
+                mix_in(layer, adapter.alphas(index), second_pass, is_last=index == max(attention))
             self._bitune_adapter = adapter  # until its weights are loaded
             self._bitune_profile_rows = vllm_config.scheduler_config.max_num_batched_tokens
 
@@ -56,6 +58,9 @@ def bitune(base: Any) -> type:
             places = {m: placement.place(m, difference) for m, difference in adapter.differences().items()}
             loaded = self.load_own_weights(adapter.merged(iter(weights)))
             adapter.check_all_used()
+            for layer in self.modules():
+                if isinstance(layer, LinearBase):
+                    skip_unread_rows(layer)
             adapt_layers(self, adapter, placement, places)
             self._bitune_operations = CompiledOperations(self)
             del self._bitune_adapter  # with all of its weights, which are in the model now

@@ -115,7 +115,7 @@ def adapt_copies(layer: Any, placed: list[Placed], rescale: Tensor | None, gain:
     def apply(layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = plain(layer, x, bias)
         step = current()
-        if step is None:
+        if step is None or step.remaining is not None:
             return y
         # Rows are in the last dimension but one: models of transformers have a batch dimension before it.
         copies = x.narrow(-2, step.rows, x.shape[-2] - step.rows)
@@ -125,5 +125,24 @@ def adapt_copies(layer: Any, placed: list[Placed], rescale: Tensor | None, gain:
             second.copy_((scaled * rescale).to(y.dtype) if bias is None else (scaled * rescale + bias).to(y.dtype))
         second.flatten(0, -2).addmm_(linear(copies, down).flatten(0, -2), up.T)
         return y
+
+    layer.quant_method.apply = apply
+
+
+def skip_unread_rows(layer: Any) -> None:
+    """Lets a linear layer of vLLM compute the remaining rows alone, as soon as the last layer has its keys, and 0 for
+    the others. Before `adapt_copies`, because no copies remain.
+
+    Args:
+        layer: a `LinearBase`.
+    """
+    plain = layer.quant_method.apply
+
+    def apply(layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        step = current()
+        if step is None or step.remaining is None:
+            return plain(layer, x, bias)
+        some = plain(layer, x.index_select(-2, step.remaining), bias)
+        return some.new_zeros(*x.shape[:-1], some.shape[-1]).index_copy_(-2, step.remaining, some)
 
     layer.quant_method.apply = apply

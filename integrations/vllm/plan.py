@@ -40,17 +40,20 @@ class Plan:
     answer_metadata: Any
 
 
-@dataclass(frozen=True)
+@dataclass
 class Lengthened:
     """A forward pass over the rows of a step and the copies behind them.
 
     Attributes:
         rows: `N`, the number of rows without the copies.
         plan: that of the step; `None` when memory is measured, with copies of all rows and no attention.
+        remaining: int64 `[A]`, the rows that are still to be computed, once the last layer has its keys: those of the
+            answer. `None` before: all of them.
     """
 
     rows: int
     plan: Plan | None
+    remaining: Tensor | None = None
 
 
 _current: Lengthened | None = None
