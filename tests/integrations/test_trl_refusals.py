@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import pytest
 from accelerate import ParallelismConfig
 from datasets import Dataset
+from peft import PeftModel
 from transformers import ProcessorMixin
 from trl import SFTTrainer
 
@@ -127,6 +129,14 @@ class TestRefusals:
             BituneSFTTrainer(
                 t.model, t.args, None, t.train_dataset, processing_class=t.processing_class, peft_config=LORA
             )
+
+    def test_training_an_adapter_that_was_loaded_for_inference(self, trainer: Any, tmp_path: Path) -> None:
+        trainer().save_model(tmp_path / "adapter")
+        model = PeftModel.from_pretrained(tiny(), tmp_path / "adapter")
+        t = trainer(model=model, peft_config=None, eval_dataset=Dataset.from_list(pairs(4)))
+        assert t.evaluate()["eval_loss"] > 0
+        with pytest.raises(ValueError, match=r"No parameter of the model would be trained.*is_trainable=True"):
+            t.train()
 
     def test_a_dataset_without_prompts_in_the_stock_trainer(self, trainer: Any) -> None:
         t = trainer(SFTTrainer, train_dataset=Dataset.from_list([{"text": "w1 w2 w3 w4"}] * 8))
