@@ -23,6 +23,27 @@ DOCUMENT_LENGTHS = "seq_lengths"
 # One sample.
 
 
+def without_padding(sample: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a sample without the tokens that its `attention_mask` leaves out, which the model would read as
+    part of the prompt: collators make masks of their own.
+
+    Raises:
+        ValueError: the mask has another length than the tokens, or a packed sample has padding.
+    """
+    mask, tokens = sample["attention_mask"], len(sample["input_ids"])
+    if mask is None or all(mask):
+        return {}
+    if len(mask) != tokens:
+        raise ValueError(f"A sample has {tokens} `input_ids` and an `attention_mask` of {len(mask)}.")
+    if document_lengths(sample) is not None:
+        raise ValueError(
+            "A packed sample has padding (zeros in its `attention_mask`). Leave these tokens out, or the column, if it "
+            "means something else."
+        )
+    columns = [name for name in ("input_ids", "labels", "completion_mask", PROMPT_MASK) if sample.get(name) is not None]
+    return {name: [value for value, attended in zip(sample[name], mask, strict=True) if attended] for name in columns}
+
+
 def mark_prompt(
     sample: dict[str, Any],
     completion_only: bool,
@@ -46,11 +67,15 @@ def mark_prompt(
         `input_ids`, `labels` and `prompt_mask`, and `seq_lengths` of a packed sample.
 
     Raises:
-        ValueError: a packed sample with a document whose prompt is not known.
+        ValueError: columns that do not go together, or a packed sample with a document whose prompt is not known.
     """
+    labels = sample["labels"]
+    if labels is None:
+        raise ValueError("A sample has None for `labels`, where others have some. Give every sample the same columns.")
     lengths = document_lengths(sample)
     prompt_mask = _prompt_mask(sample, lengths, several_prompts)
-    labels = sample["labels"]
+    if len(labels) != len(prompt_mask):
+        raise ValueError(f"A sample has {len(prompt_mask)} `input_ids` and `labels` of {len(labels)}.")
     if completion_only:
         labels = [IGNORED if prompt else label for label, prompt in zip(labels, prompt_mask, strict=True)]
     marked = {"input_ids": sample["input_ids"], "labels": labels, PROMPT_MASK: prompt_mask}

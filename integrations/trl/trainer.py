@@ -37,7 +37,7 @@ from bitune_plugin.integrations.trl.collator import PromptCollator
 from bitune_plugin.integrations.trl.conversations import keeps_its_prompt
 from bitune_plugin.integrations.trl.filters import filtered
 from bitune_plugin.integrations.trl.host import main_process_first
-from bitune_plugin.integrations.trl.preparation import CHANGED, marked, split_turns_of, workers_of
+from bitune_plugin.integrations.trl.preparation import CHANGED, given_in_full, marked, split_turns_of, workers_of
 from bitune_plugin.integrations.trl.samples import pack
 from bitune_plugin.integrations.trl.turns import ends_of_turns, tokenized_by_turns
 from bitune_plugin.integrations.trl.warm_up import check_warm_up, warm_up
@@ -136,6 +136,8 @@ class BituneSFTTrainer(KeepsPromptMask, SFTTrainer):
             given = get_dataset_column_names(dataset)
         elif is_conversation(given):
             dataset = split_turns_of(dataset, args, name)
+        elif "input_ids" not in given:
+            dataset = given_in_full(dataset, args, name)
         dataset = self._tokenize_uncut(dataset, processing_class, args, name).with_format(None)
         with main_process_first():  # as TRL does, so that one process fills the cache for all
             if "input_ids" not in given:
