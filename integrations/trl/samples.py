@@ -57,7 +57,7 @@ def mark_prompt(
         sample: `input_ids` and `labels`, and what tells the prompt: a `prompt_mask`, or else the zeros that a
             `completion_mask` begins with, or else the -100 that the labels begin with. If packed, `seq_lengths` or
             `position_ids`.
-        completion_only: prompt tokens do not count for the loss.
+        completion_only: prompt tokens, and others that a `completion_mask` leaves out, do not count for the loss.
         max_length: tokens to keep, `None` for all; packed samples are not cut.
         keep_end: cut from the left.
         several_prompts: a document may have several prompts (`multi_turn="alternate"`): every zero of a
@@ -77,7 +77,9 @@ def mark_prompt(
     if len(labels) != len(prompt_mask):
         raise ValueError(f"A sample has {len(prompt_mask)} `input_ids` and `labels` of {len(labels)}.")
     if completion_only:
-        labels = [IGNORED if prompt else label for label, prompt in zip(labels, prompt_mask, strict=True)]
+        completion = sample.get("completion_mask") or [True] * len(labels)  # may have zeros behind the prompt
+        learnt = [counts and not prompt for counts, prompt in zip(completion, prompt_mask, strict=True)]
+        labels = [label if counts else IGNORED for label, counts in zip(labels, learnt, strict=True)]
     marked = {"input_ids": sample["input_ids"], "labels": labels, PROMPT_MASK: prompt_mask}
     if lengths is not None:
         return {**marked, DOCUMENT_LENGTHS: lengths}

@@ -76,6 +76,15 @@ class TestPrompt:
         assert batch["labels"][0].tolist() == [-100, -100, -100, 10, -100, 2]
         assert_exact(t)
 
+    @pytest.mark.parametrize("packed", [{}, {"packing": True, "max_length": 40}], ids=["padded", "packed"])
+    def test_of_a_conversation_with_a_completion_mask(self, trainer: Any, packed: dict[str, Any]) -> None:
+        """Later turns of others do not count, as with assistant masks."""
+        rows = [{"input_ids": [7, 8, 9, 10, 11, 2], "completion_mask": [0, 0, 1, 0, 0, 1]}] * 4
+        t = trainer(train_dataset=Dataset.from_list(rows), **ONE_STEP, **packed)
+        (batch,) = assert_exact(t)
+        assert batch["prompt_mask"].flatten()[:6].tolist() == [True, True, False, False, False, False]
+        assert batch["labels"].flatten()[:6].tolist() == [-100, -100, 9, -100, -100, 2]
+
     def test_tokens_do_not_count_for_the_loss_of_token_ids_with_a_completion_mask(self, trainer: Any) -> None:
         rows = [{"input_ids": [7, 8, 9], "completion_mask": [0, 1, 1]}] * 4
         assert trainer(train_dataset=Dataset.from_list(rows)).train_dataset[0]["labels"] == [-100, 8, 9]
