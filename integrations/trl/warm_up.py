@@ -31,6 +31,9 @@ MASKED = 0.2
 REPLACEMENT = "_"
 """Replaces them where a tokenizer has no mask token, as in LLM2Vec."""
 
+PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
+"""Attributes of a model that accelerate sets."""
+
 
 def warm_up(trainer: Any, samples: int) -> list[float]:
     """Trains the bidirectional adapter of a `BituneSFTTrainer` on the prompts of its first `samples` samples, once.
@@ -44,7 +47,7 @@ def warm_up(trainer: Any, samples: int) -> list[float]:
     """
     check_warm_up(trainer)
     phase = PromptTrainer(trainer, samples)
-    with bidirectional_alone(trainer.model):
+    with bidirectional_alone(trainer.model), prepared_anew(trainer.model):
         try:
             phase.train()
         finally:  # or the noise of an interrupted warm-up would be added in training, too
@@ -196,6 +199,20 @@ def arguments_of(trainer: Any, samples: int) -> Any:
     changed.dataloader_drop_last = False  # a few prompts may be less than a batch
     changed.report_to = []
     return changed
+
+
+@contextmanager
+def prepared_anew(model: nn.Module) -> Iterator[None]:
+    """Undoes, at the end of the block, what accelerate has done to the model itself. It prepares a model only once, and
+    training would not be compiled, because only the first trainer gets a compiled model."""
+    attributes = vars(model)
+    before = {name: attributes[name] for name in PREPARED if name in attributes}
+    try:
+        yield
+    finally:
+        for name in PREPARED:
+            attributes.pop(name, None)
+        attributes.update(before)
 
 
 @contextmanager

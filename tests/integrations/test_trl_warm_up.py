@@ -350,12 +350,19 @@ class TestModels:
     def test_compiled_have_the_same_losses(self, trainer: Any) -> None:
         torch._dynamo.reset()
         compiled = trainer(model=tiny(num_hidden_layers=1), torch_compile=True, torch_compile_backend="aot_eager")
-        eager = trainer(model=tiny(num_hidden_layers=1))
-        for t in (compiled, eager):
-            t.train()
+        compiled.train()
         torch._dynamo.reset()
+        assert isinstance(compiled.model_wrapped, torch._dynamo.OptimizedModule)
+        eager = trainer(model=tiny(num_hidden_layers=1))  # accelerate has one setting of this for all trainers
+        eager.train()
         assert compiled.warm_up_losses == pytest.approx(eager.warm_up_losses, abs=1e-4)
         assert losses(compiled) == pytest.approx(losses(eager), abs=1e-4)
+
+    def test_are_left_as_they_were(self, trainer: Any) -> None:
+        t = trainer(bf16=True)
+        before = dict(vars(t.model))
+        warm_up.warm_up(t, 8)
+        assert vars(t.model) == before
 
     def test_that_are_quantised(self, trainer: Any, tmp_path: Path) -> None:
         quantisation = TorchAoConfig(pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig())
