@@ -54,7 +54,7 @@ def given_in_full(dataset: Any, args: SFTConfig, name: str) -> Any:
 
 
 def _is_given(sample: dict[str, Any]) -> bool:
-    return all(sample[column] is not None and sample[column] != [] for column in ("prompt", "completion"))
+    return all(sample.get(column) not in (None, []) for column in ("prompt", "completion"))
 
 
 def split_turns_of(dataset: Any, args: SFTConfig, name: str) -> Any:

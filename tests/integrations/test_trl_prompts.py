@@ -187,9 +187,10 @@ class TestSamplesThatAreNotThere:
         assert list(t.train_dataset) == list(trainer(train_dataset=Dataset.from_list(rows)).train_dataset)
         assert "1 of 5 samples of the train dataset have no 'prompt' or no 'completion'" in caplog.text
 
-    def test_are_left_out_of_a_stream(self, trainer: Any) -> None:
-        damaged = Dataset.from_list([{"prompt": None, "completion": " w1"}, *pairs(4)]).to_iterable_dataset()
-        assert len(list(trainer(train_dataset=damaged).train_dataset)) == 4
+    @pytest.mark.parametrize("damaged", [{"prompt": None, "completion": " w1"}, {"text": "w1"}], ids=["None", "text"])
+    def test_are_left_out_of_a_stream(self, trainer: Any, damaged: dict[str, Any]) -> None:
+        stream = IterableDataset.from_generator(lambda: iter([*pairs(4), damaged]))
+        assert len(list(trainer(train_dataset=stream).train_dataset)) == 4
 
 
 class TestTruncation:

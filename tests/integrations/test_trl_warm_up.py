@@ -286,6 +286,19 @@ class TestWhatTheTrainerWasGiven:
         warm_up.warm_up(t, 8)
         assert len(read) == 8
 
+    @pytest.mark.parametrize(
+        "settings",
+        [{"bf16": True}, {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2}],
+        ids=["bf16", "accumulated"],
+    )
+    def test_at_a_rate_of_0_training_is_as_without_it(self, trainer: Any, settings: dict[str, Any]) -> None:
+        settings = {**settings, "train_sampling_strategy": "sequential", "warmup_learning_rate": 0.0, "max_steps": 3}
+        with_it, without = trainer(**settings), trainer(**settings, warmup_prompts=0)
+        for t in (with_it, without):
+            t.train()
+        assert len(with_it.warm_up_losses) == 2
+        assert losses(with_it) == losses(without)
+
     def test_a_seed_gives_the_same_numbers(self, trainer: Any) -> None:
         runs = []
         for other in (1, 2):
