@@ -75,13 +75,23 @@ class TrainsTheta(_Trainer):
         return super()._prepare_for_training(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The stock optimizer, with theta in a group of its own: its own learning rate, no weight decay."""
+        """The stock optimizer, with theta in a group of its own: its own learning rate, no weight decay.
+
+        Raises:
+            ValueError: nothing is trained.
+        """
         if self.optimizer is not None:
             return super().create_optimizer(model)
         optimizer = super().create_optimizer(model)
         rate = getattr(self.args, "theta_learning_rate", None)
         trained = cast("nn.Module", self.model if model is None else model)
         put_theta_apart(optimizer, trained, **({} if rate is None else {"lr": rate}))
+        if not any(group["params"] for group in optimizer.param_groups):
+            raise ValueError(
+                "No parameter of the model would be trained: all are frozen. Load the adapter with "
+                "`PeftModel.from_pretrained(model, folder, is_trainable=True)`, or enable it with "
+                "`model.set_adapter(name)`."
+            )
         return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.layout import PromptLayout
 from ..core.prompts import prompt_from_labels, prompts_from_labels
@@ -86,6 +86,21 @@ def plan_ahead(model: nn.Module, **inputs: Any) -> PromptLayout | None:
     """
     causal_model = _causal_model(model)
     return plan_call(BackboneCall(causal_model.bitune_architecture, causal_model.find_prompts(inputs), None, inputs))
+
+
+def prompt_mask_of(model: nn.Module, **inputs: Any) -> Tensor:
+    """The prompts of a batch, bool `[B, T]`.
+
+    Args:
+        model, inputs: as in `plan_ahead`.
+
+    Raises:
+        LayoutError: the end of a prompt is not known.
+    """
+    prompt_mask = _causal_model(model).find_prompts(inputs).prompt_mask
+    if prompt_mask is None:
+        raise LayoutError("A batch has neither `labels` nor `prompt_mask`, so nothing says where its prompts end.")
+    return prompt_mask
 
 
 def reads_turns_apart(model: nn.Module) -> bool:

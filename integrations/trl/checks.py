@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,6 +69,15 @@ def check_not_empty(dataset: Dataset | IterableDataset, name: str) -> None:
         raise ValueError(f"The {name} dataset is empty.")
 
 
+def check_no_transform(dataset: Dataset | IterableDataset, name: str) -> None:
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        raise ValueError(
+            f"The {name} dataset has a transform (`with_transform`), which would be applied once, in its preparation. "
+            "Apply it with `Dataset.map`, or let it return 'input_ids' and 'labels' and set "
+            "`dataset_kwargs={'skip_prepare_dataset': True}`."
+        )
+
+
 @contextmanager
 def no_empty_stream(name: str) -> Iterator[None]:
     """Raises ValueError where a stream ends before its first sample, which is read ahead, for its columns."""
@@ -82,7 +91,7 @@ def no_empty_stream(name: str) -> Iterator[None]:
 
 
 def check_text(columns: Iterable[str], processing_class: Any, name: str) -> None:
-    images = sorted({"image", "images"} & set(columns))
+    images = sorted({"image", "images", "pixel_values"} & set(columns))
     if images:
         raise ValueError(
             f"The {name} dataset has images (column {images[0]!r}), and Bitune reads text alone. Remove the column to "
@@ -92,6 +101,30 @@ def check_text(columns: Iterable[str], processing_class: Any, name: str) -> None
         raise ValueError(
             f"`processing_class` is a {type(processing_class).__name__}, for more than text, and Bitune reads text "
             "alone. Pass its tokenizer: `processing_class=processor.tokenizer`."
+        )
+
+
+def check_parts(sample: Mapping[str, Any], name: str) -> None:
+    """Raises ValueError for messages with more than text in them, of which a chat template would print the names."""
+    for column in ("messages", "conversations", "prompt", "completion"):
+        messages = sample.get(column)
+        for message in messages if isinstance(messages, list) else ():
+            content = message.get("content")
+            parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+            other = next((part["type"] for part in parts if part.get("type", "text") != "text"), None)
+            if other is not None:
+                raise ValueError(
+                    f"Messages of the {name} dataset have parts of the type {other!r} (column {column!r}), and Bitune "
+                    "reads text alone. Leave them out."
+                )
+
+
+def check_has_labels(columns: Iterable[str], name: str) -> None:
+    """Raises ValueError for samples that TRL does not prepare, if they have a prompt mask and no labels."""
+    if PROMPT_MASK in columns and "labels" not in columns:
+        raise ValueError(
+            f"The {name} dataset has a '{PROMPT_MASK}' and no 'labels', and `skip_prepare_dataset=True` adds none: the "
+            "loss would be on prompts, too. Add 'labels' (-100 on prompt tokens), or leave `skip_prepare_dataset` out."
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from bitune_plugin.core.prompts import IGNORED
 from bitune_plugin.integrations.transformers import PROMPT_MASK
 from bitune_plugin.integrations.trl.samples import DOCUMENT_LENGTHS
 
@@ -29,13 +30,28 @@ class PromptCollator:
         """Returns `prompt_mask`, bool `[B, T]`, beside the batch of the collator, which may have it already.
 
         Raises:
-            ValueError: the collator's batch does not show where the tokens of the samples are.
+            ValueError: the collator's batch does not show where the tokens of the samples are, or has labels on prompts
+                whose samples have none.
         """
         masks = [sample[PROMPT_MASK] for sample in samples if sample.get(PROMPT_MASK) is not None]
         batch = self._collate([{k: v for k, v in sample.items() if k != PROMPT_MASK} for sample in samples])
         if PROMPT_MASK not in batch and len(masks) == len(samples):
             batch[PROMPT_MASK] = _placed(masks, batch["input_ids"], batch.get("attention_mask"))
+            self._check_labels(samples, batch)
         return batch
+
+    def _check_labels(self, samples: list[dict[str, Any]], batch: dict[str, Any]) -> None:
+        labels = batch.get("labels")
+        given = all(sample.get("labels") is not None for sample in samples)
+        if labels is None or not given or (labels[batch[PROMPT_MASK]] == IGNORED).all():
+            return
+        on_prompts = (zip(sample["labels"], sample[PROMPT_MASK], strict=True) for sample in samples)
+        if not any(prompt and label != IGNORED for pairs in on_prompts for label, prompt in pairs):
+            raise ValueError(
+                f"`data_collator` ({type(self.collator).__name__}) gives labels to prompt tokens, which do not count "
+                "for the loss. Leave it out, let it return the labels of the samples, or set "
+                "`completion_only_loss=False`."
+            )
 
     def _collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         if DOCUMENT_LENGTHS not in samples[0]:

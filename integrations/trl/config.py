@@ -25,9 +25,10 @@ class BituneSFTConfig(ThetaSettings, CheckpointingSettings, SFTConfig):
         drop_overlong: leave out samples of more than `max_length` tokens instead of cutting them.
         warmup_prompts: before training, train the bidirectional adapter on the prompts of so many samples (of rows, if
             they are packed), without labels: masked next-token prediction, as in LLM2Vec. It takes about as long as
-            training on them. It helped on two tasks (examples/evidence).
-        warmup_learning_rate: of that; `learning_rate` by default. Not the warm-up of the learning rate
-            (`warmup_steps`).
+            training on them. It helped on two tasks (examples/evidence). The trainer's callbacks and `optimizers` are
+            not used in it.
+        warmup_learning_rate: of that; by default that of `optimizer_cls_and_kwargs`, or else `learning_rate`. Not the
+            warm-up of the learning rate (`warmup_steps`).
 
     Raises:
         ValueError: one of these, or `max_length`, is of a wrong kind or out of range.

@@ -75,7 +75,7 @@ def assistant_turns(messages: Sequence[dict[str, Any]]) -> list[slice]:
 
 def has_assistant_turn(sample: dict[str, Any]) -> bool:
     """Whether a conversation has a turn that can be learnt."""
-    return bool(assistant_turns(sample["messages"]))
+    return bool(assistant_turns(sample.get("messages") or []))
 
 
 def template_settings(sample: dict[str, Any], chat_template: str | None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from bitune_plugin.integrations.trl.conversations import (
 )
 from bitune_plugin.integrations.trl.filters import filtered
 from bitune_plugin.integrations.trl.host import main_process_first
-from bitune_plugin.integrations.trl.samples import fits, has_prompt_and_completion, mark_prompt
+from bitune_plugin.integrations.trl.samples import fits, has_prompt_and_completion, mark_prompt, without_padding
 
 CHANGED = (
     "samples of the {} dataset: the chat template renders the messages of the prompt differently once the completion "
@@ -38,6 +38,23 @@ NO_TURN = (
     "completion to learn."
 )
 """Why a conversation is left out."""
+
+
+MISSING = (
+    "samples of the {} dataset have no 'prompt' or no 'completion': it is None, or a list without messages. If the "
+    "samples have several forms, map them to one."
+)
+"""Why a sample of text or messages is left out."""
+
+
+def given_in_full(dataset: Any, args: SFTConfig, name: str) -> Any:
+    """The samples whose prompt and completion are there; an empty text is."""
+    with main_process_first():
+        return filtered(dataset, _is_given, MISSING.format(name), workers_of(dataset, args))
+
+
+def _is_given(sample: dict[str, Any]) -> bool:
+    return all(sample.get(column) not in (None, []) for column in ("prompt", "completion"))
 
 
 def split_turns_of(dataset: Any, args: SFTConfig, name: str) -> Any:
@@ -63,6 +80,8 @@ def marked(
         "several_prompts": several_prompts,
     }
     workers, packed = workers_of(dataset, args), is_packed(given)
+    if "attention_mask" in given:
+        dataset = dataset.map(without_padding, remove_columns="attention_mask", **workers)
     if getattr(args, "drop_overlong", False) and not packed:
         reason = f"samples of the {name} dataset are longer than `max_length={args.max_length}`."
         dataset = filtered(dataset, fits, reason, workers, max_length=args.max_length)

@@ -23,6 +23,27 @@ DOCUMENT_LENGTHS = "seq_lengths"
 # One sample.
 
 
+def without_padding(sample: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a sample without the tokens that its `attention_mask` leaves out, which the model would read as
+    part of the prompt: collators make masks of their own.
+
+    Raises:
+        ValueError: the mask has another length than the tokens, or a packed sample has padding.
+    """
+    mask, tokens = sample["attention_mask"], len(sample["input_ids"])
+    if mask is None or all(mask):
+        return {}
+    if len(mask) != tokens:
+        raise ValueError(f"A sample has {tokens} `input_ids` and an `attention_mask` of {len(mask)}.")
+    if document_lengths(sample) is not None:
+        raise ValueError(
+            "A packed sample has padding (zeros in its `attention_mask`). Leave these tokens out, or the column, if it "
+            "means something else."
+        )
+    columns = [name for name in ("input_ids", "labels", "completion_mask", PROMPT_MASK) if sample.get(name) is not None]
+    return {name: [value for value, attended in zip(sample[name], mask, strict=True) if attended] for name in columns}
+
+
 def mark_prompt(
     sample: dict[str, Any],
     completion_only: bool,
@@ -36,7 +57,7 @@ def mark_prompt(
         sample: `input_ids` and `labels`, and what tells the prompt: a `prompt_mask`, or else the zeros that a
             `completion_mask` begins with, or else the -100 that the labels begin with. If packed, `seq_lengths` or
             `position_ids`.
-        completion_only: prompt tokens do not count for the loss.
+        completion_only: prompt tokens, and others that a `completion_mask` leaves out, do not count for the loss.
         max_length: tokens to keep, `None` for all; packed samples are not cut.
         keep_end: cut from the left.
         several_prompts: a document may have several prompts (`multi_turn="alternate"`): every zero of a
@@ -46,13 +67,19 @@ def mark_prompt(
         `input_ids`, `labels` and `prompt_mask`, and `seq_lengths` of a packed sample.
 
     Raises:
-        ValueError: a packed sample with a document whose prompt is not known.
+        ValueError: columns that do not go together, or a packed sample with a document whose prompt is not known.
     """
+    labels = sample["labels"]
+    if labels is None:
+        raise ValueError("A sample has None for `labels`, where others have some. Give every sample the same columns.")
     lengths = document_lengths(sample)
     prompt_mask = _prompt_mask(sample, lengths, several_prompts)
-    labels = sample["labels"]
+    if len(labels) != len(prompt_mask):
+        raise ValueError(f"A sample has {len(prompt_mask)} `input_ids` and `labels` of {len(labels)}.")
     if completion_only:
-        labels = [IGNORED if prompt else label for label, prompt in zip(labels, prompt_mask, strict=True)]
+        completion = sample.get("completion_mask") or [True] * len(labels)  # may have zeros behind the prompt
+        learnt = [counts and not prompt for counts, prompt in zip(completion, prompt_mask, strict=True)]
+        labels = [label if counts else IGNORED for label, counts in zip(labels, learnt, strict=True)]
     marked = {"input_ids": sample["input_ids"], "labels": labels, PROMPT_MASK: prompt_mask}
     if lengths is not None:
         return {**marked, DOCUMENT_LENGTHS: lengths}

@@ -18,15 +18,19 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import SFTConfig, SFTTrainer
 from trl.data_utils import get_dataset_column_names
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from bitune_plugin.core.prompts import IGNORED
 from bitune_plugin.core.turns import ALTERNATE
 from bitune_plugin.integrations.transformers import KeepsPromptMask
 from bitune_plugin.integrations.trl.adapters import bitune_config, check_head
 from bitune_plugin.integrations.trl.checks import (
+    check_has_labels,
     check_has_prompt,
+    check_no_transform,
     check_not_empty,
     check_parallelism,
+    check_parts,
     check_settings,
     check_text,
     is_conversation,
@@ -37,7 +41,7 @@ from bitune_plugin.integrations.trl.collator import PromptCollator
 from bitune_plugin.integrations.trl.conversations import keeps_its_prompt
 from bitune_plugin.integrations.trl.filters import filtered
 from bitune_plugin.integrations.trl.host import main_process_first
-from bitune_plugin.integrations.trl.preparation import CHANGED, marked, split_turns_of, workers_of
+from bitune_plugin.integrations.trl.preparation import CHANGED, given_in_full, marked, split_turns_of, workers_of
 from bitune_plugin.integrations.trl.samples import pack
 from bitune_plugin.integrations.trl.turns import ends_of_turns, tokenized_by_turns
 from bitune_plugin.integrations.trl.warm_up import check_warm_up, warm_up
@@ -121,10 +125,13 @@ class BituneSFTTrainer(KeepsPromptMask, SFTTrainer):
         formatting_func: Callable[[dict], str] | None,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
+        check_not_empty(dataset, dataset_name)
+        check_no_transform(dataset, dataset_name)
         with no_empty_stream(dataset_name):
             given = get_dataset_column_names(dataset)
             check_has_prompt(given, formatting_func, dataset_name)
             check_text(given, processing_class, dataset_name)
+            check_parts(next(iter(dataset)), dataset_name)
             return self._prepared(dataset, given, processing_class, args, packing, dataset_name)
 
     def _prepared(
@@ -136,6 +143,8 @@ class BituneSFTTrainer(KeepsPromptMask, SFTTrainer):
             given = get_dataset_column_names(dataset)
         elif is_conversation(given):
             dataset = split_turns_of(dataset, args, name)
+        elif "input_ids" not in given:
+            dataset = given_in_full(dataset, args, name)
         dataset = self._tokenize_uncut(dataset, processing_class, args, name).with_format(None)
         with main_process_first():  # as TRL does, so that one process fills the cache for all
             if "input_ids" not in given:
@@ -164,7 +173,11 @@ class BituneSFTTrainer(KeepsPromptMask, SFTTrainer):
             self.completion_only_loss = completion_only
 
     def _reject_skip_prepare_without_labels(self, datasets: dict[str, Any], data_collator: Any) -> None:
-        super()._reject_skip_prepare_without_labels(datasets, getattr(data_collator, "collator", data_collator))
+        collator = getattr(data_collator, "collator", data_collator)
+        super()._reject_skip_prepare_without_labels(datasets, collator)
+        if self._skip_prepare_dataset and isinstance(collator, DataCollatorForLanguageModeling):
+            for name, dataset in datasets.items():
+                check_has_labels(get_dataset_column_names(dataset), name)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains, as `transformers.Trainer.train`. Before it, warms the bidirectional adapter up if `warmup_prompts`
@@ -177,9 +190,14 @@ class BituneSFTTrainer(KeepsPromptMask, SFTTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
+        if inputs.get("labels") is None:
+            raise ValueError(
+                "A batch has no 'labels', so there is no loss. Return them from `data_collator`: [rows, tokens], -100 "
+                "where a token does not count."
+            )
         inputs = self.with_layout(model, inputs)
         needs_all_logits = return_outputs or self.compute_loss_func or self.label_smoother
-        if not needs_all_logits and inputs.get("prompt_layout") is not None and "labels" in inputs:
+        if not needs_all_logits and inputs.get("prompt_layout") is not None:
             inputs = answers_only(inputs)
         return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
 

@@ -310,6 +310,12 @@ class TestTraining:
         trainer = train(spaced(packing=True, max_length=40))
         assert len(trainer.train_dataset) < len(ROWS)
 
+    def test_warms_the_bidirectional_adapter_up(self, spaced: Any) -> None:
+        written = spaced(warmup_prompts=8, warmup_learning_rate="1e-3")  # which YAML takes for text
+        trainer = train([*written, "--warmup_prompts", "4"])
+        assert trainer.args.warmup_learning_rate == 1e-3
+        assert len(trainer.warm_up_losses) == 1
+
     def test_trains_the_adapter_that_was_asked_for(self, spaced: Any, tmp_path: Path) -> None:
         train(spaced(use_peft=None, adapter=IA3, mixing="relu"))
         saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())

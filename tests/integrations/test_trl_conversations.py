@@ -236,6 +236,11 @@ class TestLeftOut:
         assert len(t.train_dataset) == 2
         assert f"2 of 4 conversations of the train dataset have {self.reason}" in caplog.text
 
+    @pytest.mark.parametrize("missing", [None, []])
+    def test_conversations_that_are_not_there(self, trainer: Any, tokenizer: Any, missing: Any) -> None:
+        rows = Dataset.from_list([{"messages": missing}, *self.rows])
+        assert len(trainer(train_dataset=rows, processing_class=tokenizer).train_dataset) == 2
+
     def test_of_a_stream_as_it_is_read(self, trainer: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level("WARNING"):
             t = trainer(train_dataset=Dataset.from_list(self.rows).to_iterable_dataset(), processing_class=tokenizer)

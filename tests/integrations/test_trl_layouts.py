@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from transformers import DataCollatorForLanguageModeling as DataCollatorForCausalLM
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -263,6 +264,13 @@ class TestCollators:
         made = {"input_ids": torch.tensor([[5, 6], [9, 10]]), "attention_mask": torch.ones(2, 2)}
         with pytest.raises(ValueError, match=r"`data_collator` made a batch of shape \[2, 2\].*Return a 'prompt_mask'"):
             PromptCollator(lambda samples: dict(made))(self.samples)
+
+    def test_that_gives_labels_to_prompts_is_refused(self, trainer: Any) -> None:
+        collator = DataCollatorForCausalLM(word_tokenizer(), mlm=False)
+        settings = {"data_collator": collator, "per_device_train_batch_size": 1}
+        with pytest.raises(ValueError, match=r"\(DataCollatorForLanguageModeling\) gives labels to prompt tokens"):
+            trainer(**settings).train()
+        assert_exact(trainer(**ONE_STEP, **settings, completion_only_loss=False))
 
     def test_of_packed_samples_has_to_keep_documents_apart(self) -> None:
         packed = [{**self.samples[0], "seq_lengths": [2, 2]}]

@@ -76,6 +76,15 @@ class TestPrompt:
         assert batch["labels"][0].tolist() == [-100, -100, -100, 10, -100, 2]
         assert_exact(t)
 
+    @pytest.mark.parametrize("packed", [{}, {"packing": True, "max_length": 40}], ids=["padded", "packed"])
+    def test_of_a_conversation_with_a_completion_mask(self, trainer: Any, packed: dict[str, Any]) -> None:
+        """Later turns of others do not count, as with assistant masks."""
+        rows = [{"input_ids": [7, 8, 9, 10, 11, 2], "completion_mask": [0, 0, 1, 0, 0, 1]}] * 4
+        t = trainer(train_dataset=Dataset.from_list(rows), **ONE_STEP, **packed)
+        (batch,) = assert_exact(t)
+        assert batch["prompt_mask"].flatten()[:6].tolist() == [True, True, False, False, False, False]
+        assert batch["labels"].flatten()[:6].tolist() == [-100, -100, 9, -100, -100, 2]
+
     def test_tokens_do_not_count_for_the_loss_of_token_ids_with_a_completion_mask(self, trainer: Any) -> None:
         rows = [{"input_ids": [7, 8, 9], "completion_mask": [0, 1, 1]}] * 4
         assert trainer(train_dataset=Dataset.from_list(rows)).train_dataset[0]["labels"] == [-100, 8, 9]
@@ -119,6 +128,69 @@ class TestPrompt:
         assert {tuple(row["input_ids"]): row[PROMPT_MASK] for row in t.train_dataset} == expected
         t.train()
         assert len(losses(t)) == 2
+
+
+class TestPadding:
+    """That is in the dataset already, as tokenizers make it with `padding="max_length"`."""
+
+    columns = (
+        {"completion_mask": [0, 0, 0, 0, 1, 0]},
+        {"labels": [-100, -100, -100, -100, 9, -100]},
+        {"prompt_mask": [0, 0, 1, 1, 0, 0]},
+    )
+
+    @pytest.mark.parametrize("told", columns, ids=lambda told: next(iter(told)))
+    @pytest.mark.parametrize("streamed", [False, True])
+    def test_is_left_out(self, trainer: Any, told: dict[str, Any], streamed: bool) -> None:
+        row = {"input_ids": [0, 0, 7, 8, 9, 0], "attention_mask": [0, 0, 1, 1, 1, 0], **told}
+        rows = Dataset.from_list([row] * 4)
+        t = trainer(train_dataset=rows.to_iterable_dataset() if streamed else rows, max_length=3, drop_overlong=True)
+        sample = next(iter(t.train_dataset))
+        assert sample["input_ids"] == [7, 8, 9]
+        assert sample["labels"] == [-100, -100, 9]
+        assert sample[PROMPT_MASK] == [True, True, False]
+
+    def test_of_samples_without_it_is_none(self, trainer: Any) -> None:
+        rows = Dataset.from_list(
+            [{"input_ids": [7, 8, 9], "completion_mask": [0, 0, 1], "attention_mask": [1] * 3}] * 4
+        )
+        t = trainer(train_dataset=rows, eval_dataset=rows)
+        assert t.train_dataset[0]["input_ids"] == [7, 8, 9]
+        assert t.evaluate(t.eval_dataset) is not None  # which is prepared already
+
+    @pytest.mark.parametrize(
+        ("told", "message"),
+        [
+            ({"attention_mask": [0, 1]}, r"3 `input_ids` and an `attention_mask` of 2"),
+            ({"attention_mask": [0, 1, 1], "seq_lengths": [1, 2]}, "A packed sample has padding"),
+        ],
+    )
+    def test_of_another_length_or_in_packed_samples_is_refused(
+        self, trainer: Any, told: dict[str, Any], message: str
+    ) -> None:
+        row = {"input_ids": [7, 8, 9], "labels": [-100, -100, 9], **told}
+        with pytest.raises(ValueError, match=message):
+            trainer(train_dataset=Dataset.from_list([row] * 4))
+
+
+class TestSamplesThatAreNotThere:
+    @pytest.mark.parametrize("column", ["prompt", "completion"])
+    @pytest.mark.parametrize(
+        ("rows", "missing"), [(pairs(4), None), (chat(4), None), (chat(4), [])], ids=["text", "messages", "empty"]
+    )
+    def test_are_left_out(
+        self, trainer: Any, rows: list[Any], missing: Any, column: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        damaged = [{**rows[0], column: missing}, *rows]
+        with caplog.at_level("WARNING"):
+            t = trainer(train_dataset=Dataset.from_list(damaged))
+        assert list(t.train_dataset) == list(trainer(train_dataset=Dataset.from_list(rows)).train_dataset)
+        assert "1 of 5 samples of the train dataset have no 'prompt' or no 'completion'" in caplog.text
+
+    @pytest.mark.parametrize("damaged", [{"prompt": None, "completion": " w1"}, {"text": "w1"}], ids=["None", "text"])
+    def test_are_left_out_of_a_stream(self, trainer: Any, damaged: dict[str, Any]) -> None:
+        stream = IterableDataset.from_generator(lambda: iter([*pairs(4), damaged]))
+        assert len(list(trainer(train_dataset=stream).train_dataset)) == 4
 
 
 class TestTruncation:

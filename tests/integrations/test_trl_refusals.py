@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate import ParallelismConfig
 from datasets import Dataset
+from peft import PeftModel
 from transformers import ProcessorMixin
 from trl import SFTTrainer
 
@@ -61,14 +64,47 @@ class TestRefusals:
         with pytest.raises(ValueError, match="The train dataset is empty"):
             trainer(train_dataset=Dataset.from_list(pairs()).select([]))
 
+    def test_an_evaluation_dataset_without_samples(self, trainer: Any) -> None:
+        with pytest.raises(ValueError, match="The a dataset is empty"):
+            trainer(eval_dataset={"a": Dataset.from_list(pairs()).select([])})
+
+    def test_a_transform(self, trainer: Any) -> None:
+        rows = Dataset.from_list(pairs(4)).with_transform(lambda batch: batch)
+        with pytest.raises(ValueError, match=r"has a transform.*`dataset_kwargs=\{'skip_prepare_dataset': True\}`"):
+            trainer(train_dataset=rows)
+
+    def test_prompts_without_labels_that_trl_does_not_prepare(self, trainer: Any) -> None:
+        rows = Dataset.from_list([{"input_ids": [5, 6, 7], "prompt_mask": [True, True, False]}] * 4)
+        unprepared = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+        with pytest.raises(ValueError, match=r"The train dataset has a 'prompt_mask' and no 'labels'.*Add 'labels'"):
+            trainer(train_dataset=rows, **unprepared)
+        labelled = Dataset.from_list([{**row, "labels": [-100, -100, 7]} for row in rows])
+        with pytest.raises(ValueError, match="The eval dataset has a 'prompt_mask' and no 'labels'"):
+            trainer(train_dataset=labelled, **unprepared).evaluate(rows)
+
+    def test_a_collator_without_labels(self, trainer: Any) -> None:
+        def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+            return {"input_ids": torch.tensor([sample["input_ids"] for sample in samples])}
+
+        rows = Dataset.from_list([{"input_ids": [5, 6, 7], "completion_mask": [0, 0, 1]}] * 4)
+        with pytest.raises(ValueError, match=r"A batch has no 'labels'.*from `data_collator`"):
+            trainer(train_dataset=rows, data_collator=collate).train()
+
+    def test_labels_of_some_samples_alone(self, trainer: Any) -> None:
+        row = {"input_ids": [5, 6, 7], "labels": [-100, -100, 7], "completion_mask": None}
+        other = {**row, "labels": None, "completion_mask": [0, 0, 1]}
+        with pytest.raises(ValueError, match=r"A sample has None for `labels`.*the same columns"):
+            trainer(train_dataset=Dataset.from_list([row, other]))
+
     @pytest.mark.parametrize(
         ("columns", "message"),
         [
+            ({"labels": [-100, 7], "prompt_mask": [1, 1, 0, 0]}, "4 `input_ids` and `labels` of 2"),
             ({"prompt_mask": [1, 0, 1, 0]}, "`prompt_mask` of a sample marks a prompt token after a completion"),
             ({"prompt_mask": [1, 1, 0]}, r"4 `input_ids` and a `prompt_mask` of 3"),
             ({"prompt_mask": [1, 1, 0, 0], "seq_lengths": [2, 1]}, r"4 `input_ids`, and `seq_lengths` of 3 in all"),
         ],
-        ids=["holes", "length", "documents"],
+        ids=["labels", "holes", "length", "documents"],
     )
     def test_columns_that_do_not_go_together(self, trainer: Any, columns: dict[str, Any], message: str) -> None:
         row = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], **columns}
@@ -105,6 +141,16 @@ class TestRefusals:
             trainer(train_dataset=rows)
         with pytest.raises(ValueError, match="The eval dataset has images"):
             trainer(eval_dataset=rows)
+        tokens = Dataset.from_list([{"input_ids": [5, 6], "labels": [-100, 6], "pixel_values": [0.5]}] * 4)
+        with pytest.raises(ValueError, match=r"images \(column 'pixel_values'\)"):
+            trainer(train_dataset=tokens)
+
+    def test_images_among_messages(self, trainer: Any) -> None:
+        parts = [{"type": "text", "text": "w1"}, {"type": "image", "text": None}]
+        said = {"role": "assistant", "content": [{"type": "text", "text": "w2"}]}
+        rows = Dataset.from_list([{"messages": [{"role": "user", "content": parts}, said]}] * 4)
+        with pytest.raises(ValueError, match=r"the train dataset have parts of the type 'image' \(column 'messages'\)"):
+            trainer(train_dataset=rows)
 
     def test_a_processor_of_more_than_text(self, trainer: Any) -> None:
         class SomeProcessor(ProcessorMixin):
@@ -127,6 +173,14 @@ class TestRefusals:
             BituneSFTTrainer(
                 t.model, t.args, None, t.train_dataset, processing_class=t.processing_class, peft_config=LORA
             )
+
+    def test_training_an_adapter_that_was_loaded_for_inference(self, trainer: Any, tmp_path: Path) -> None:
+        trainer().save_model(tmp_path / "adapter")
+        model = PeftModel.from_pretrained(tiny(), tmp_path / "adapter")
+        t = trainer(model=model, peft_config=None, eval_dataset=Dataset.from_list(pairs(4)))
+        assert t.evaluate()["eval_loss"] > 0
+        with pytest.raises(ValueError, match=r"No parameter of the model would be trained.*is_trainable=True"):
+            t.train()
 
     def test_a_dataset_without_prompts_in_the_stock_trainer(self, trainer: Any) -> None:
         t = trainer(SFTTrainer, train_dataset=Dataset.from_list([{"text": "w1 w2 w3 w4"}] * 8))

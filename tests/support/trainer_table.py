@@ -41,7 +41,7 @@ WITH_TOOLS = "exact, with tools too"
 NOT_BUILT = {"ours": "refused when it is built", "remark": "refused (it needs a vLLM server)"}
 
 ROWS = (
-    Row("SFT", stock_is_exact=True, remark="exact, from prompts and completions"),
+    Row("SFT", stock_is_exact=True, remark="exact, from prompts and completions; not the logits for `compute_metrics`"),
     Row("DPO", stock_is_exact=True, remark="exact; not the logits for `compute_metrics`"),
     Row("KTO", stock_is_exact=True, remark="exact; not the logits for `compute_metrics`"),
     Row("GRPO", stock_is_exact=True, remark=SAMPLES, ours=WITH_TOOLS),
