@@ -17,7 +17,16 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "examples"))
 
 from evidence import comparison, comparison_report, experiment, paired_tests, run  # noqa: E402
-from evidence.comparison import METHOD_NAMES, RATE_SIZES, RATES, SEEDS, SIZES, best_of_rates, comparison_runs  # noqa: E402
+from evidence.comparison import (  # noqa: E402
+    BEYOND,
+    METHOD_NAMES,
+    RATE_SIZES,
+    RATES,
+    SEEDS,
+    SIZES,
+    best_of_rates,
+    comparison_runs,
+)
 from evidence.experiment import CURVE_MODEL, METHODS, Run  # noqa: E402
 from evidence.questions import TASKS  # noqa: E402
 
@@ -111,6 +120,18 @@ def test_the_best_of_three_rates_says_whether_it_is_at_the_edge(
     assert best_of_rates(TASK, "LoRA r=8") is None
     shown = f"{rate:g}{'*' if at_edge else ''}"
     assert f"| {TASK} |  |  |  |  | {shown} |  |  |  |" in comparison_report.comparison_rates()
+
+
+def test_a_rate_beyond_a_best_one_at_the_edge_is_tried() -> None:
+    assert set(BEYOND) == {RATES[0], RATES[-1]}
+    fake_rates(("110", "100", "100"), "MAS")
+    beyond = comparison.rate_run(TASK, "MAS", BEYOND[RATES[0]])
+    assert [one for one in comparison.comparison_rate_runs() if one.learning_rate not in RATES] == [beyond]
+    assert beyond.learning_rate < RATES[0]
+    beyond.save({"points": [{"samples": RATE_SIZES[0], "validation": "111"}]})
+    assert best_of_rates(TASK, "MAS") == comparison.Best(beyond.learning_rate, at_edge=True)
+    beyond.save({"points": [{"samples": RATE_SIZES[0], "validation": "100"}]})
+    assert best_of_rates(TASK, "MAS") == comparison.Best(RATES[0], at_edge=False)
 
 
 def test_rates_come_before_all_else() -> None:

@@ -7,7 +7,7 @@ rates are chosen with the question last, for both orders.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -38,6 +38,10 @@ UNTRAINED = "prompt repetition, untrained"
 ASKED_TWICE, REPEATED = "LoRA r=16", "repeated"
 
 RATES = (3e-4, 1e-3, 3e-3)
+
+BEYOND = {RATES[0]: 1e-4, RATES[-1]: 1e-2}
+"""The learning rate that is tried as well where one at the edge is the best of `RATES`."""
+
 SEEDS = (0, 1, 2, 3, 4)
 
 SIZES = (256, 512)
@@ -66,11 +70,21 @@ RATE_TASKS = tuple(dict.fromkeys(map(rate_task, questions.TASKS)))
 
 
 def comparison_rate_runs() -> Iterator[Run]:
-    """Every method at every learning rate, once on each of `RATE_TASKS`."""
+    """Every method at every learning rate, once on each of `RATE_TASKS`, and at one beyond a best one at the edge."""
     for task in RATE_TASKS:
         for method in METHOD_NAMES:
             for rate in RATES:
-                yield Run(CURVE_MODEL, task, method, rate, SEEDS[0], RATE_SIZES)
+                yield rate_run(task, method, rate)
+    for task in RATE_TASKS:
+        for method in METHOD_NAMES:
+            best = _best(task, method, RATES)
+            if best in BEYOND:
+                yield rate_run(task, method, BEYOND[best])
+
+
+def rate_run(task: str, method: str, rate: float) -> Run:
+    """The run that scores a learning rate."""
+    return Run(CURVE_MODEL, rate_task(task), method, rate, SEEDS[0], RATE_SIZES)
 
 
 def comparison_runs() -> Iterator[Run]:
@@ -92,12 +106,19 @@ class Best:
 
 
 def best_of_rates(task: str, method: str) -> Best | None:
-    """The best rate on the validation split, the lower of two that are equal; `None` if they have not all run."""
-    tried = {rate: Run(CURVE_MODEL, rate_task(task), method, rate, SEEDS[0], RATE_SIZES).result() for rate in RATES}
-    if None in tried.values():
+    """The best rate on the validation split, the lower of two that are equal; `None` if not all of `RATES` have run."""
+    tried = [rate for rate in (*RATES, *BEYOND.values()) if rate_run(task, method, rate).result() is not None]
+    if not set(RATES) <= set(tried):
         return None
-    rate = max(RATES, key=lambda rate: (share(tried[rate]["points"][-1]["validation"]), -rate))
-    return Best(rate, at_edge=rate in (RATES[0], RATES[-1]))
+    rate = _best(task, method, tried)
+    return Best(rate, at_edge=rate in (min(tried), max(tried)))
+
+
+def _best(task: str, method: str, rates: Iterable[float]) -> float | None:
+    results = {rate: rate_run(task, method, rate).result() for rate in rates}
+    if None in results.values():
+        return None
+    return max(results, key=lambda rate: (share(results[rate]["points"][-1]["validation"]), -rate))
 
 
 @cache

@@ -327,7 +327,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     for stage in arguments.stages or [stage for stage in STAGES if stage not in DAYS]:
-        run_all(stage, arguments)
+        while missing(stage, arguments.tasks):  # what came out may ask for more runs
+            run_all(stage, arguments)
 
 
 if __name__ == "__main__":
