@@ -290,13 +290,17 @@ def missing(stage: str, tasks: Sequence[str] = ()) -> list[Run]:
 
 
 def run_all(stage: str, arguments: argparse.Namespace) -> None:
-    """Runs what a stage still lacks, `--jobs` at a time."""
+    """Runs what a stage still lacks, until what came out asks for no more."""
+    while runs := missing(stage, arguments.tasks):
+        run_each(stage, runs, arguments)
+
+
+def run_each(stage: str, runs: Sequence[Run], arguments: argparse.Namespace) -> None:
+    """Runs all of `runs`, `--jobs` at a time."""
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with Progress() as progress, ProcessPoolExecutor(arguments.jobs, spawn) as workers:
-        futures = {
-            workers.submit(in_worker, run, arguments.device, threads): run for run in missing(stage, arguments.tasks)
-        }
+        futures = {workers.submit(in_worker, run, arguments.device, threads): run for run in runs}
         bar = progress.add_task(stage, total=len(futures))
         try:
             for future in as_completed(futures):
@@ -327,8 +331,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     for stage in arguments.stages or [stage for stage in STAGES if stage not in DAYS]:
-        while missing(stage, arguments.tasks):  # what came out may ask for more runs
-            run_all(stage, arguments)
+        run_all(stage, arguments)
 
 
 if __name__ == "__main__":
