@@ -27,7 +27,7 @@ from evidence.comparison import (  # noqa: E402
     best_of_rates,
     comparison_runs,
 )
-from evidence.experiment import CURVE_MODEL, METHODS, Run  # noqa: E402
+from evidence.experiment import CURVE_MODEL, METHODS, Run, share  # noqa: E402
 from evidence.questions import TASKS  # noqa: E402
 
 TASK = "paths, question last"
@@ -116,9 +116,9 @@ def test_the_best_of_three_rates_says_whether_it_is_at_the_edge(
     scores: tuple[str, str, str], rate: float, at_edge: bool
 ) -> None:
     fake_rates(scores, "MAS")
-    assert best_of_rates(TASK, "MAS") == comparison.Best(rate, at_edge)
+    assert best_of_rates(TASK, "MAS") == comparison.Best(rate, at_edge, pytest.approx(max(map(share, scores))))
     assert best_of_rates(TASK, "LoRA r=8") is None
-    shown = f"{rate:g}{'*' if at_edge else ''}"
+    shown = f"{rate:g}{'*' if at_edge else ''} ({100 * max(map(share, scores)):.1f})"
     assert f"| {TASK} |  |  |  |  | {shown} |  |  |  |" in comparison_report.comparison_rates()
 
 
@@ -129,9 +129,9 @@ def test_a_rate_beyond_a_best_one_at_the_edge_is_tried() -> None:
     assert [one for one in comparison.comparison_rate_runs() if one.learning_rate not in RATES] == [beyond]
     assert beyond.learning_rate < RATES[0]
     beyond.save({"points": [{"samples": RATE_SIZES[0], "validation": "111"}]})
-    assert best_of_rates(TASK, "MAS") == comparison.Best(beyond.learning_rate, at_edge=True)
+    assert best_of_rates(TASK, "MAS") == comparison.Best(beyond.learning_rate, at_edge=True, score=1.0)
     beyond.save({"points": [{"samples": RATE_SIZES[0], "validation": "100"}]})
-    assert best_of_rates(TASK, "MAS") == comparison.Best(RATES[0], at_edge=False)
+    assert best_of_rates(TASK, "MAS") == comparison.Best(RATES[0], at_edge=False, score=pytest.approx(2 / 3))
 
 
 def test_rates_come_before_all_else() -> None:

@@ -99,10 +99,16 @@ def comparison_runs() -> Iterator[Run]:
 
 @dataclass(frozen=True)
 class Best:
-    """The learning rate of a method on a task; `at_edge` if a rate beyond those that were tried might be better."""
+    """The learning rate of a method on a task.
+
+    Attributes:
+        at_edge: a rate beyond those that were tried might be better.
+        score: the share of the questions of the validation split that are right with it.
+    """
 
     rate: float
     at_edge: bool
+    score: float
 
 
 def best_of_rates(task: str, method: str) -> Best | None:
@@ -111,14 +117,19 @@ def best_of_rates(task: str, method: str) -> Best | None:
     if not set(RATES) <= set(tried):
         return None
     rate = _best(task, method, tried)
-    return Best(rate, at_edge=rate in (min(tried), max(tried)))
+    return Best(rate, rate in (min(tried), max(tried)), _score(rate_run(task, method, rate)))
 
 
 def _best(task: str, method: str, rates: Iterable[float]) -> float | None:
-    results = {rate: rate_run(task, method, rate).result() for rate in rates}
-    if None in results.values():
+    runs = {rate: rate_run(task, method, rate) for rate in rates}
+    if None in [run.result() for run in runs.values()]:
         return None
-    return max(results, key=lambda rate: (share(results[rate]["points"][-1]["validation"]), -rate))
+    return max(runs, key=lambda rate: (_score(runs[rate]), -rate))
+
+
+def _score(run: Run) -> float:
+    result = run.result() or {}
+    return share(result["points"][-1]["validation"])
 
 
 @cache

@@ -8,7 +8,17 @@ from typing import Any
 
 from benchmarks.report import markdown
 from evidence import paired_tests, questions
-from evidence.comparison import ASKED_TWICE, METHOD_NAMES, RATE_TASKS, REPEATED, SEEDS, SIZES, UNTRAINED, best_of_rates
+from evidence.comparison import (
+    ASKED_TWICE,
+    METHOD_NAMES,
+    RATE_TASKS,
+    REPEATED,
+    SEEDS,
+    SIZES,
+    UNTRAINED,
+    Best,
+    best_of_rates,
+)
 from evidence.experiment import CURVE_MODEL, Run, share
 
 OURS = "Bitune r=8"
@@ -90,13 +100,17 @@ def gains(select: Callable[[str, int], ByMethod]) -> str:
 
 
 def comparison_rates() -> str:
-    """Learning rates, `*` where the best is the lowest or the highest that was tried."""
+    """Learning rates with the scores that chose them, `*` where the best is the lowest or the highest tried."""
     rows = []
     for task in RATE_TASKS:
         best = [best_of_rates(task, method) for method in METHOD_NAMES]
         if any(best):
-            rows.append([task, *("" if b is None else f"{b.rate:g}{'*' if b.at_edge else ''}" for b in best)])
+            rows.append([task, *map(_shown, best)])
     return _table(["task", *METHOD_NAMES.values()], rows)
+
+
+def _shown(best: Best | None) -> str:
+    return "" if best is None else f"{best.rate:g}{'*' if best.at_edge else ''} ({100 * best.score:.1f})"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
