@@ -14,7 +14,10 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import pytest
 
-NEED_VLLM = [f"test_{name}.py" for name in ("engine", "lm_eval_vllm", "operations", "requests", "scheduling", "server")]
+NEED_VLLM = [
+    f"test_{name}.py"
+    for name in ("engine", "lm_eval_vllm", "operations", "placement", "requests", "scheduling", "server")
+]
 collect_ignore = [] if find_spec("vllm") else NEED_VLLM
 """Without vLLM, the rest of this folder is tested."""
 
