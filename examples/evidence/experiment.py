@@ -129,10 +129,10 @@ class Run:
     @property
     def file(self) -> Path:
         """Where its result is, once it is done."""
-        method = re.sub("[=,']", "", self.method).replace(" ", "-")
+        task, method = (re.sub("[=,']", "", name).replace(" ", "-") for name in (self.task, self.method))
         sizes = "-".join(map(str, self.samples))
         name = f"{method}_{self.learning_rate:g}_{sizes}_seed{self.seed}.json"
-        return RESULTS / Path(self.model).name / self.task / name
+        return RESULTS / Path(self.model).name / task / name
 
     def result(self) -> dict[str, Any] | None:
         """What came out, or `None` if it has not run."""
