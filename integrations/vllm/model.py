@@ -42,9 +42,9 @@ def bitune(base: Any) -> type:
             layers = vllm_config.compilation_config.static_forward_context
             for name, layer in layers.items():
                 check_layer(name, layer, second_pass)
-            attention = {extract_layer_index(name): layer for name, layer in layers.items()}
-            for index, layer in attention.items():
-                mix_in(layer, adapter.alphas(index), second_pass, is_last=index == max(attention))
+            numbers = {name: extract_layer_index(name) for name in layers}
+            for name, number in numbers.items():
+                mix_in(layers[name], adapter.alphas(number), second_pass, is_last=number == max(numbers.values()))
             self._bitune_adapter = adapter  # until its weights are loaded
             self._bitune_profile_rows = vllm_config.scheduler_config.max_num_batched_tokens
 
