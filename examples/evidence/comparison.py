@@ -77,9 +77,9 @@ def comparison_rate_runs() -> Iterator[Run]:
                 yield rate_run(task, method, rate)
     for task in RATE_TASKS:
         for method in METHOD_NAMES:
-            best = _best(task, method, RATES)
-            if best in BEYOND:
-                yield rate_run(task, method, BEYOND[best])
+            best = best_of_rates(task, method, RATES)
+            if best is not None and best.at_edge:
+                yield rate_run(task, method, BEYOND[best.rate])
 
 
 def rate_run(task: str, method: str, rate: float) -> Run:
@@ -111,25 +111,15 @@ class Best:
     score: float
 
 
-def best_of_rates(task: str, method: str) -> Best | None:
-    """The best rate on the validation split, the lower of two that are equal; `None` if not all of `RATES` have run."""
-    tried = [rate for rate in (*RATES, *BEYOND.values()) if rate_run(task, method, rate).result() is not None]
-    if not set(RATES) <= set(tried):
+def best_of_rates(task: str, method: str, rates: Iterable[float] = (*RATES, *BEYOND.values())) -> Best | None:
+    """The best of those `rates` that have run, by the validation split, the lower of two that are equal; `None` if not
+    all of `RATES` have run."""
+    results = {rate: rate_run(task, method, rate).result() for rate in rates}
+    scores = {rate: share(result["points"][-1]["validation"]) for rate, result in results.items() if result is not None}
+    if not scores.keys() >= set(RATES):
         return None
-    rate = _best(task, method, tried)
-    return Best(rate, rate in (min(tried), max(tried)), _score(rate_run(task, method, rate)))
-
-
-def _best(task: str, method: str, rates: Iterable[float]) -> float | None:
-    runs = {rate: rate_run(task, method, rate) for rate in rates}
-    if None in [run.result() for run in runs.values()]:
-        return None
-    return max(runs, key=lambda rate: (_score(runs[rate]), -rate))
-
-
-def _score(run: Run) -> float:
-    result = run.result() or {}
-    return share(result["points"][-1]["validation"])
+    best = max(scores, key=lambda rate: (scores[rate], -rate))
+    return Best(best, best in (min(scores), max(scores)), scores[best])
 
 
 @cache
