@@ -7,6 +7,7 @@ belonged to the prompt.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +20,9 @@ from bitune_plugin.integrations.trl.filters import Samples
 DOCUMENT_LENGTHS = "seq_lengths"
 """Dataset column, TRL's: the lengths of the documents in a packed sample."""
 
+OF_TOKENS = ("input_ids", "labels", "completion_mask", PROMPT_MASK)
+"""Columns with a value for every token."""
+
 
 # One sample.
 
@@ -28,19 +32,18 @@ def without_padding(sample: dict[str, Any]) -> dict[str, Any]:
     part of the prompt: collators make masks of their own.
 
     Raises:
-        ValueError: the mask has another length than the tokens, or a packed sample has padding.
+        ValueError: columns have other lengths than the tokens, or a packed sample has padding.
     """
-    mask, tokens = sample["attention_mask"], len(sample["input_ids"])
+    mask = sample["attention_mask"]
     if mask is None or all(mask):
         return {}
-    if len(mask) != tokens:
-        raise ValueError(f"A sample has {tokens} `input_ids` and an `attention_mask` of {len(mask)}.")
+    _check_lengths(sample, (*OF_TOKENS, "attention_mask"))
     if document_lengths(sample) is not None:
         raise ValueError(
             "A packed sample has padding (zeros in its `attention_mask`). Leave these tokens out, or the column, if it "
             "means something else."
         )
-    columns = [name for name in ("input_ids", "labels", "completion_mask", PROMPT_MASK) if sample.get(name) is not None]
+    columns = [name for name in OF_TOKENS if sample.get(name) is not None]
     return {name: [value for value, attended in zip(sample[name], mask, strict=True) if attended] for name in columns}
 
 
@@ -72,10 +75,9 @@ def mark_prompt(
     labels = sample["labels"]
     if labels is None:
         raise ValueError("A sample has None for `labels`, where others have some. Give every sample the same columns.")
+    _check_lengths(sample, OF_TOKENS)
     lengths = document_lengths(sample)
     prompt_mask = _prompt_mask(sample, lengths, several_prompts)
-    if len(labels) != len(prompt_mask):
-        raise ValueError(f"A sample has {len(prompt_mask)} `input_ids` and `labels` of {len(labels)}.")
     if completion_only:
         completion = sample.get("completion_mask") or [True] * len(labels)  # may have zeros behind the prompt
         learnt = [counts and not prompt for counts, prompt in zip(completion, prompt_mask, strict=True)]
@@ -87,6 +89,17 @@ def mark_prompt(
         return marked
     kept = slice(-max_length, None) if keep_end else slice(max_length)
     return {name: values[kept] for name, values in marked.items()}
+
+
+def _check_lengths(sample: dict[str, Any], columns: Iterable[str]) -> None:
+    """Raises ValueError unless each of `columns` that a sample has gives one value for every token."""
+    tokens = len(sample["input_ids"])
+    for name in columns:
+        if sample.get(name) is not None and len(sample[name]) != tokens:
+            raise ValueError(
+                f"A sample has {tokens} `input_ids` and `{name}` of {len(sample[name])}. Give one value for every "
+                "token."
+            )
 
 
 def document_lengths(sample: dict[str, Any]) -> list[int] | None:
@@ -110,11 +123,6 @@ def _prompt_mask(sample: dict[str, Any], lengths: list[int] | None, several_prom
         _check_prompt_mask(sample[PROMPT_MASK], lengths, several_prompts)
         return [bool(prompt) for prompt in sample[PROMPT_MASK]]
     completion = sample.get("completion_mask") or [label != IGNORED for label in sample["labels"]]
-    if len(completion) != len(sample["input_ids"]):
-        raise ValueError(
-            f"A sample has {len(sample['input_ids'])} `input_ids` and a `completion_mask` (or `labels`) of "
-            f"{len(completion)}. Give one value for every token."
-        )
     prompt_mask: list[bool] = []
     for number, length in enumerate(lengths):
         document = completion[len(prompt_mask) : len(prompt_mask) + length]
@@ -133,10 +141,7 @@ def _prompt_mask(sample: dict[str, Any], lengths: list[int] | None, several_prom
 
 
 def _check_prompt_mask(mask: list[Any], lengths: list[int], several_prompts: bool) -> None:
-    """Raises ValueError unless there is a value for every token, and those of prompts come first in their documents, if
-    these have one each."""
-    if len(mask) != sum(lengths):
-        raise ValueError(f"A sample has {sum(lengths)} `input_ids` and a `{PROMPT_MASK}` of {len(mask)}.")
+    """Raises ValueError unless prompt tokens come first in their documents, if these have one prompt each."""
     start = 0
     for length in () if several_prompts else lengths:
         document = [bool(prompt) for prompt in mask[start : start + length]]

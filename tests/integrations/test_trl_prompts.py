@@ -161,7 +161,7 @@ class TestPadding:
     @pytest.mark.parametrize(
         ("told", "message"),
         [
-            ({"attention_mask": [0, 1]}, r"3 `input_ids` and an `attention_mask` of 2"),
+            ({"attention_mask": [0, 1]}, "3 `input_ids` and `attention_mask` of 2"),
             ({"attention_mask": [0, 1, 1], "seq_lengths": [1, 2]}, "A packed sample has padding"),
         ],
     )

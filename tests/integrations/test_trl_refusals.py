@@ -48,7 +48,7 @@ class TestRefusals:
     @pytest.mark.parametrize("column", ["completion_mask", "labels"])
     def test_a_mask_shorter_than_its_tokens(self, trainer: Any, column: str) -> None:
         dataset = Dataset.from_dict({"input_ids": [[5, 6, 7, 8]], column: [[0, 0, 1]]})
-        with pytest.raises(ValueError, match=r"4 `input_ids` and a `completion_mask`.*of 3"):
+        with pytest.raises(ValueError, match=f"4 `input_ids` and `{column}` of 3"):
             trainer(train_dataset=dataset)
 
     @pytest.mark.parametrize("norm", [0.0, -1.0, float("nan"), float("inf")])
@@ -100,11 +100,12 @@ class TestRefusals:
         ("columns", "message"),
         [
             ({"labels": [-100, 7], "prompt_mask": [1, 1, 0, 0]}, "4 `input_ids` and `labels` of 2"),
+            ({"completion_mask": [0, 1], "prompt_mask": [1, 1, 0, 0]}, "4 `input_ids` and `completion_mask` of 2"),
             ({"prompt_mask": [1, 0, 1, 0]}, "`prompt_mask` of a sample marks a prompt token after a completion"),
-            ({"prompt_mask": [1, 1, 0]}, r"4 `input_ids` and a `prompt_mask` of 3"),
+            ({"prompt_mask": [1, 1, 0]}, "4 `input_ids` and `prompt_mask` of 3"),
             ({"prompt_mask": [1, 1, 0, 0], "seq_lengths": [2, 1]}, r"4 `input_ids`, and `seq_lengths` of 3 in all"),
         ],
-        ids=["labels", "holes", "length", "documents"],
+        ids=["labels", "completion", "holes", "length", "documents"],
     )
     def test_columns_that_do_not_go_together(self, trainer: Any, columns: dict[str, Any], message: str) -> None:
         row = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], **columns}
