@@ -63,10 +63,11 @@ def check_parallelism(config: Any) -> None:
 # Datasets.
 
 
-def check_not_empty(dataset: Dataset | IterableDataset, name: str) -> None:
-    empty = len(dataset) == 0 if isinstance(dataset, Dataset) else next(iter(dataset), None) is None
-    if empty:
-        raise ValueError(f"The {name} dataset is empty.")
+def first_sample(dataset: Dataset | IterableDataset, name: str) -> dict[str, Any]:
+    """The first sample of a dataset, in lists whatever its format is. Raises ValueError if there is none."""
+    for sample in dataset.with_format(None):
+        return sample
+    raise ValueError(f"The {name} dataset is empty.")
 
 
 def check_no_transform(dataset: Dataset | IterableDataset, name: str) -> None:
@@ -105,18 +106,23 @@ def check_text(columns: Iterable[str], processing_class: Any, name: str) -> None
 
 
 def check_parts(sample: Mapping[str, Any], name: str) -> None:
-    """Raises ValueError for messages with more than text in them, of which a chat template would print the names."""
+    """Raises ValueError for messages with more than text in them, because a chat template would print its type."""
     for column in ("messages", "conversations", "prompt", "completion"):
-        messages = sample.get(column)
-        for message in messages if isinstance(messages, list) else ():
-            content = message.get("content")
-            parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
-            other = next((part["type"] for part in parts if part.get("type", "text") != "text"), None)
-            if other is not None:
-                raise ValueError(
-                    f"Messages of the {name} dataset have parts of the type {other!r} (column {column!r}), and Bitune "
-                    "reads text alone. Leave them out."
-                )
+        others = [kind for kind in _types_of_parts(sample.get(column)) if kind != "text"]
+        if others:
+            raise ValueError(
+                f"Messages of the {name} dataset have parts of the type {others[0]!r} (column {column!r}), and Bitune "
+                "reads text alone. Leave them out."
+            )
+
+
+def _types_of_parts(messages: Any) -> Iterator[str]:
+    """The types of the parts of messages. Text, or token ids in such a column, have no parts."""
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict):
+                yield part.get("type") or "text"
 
 
 def check_has_labels(columns: Iterable[str], name: str) -> None:

@@ -28,11 +28,11 @@ from bitune_plugin.integrations.trl.checks import (
     check_has_labels,
     check_has_prompt,
     check_no_transform,
-    check_not_empty,
     check_parallelism,
     check_parts,
     check_settings,
     check_text,
+    first_sample,
     is_conversation,
     is_packed,
     no_empty_stream,
@@ -100,7 +100,7 @@ class BituneSFTTrainer(KeepsPromptMask, SFTTrainer):
             self.ends_of_turns = ends_of_turns(model, loaded_with)
         check_settings(arguments.get("args"), arguments.get("data_collator"))
         if isinstance(arguments.get("train_dataset"), Dataset | IterableDataset):  # TRL refuses anything else
-            check_not_empty(arguments["train_dataset"], "train")
+            first_sample(arguments["train_dataset"], "train")
             columns = get_dataset_column_names(arguments["train_dataset"])
             check_text(columns, arguments.get("processing_class"), "train")
         super().__init__(**arguments)
@@ -125,13 +125,14 @@ class BituneSFTTrainer(KeepsPromptMask, SFTTrainer):
         formatting_func: Callable[[dict], str] | None,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
-        check_not_empty(dataset, dataset_name)
         check_no_transform(dataset, dataset_name)
+        first = first_sample(dataset, dataset_name)
+        dataset = dataset.with_format(None)  # all that reads it expects lists
         with no_empty_stream(dataset_name):
             given = get_dataset_column_names(dataset)
             check_has_prompt(given, formatting_func, dataset_name)
             check_text(given, processing_class, dataset_name)
-            check_parts(next(iter(dataset)), dataset_name)
+            check_parts(first, dataset_name)
             return self._prepared(dataset, given, processing_class, args, packing, dataset_name)
 
     def _prepared(
@@ -145,7 +146,7 @@ class BituneSFTTrainer(KeepsPromptMask, SFTTrainer):
             dataset = split_turns_of(dataset, args, name)
         elif "input_ids" not in given:
             dataset = given_in_full(dataset, args, name)
-        dataset = self._tokenize_uncut(dataset, processing_class, args, name).with_format(None)
+        dataset = self._tokenize_uncut(dataset, processing_class, args, name)
         with main_process_first():  # as TRL does, so that one process fills the cache for all
             if "input_ids" not in given:
                 template = {"tokenizer": processing_class, "chat_template": self.chat_template}

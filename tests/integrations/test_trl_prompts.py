@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bitune_plugin.integrations.trl.samples import PROMPT_MASK, has_prompt_and_completion, mark_prompt
 from models import word_tokenizer
-from training import ONE_STEP, WITH_LOGITS, assert_exact, batch_of, chat, losses, pairs
+from training import ONE_STEP, WITH_LOGITS, assert_exact, batch_of, chat, conversations, losses, pairs
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +115,19 @@ class TestPrompt:
         t = trainer(train_dataset=rows.with_format(kind), max_steps=1)
         assert t.train_dataset[0][PROMPT_MASK] == [True, False, False]
         t.train()
+
+    @pytest.mark.parametrize("kind", ["numpy", "pandas", "arrow"])
+    @pytest.mark.parametrize("rows", [pairs(4), chat(4), conversations(4)], ids=["text", "messages", "conversations"])
+    def test_of_a_dataset_with_a_format(self, trainer: Any, rows: list[Any], kind: str) -> None:
+        plain = Dataset.from_list(rows)
+        formatted = trainer(train_dataset=plain.with_format(kind)).train_dataset
+        assert list(formatted) == list(trainer(train_dataset=plain).train_dataset)
+
+    @pytest.mark.parametrize("column", ["prompt", "completion", "messages"])
+    @pytest.mark.parametrize("unread", [[7, 8], ["w7", "w8"]], ids=["ids", "words"])
+    def test_of_token_ids_beside_what_they_were_made_of(self, trainer: Any, column: str, unread: list[Any]) -> None:
+        rows = [{"input_ids": [7, 8, 9], "completion_mask": [0, 0, 1], column: unread}] * 4
+        assert trainer(train_dataset=Dataset.from_list(rows)).train_dataset[0][PROMPT_MASK] == [True, True, False]
 
     def test_of_token_ids_that_say_it_themselves(self, trainer: Any) -> None:
         rows = [{"input_ids": [7, 8, 9], PROMPT_MASK: [1, 1, 0]}] * 4

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import ParallelismConfig
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import ProcessorMixin
 from trl import SFTTrainer
@@ -67,6 +67,8 @@ class TestRefusals:
     def test_an_evaluation_dataset_without_samples(self, trainer: Any) -> None:
         with pytest.raises(ValueError, match="The a dataset is empty"):
             trainer(eval_dataset={"a": Dataset.from_list(pairs()).select([])})
+        with pytest.raises(ValueError, match="The eval dataset is empty"):
+            trainer(eval_dataset=IterableDataset.from_generator(lambda: iter(())))
 
     def test_a_transform(self, trainer: Any) -> None:
         rows = Dataset.from_list(pairs(4)).with_transform(lambda batch: batch)
