@@ -41,6 +41,7 @@ class PromptCollator:
         return batch
 
     def _check_labels(self, samples: list[dict[str, Any]], batch: dict[str, Any]) -> None:
+        """Raises ValueError for labels on prompts in a batch of samples that have none there."""
         labels = batch.get("labels")
         given = all(sample.get("labels") is not None for sample in samples)
         if labels is None or not given or (labels[batch[PROMPT_MASK]] == IGNORED).all():
