@@ -140,7 +140,8 @@ def skip_unread_rows(layer: Any) -> None:
 
     def apply(layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         step = current()
-        if step is None or step.remaining is None:
+        # Rows are in the last dimension but one, unless a layer is applied to each head by itself.
+        if step is None or step.remaining is None or x[..., 0].numel() > x.shape[-2]:
             return plain(layer, x, bias)
         some = plain(layer, x.index_select(-2, step.remaining), bias)
         return some.new_zeros(*x.shape[:-1], some.shape[-1]).index_copy_(-2, step.remaining, some)

@@ -56,6 +56,13 @@ def test_only_remaining_rows_are_computed(layer: Any, batch: tuple[int, ...]) ->
     assert layer.rows_seen == [2]
 
 
+def test_a_layer_that_is_applied_to_each_head_computes_all(layer: Any) -> None:
+    x = torch.randn(ROWS + COPIES, 2, IN)
+    with lengthened(Lengthened(ROWS, None, torch.tensor([1, 4]))):
+        y = layer.quant_method.apply(layer, x, layer.bias)
+    torch.testing.assert_close(y, linear(x, layer.weight, layer.bias))
+
+
 def test_other_steps_are_the_layers_own(layer: Any) -> None:
     x = torch.randn(ROWS, IN)
     torch.testing.assert_close(layer.quant_method.apply(layer, x, None), linear(x, layer.weight))
