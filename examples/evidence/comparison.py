@@ -73,13 +73,10 @@ def comparison_rate_runs() -> Iterator[Run]:
     """Every method at every learning rate, once on each of `RATE_TASKS`, and at one beyond a best one at the edge."""
     for task in RATE_TASKS:
         for method in METHOD_NAMES:
-            for rate in RATES:
-                yield rate_run(task, method, rate)
-    for task in RATE_TASKS:
-        for method in METHOD_NAMES:
             best = best_of_rates(task, method, RATES)
-            if best is not None and best.at_edge:
-                yield rate_run(task, method, BEYOND[best.rate])
+            beyond = [BEYOND[best.rate]] if best is not None and best.at_edge else []
+            for rate in (*RATES, *beyond):
+                yield rate_run(task, method, rate)
 
 
 def rate_run(task: str, method: str, rate: float) -> Run:

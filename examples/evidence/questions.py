@@ -86,11 +86,11 @@ def path(row: dict[str, str], answers: list[str]) -> Parts:
     the first edge, all there is to find, would know it among them."""
     edges, _, ends = row["question"].rpartition("/")
     start, goal = ends.replace("=", "").split()
-    right = [arm for arm in arms(edges, start) if " ".join(arm) == row["answer"]]
-    if not right:
+    first_edges = {" ".join(arm): " ".join(arm[:2]) for arm in arms(edges, start)}
+    if row["answer"] not in first_edges:
         raise ValueError(f"The path {row['answer']!r} is not an arm from {start} in {edges!r}.")
-    choices = sorted({" ".join(arm[:2]) for arm in arms(edges, start)})
-    return Parts(edges, f"{start} {goal} =", tuple(choices), " ".join(right[0][:2]), row["answer"])
+    choices = tuple(sorted(set(first_edges.values())))
+    return Parts(edges, f"{start} {goal} =", choices, first_edges[row["answer"]], row["answer"])
 
 
 def arms(edges: str, start: str) -> Iterator[list[str]]:

@@ -32,7 +32,7 @@ REPLACEMENT = "_"
 """Replaces them where a tokenizer has no mask token, as in LLM2Vec."""
 
 PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
-"""Attributes of a model that accelerate sets."""
+"""Attributes of a model that accelerate sets (1.10 and 1.15)."""
 
 
 def warm_up(trainer: Any, samples: int) -> list[float]:

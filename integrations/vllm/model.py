@@ -43,8 +43,9 @@ def bitune(base: Any) -> type:
             for name, layer in layers.items():
                 check_layer(name, layer, second_pass)
             numbers = {name: extract_layer_index(name) for name in layers}
+            last = max(numbers.values(), default=None)
             for name, number in numbers.items():
-                mix_in(layers[name], adapter.alphas(number), second_pass, is_last=number == max(numbers.values()))
+                mix_in(layers[name], adapter.alphas(number), second_pass, is_last=number == last)
             self._bitune_adapter = adapter  # until its weights are loaded
             self._bitune_profile_rows = vllm_config.scheduler_config.max_num_batched_tokens
 
